@@ -1,0 +1,452 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""PyTorch PathMoE model: Qwen3-MoE with the routers lifted out of the layers and shared by blocks of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import AutoModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeExperts,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_pathmoe import PathMoEConfig
+from .routing_pathmoe import ROUTERS, PathMoERouter, load_balancing_loss, router_z_loss
+
+
+logger = logging.get_logger(__name__)
+
+
+class PathMoERMSNorm(Qwen3MoeRMSNorm):
+    pass
+
+
+class PathMoERotaryEmbedding(Qwen3MoeRotaryEmbedding):
+    pass
+
+
+class PathMoEAttention(Qwen3MoeAttention):
+    """Qwen3 attention; with `qk_norm=False`, that of Llama and Mixtral."""
+
+    def __init__(self, config: PathMoEConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if not config.qk_norm:
+            self.q_norm = nn.Identity()
+            self.k_norm = nn.Identity()
+
+
+# transformers looks for this decorator in the source of the model's own file; without it the experts would silently
+# run eagerly, although the parent class carries it too.
+@use_experts_implementation
+class PathMoEExperts(Qwen3MoeExperts):
+    """SwiGLU experts, held as `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F)."""
+
+
+class PathMoESparseMoeBlock(nn.Module):
+    """The experts of one layer. The router that chooses among them belongs to the layer's block."""
+
+    def __init__(self, config: PathMoEConfig):
+        super().__init__()
+        self.experts = PathMoEExperts(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, route: Callable, router_state: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = hidden_states.shape
+        hidden_states = hidden_states.view(-1, shape[-1])
+        top_k_weights, top_k_index, router_state = route(hidden_states, router_state)
+        hidden_states = self.experts(hidden_states, top_k_index, top_k_weights)
+        return hidden_states.view(shape), router_state
+
+
+class PathMoEDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: PathMoEConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = PathMoEAttention(config, layer_idx)
+        self.mlp = PathMoESparseMoeBlock(config)
+        self.input_layernorm = PathMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = PathMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        route: Callable,
+        router_state: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states, router_state = self.mlp(hidden_states, route, router_state)
+        hidden_states = residual + hidden_states
+        # Pipeline stages replace layers by modules that return their first input, so a tuple only where it is needed.
+        return hidden_states if router_state is None else (hidden_states, router_state)
+
+
+class PathMoEPreTrainedModel(PreTrainedModel):
+    config: PathMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PathMoEDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(PathMoERouter, index=0),
+        "hidden_states": PathMoEDecoderLayer,
+        "attentions": PathMoEAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, PathMoEExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, PathMoERouter):
+            module.init_weights(std)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        implementation = super().get_correct_experts_implementation(requested_experts)
+        if implementation == "grouped_mm":
+            # While the model is being built its dtype is torch's default one; afterwards that of its weights.
+            dtype = self.dtype if next(self.parameters(), None) is not None else torch.get_default_dtype()
+            for name in ("hidden_size", "moe_intermediate_size"):
+                width = getattr(self.config, name)
+                if width * dtype.itemsize % 16:
+                    raise ValueError(
+                        f"{name}={width} in {dtype} makes rows of {width * dtype.itemsize} bytes, but the grouped_mm "
+                        f"experts need multiples of 16: choose a multiple of {16 // dtype.itemsize}, or pass "
+                        'experts_implementation="eager".'
+                    )
+        return implementation
+
+    def save_pretrained(self, *args, **kwargs):
+        # transformers would list the saved class alone; servers ask for `AutoModel`, and others for the heads.
+        self.config.auto_map = {
+            "AutoConfig": "configuration_pathmoe.PathMoEConfig",
+            "AutoModel": "modeling_pathmoe.PathMoEModel",
+            "AutoModelForCausalLM": "modeling_pathmoe.PathMoEForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_pathmoe.PathMoEForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_pathmoe.PathMoEForTokenClassification",
+            "AutoModelForQuestionAnswering": "modeling_pathmoe.PathMoEForQuestionAnswering",
+        }
+        super().save_pretrained(*args, **kwargs)
+
+
+class PathMoEModel(PathMoEPreTrainedModel):
+    """The decoder without a head. `routers` holds one router per block, keyed by the block's index.
+
+    Args:
+        config (`PathMoEConfig`): Model configuration.
+    """
+
+    def __init__(self, config: PathMoEConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([PathMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        # The only owner of the routers. A second `ModuleList` would confuse servers that split the model by its first.
+        router_class = ROUTERS[config.router_type]
+        self.routers = nn.ModuleDict({str(b): router_class(config, ls) for b, ls in enumerate(config.router_blocks)})
+        self.norm = PathMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = PathMoERotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _route_of_layer(self, layer_idx: int) -> Callable:
+        """What a layer is handed instead of a router, so that no router is registered in two places.
+
+        Returns:
+            `Callable`: `(hidden_states (T, D), state) -> (weights (T, k), indices (T, k), state)`, all on the device of
+            `hidden_states`, which may not be the router's when the layers are spread over devices.
+        """
+        router = self.routers[str(self.config.layer_to_block[layer_idx])]
+
+        def route(hidden_states, state):
+            _, weights, indices, state = router(hidden_states, layer_idx, state)
+            device = hidden_states.device
+            return weights.to(device), indices.to(device), state if state is None else state.to(device)
+
+        return route
+
+    def _refuse_reentrant_checkpointing(self):
+        """Reentrant checkpointing runs the layers without a graph: what they do to shared routers is lost in silence."""
+        checkpoint = getattr(self.layers[0], "_gradient_checkpointing_func", None)
+        if not (self.training and self.gradient_checkpointing and checkpoint.keywords.get("use_reentrant")):
+            return
+        sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in self.routers.parameters())
+        if sharded or self.config.router_aux_loss_coef or self.config.router_z_loss_coef:
+            raise ValueError(
+                "Gradient checkpointing with use_reentrant=True gives wrong router gradients when parameters are "
+                "sharded or an auxiliary router loss is on: use "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+            )
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        """Runs the decoder.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Token ids; this or `inputs_embeds`.
+            attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, *optional*): 0 marks padding.
+            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Positions; those after the
+                cache when unset.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, D)`, *optional*): Instead of `input_ids`.
+            use_cache (`bool`, *optional*): Whether to return the cache.
+            **kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions`, and what the attention takes.
+
+        Returns:
+            `MoeModelOutputWithPast`: `last_hidden_state` of shape `(batch, sequence, D)`, and on request
+            `router_logits`, a tuple of L float32 tensors of shape `(batch · sequence, E)`.
+
+        Raises:
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or if reentrant gradient
+                checkpointing would corrupt the routers' gradients.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        self._refuse_reentrant_checkpointing()
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+
+        hidden_states, router_state = inputs_embeds, None
+        for layer_idx, decoder_layer in enumerate(self.layers):
+            outputs = decoder_layer(
+                hidden_states,
+                route=self._route_of_layer(layer_idx),
+                router_state=router_state,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            hidden_states, router_state = outputs if isinstance(outputs, tuple) else (outputs, None)
+        hidden_states = self.norm(hidden_states)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+@dataclass
+class PathMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """[`~transformers.modeling_outputs.MoeCausalLMOutputWithPast`] with the router z-loss.
+
+    Args:
+        loss (`torch.FloatTensor`, scalar): Cross-entropy; while training, plus the auxiliary losses, each times its
+            coefficient.
+        aux_loss (`torch.FloatTensor`, scalar): The load-balancing loss before its coefficient, when router logits were
+            asked for or an auxiliary loss is being trained.
+        z_loss (`torch.FloatTensor`, scalar): The router z-loss before its coefficient, likewise.
+    """
+
+    z_loss: torch.FloatTensor | None = None
+
+
+class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head.
+
+    Args:
+        config (`PathMoEConfig`): Model configuration.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: PathMoEConfig):
+        super().__init__(config)
+        self.model = PathMoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PathMoECausalLMOutputWithPast:
+        """Predicts the next token. Arguments that are not listed are those of [`PathMoEModel.forward`].
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Token ids to predict, unshifted; -100
+                is ignored.
+            output_router_logits (`bool`, *optional*): Whether to return the router logits and the auxiliary losses;
+                the config's value when unset.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): How many last positions get logits, or which; 0
+                means all.
+            **kwargs: `num_items_in_batch`, the number of targets in all micro-batches of an optimizer step, and what
+                the model takes.
+
+        Returns:
+            `PathMoECausalLMOutputWithPast`: With `logits` of shape `(batch, sequence, vocab_size)`. `loss` is the
+            cross-entropy alone in evaluation mode.
+
+        Raises:
+            ValueError: If auxiliary losses are needed and `attention_mask` is not two-dimensional.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        lb_coef, z_coef = self.config.router_aux_loss_coef, self.config.router_z_loss_coef
+        train_router = self.training and labels is not None and bool(lb_coef or z_coef)
+
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits or train_router,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, slice_indices, :])
+
+        loss = aux_loss = z_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        if outputs.router_logits is not None:
+            mask = self._token_mask(attention_mask, sequence_length=hidden_states.shape[1])
+            aux_loss = load_balancing_loss(
+                outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask
+            )
+            z_loss = router_z_loss(outputs.router_logits, mask)
+        if train_router:
+            router_loss = lb_coef * aux_loss + z_coef * z_loss
+            if (num_items_in_batch := kwargs.get("num_items_in_batch")) is not None:
+                # The cross-entropy of a micro-batch counts by its share of the step's targets. So does this loss.
+                targets = kwargs.get("shift_labels", labels[..., 1:])
+                router_loss = router_loss * (targets != -100).sum().to(router_loss.device) / num_items_in_batch
+            loss = loss + router_loss.to(loss.device)
+
+        return PathMoECausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            z_loss=z_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+    @staticmethod
+    def _token_mask(attention_mask: torch.Tensor | None, sequence_length: int) -> torch.Tensor | None:
+        """The mask of the tokens that were routed in this forward: not of those in the cache."""
+        if attention_mask is None:
+            return None
+        if getattr(attention_mask, "ndim", None) != 2:
+            raise ValueError(
+                "The auxiliary router losses leave padding out and so need an attention_mask of shape "
+                f"(batch, sequence), got {getattr(attention_mask, 'shape', type(attention_mask).__name__)}: pass that, "
+                "or None when nothing is padded."
+            )
+        return attention_mask[:, -sequence_length:]
+
+
+class PathMoEForSequenceClassification(GenericForSequenceClassification, PathMoEPreTrainedModel):
+    """The decoder with a classifier on its last token. No auxiliary router loss is added."""
+
+
+class PathMoEForTokenClassification(GenericForTokenClassification, PathMoEPreTrainedModel):
+    """The decoder with a classifier on every token. No auxiliary router loss is added."""
+
+
+class PathMoEForQuestionAnswering(GenericForQuestionAnswering, PathMoEPreTrainedModel):
+    """The decoder with start and end scores on every token. No auxiliary router loss is added."""
+
+
+# The generic heads build their decoder through `AutoModel`, also where this file was loaded from the Hub.
+AutoModel.register(PathMoEConfig, PathMoEModel, exist_ok=True)
+
+
+__all__ = [
+    "PathMoEForCausalLM",
+    "PathMoEForQuestionAnswering",
+    "PathMoEForSequenceClassification",
+    "PathMoEForTokenClassification",
+    "PathMoEModel",
+    "PathMoEPreTrainedModel",
+]
