@@ -19,6 +19,7 @@ from .modeling_pathmoe import (
     PathMoEModel,
     PathMoEPreTrainedModel,
 )
+from .paths import record_paths
 from .routing_pathmoe import PathMoERouter, load_balancing_loss, register_router, router_z_loss
 
 
@@ -51,6 +52,7 @@ __all__ = [
     "PathMoEPreTrainedModel",
     "PathMoERouter",
     "load_balancing_loss",
+    "record_paths",
     "register",
     "register_router",
     "router_z_loss",

@@ -76,7 +76,15 @@ class PathMoESparseMoeBlock(nn.Module):
         shape = hidden_states.shape
         hidden_states = hidden_states.view(-1, shape[-1])
         top_k_weights, top_k_index, router_state = route(hidden_states, router_state)
-        hidden_states = self.experts(hidden_states, top_k_index, top_k_weights)
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            # The experts' kernels ignore autocast: float32 weights would run in float32, slowly and in silence.
+            dtype = torch.get_autocast_dtype(device_type)
+            weights = {name: parameter.to(dtype) for name, parameter in self.experts.named_parameters()}
+            inputs = (hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
+            hidden_states = torch.func.functional_call(self.experts, weights, inputs)
+        else:
+            hidden_states = self.experts(hidden_states, top_k_index, top_k_weights)
         return hidden_states.view(shape), router_state
 
 
@@ -201,8 +209,8 @@ class PathMoEModel(PathMoEPreTrainedModel):
         """What a layer is handed instead of a router, so that no router is registered in two places.
 
         Returns:
-            `Callable`: `(hidden_states (T, D), state) -> (weights (T, k), indices (T, k), state)`, all on the device of
-            `hidden_states`, which may not be the router's when the layers are spread over devices.
+            `Callable`: `(hidden_states (T, D), state) -> (weights (T, k), indices (T, k), state)`, all on the device
+            of `hidden_states`, which may not be the router's when the layers are spread over devices.
         """
         router = self.routers[str(self.config.layer_to_block[layer_idx])]
 
@@ -214,7 +222,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
         return route
 
     def _refuse_reentrant_checkpointing(self):
-        """Reentrant checkpointing runs the layers without a graph: what they do to shared routers is lost in silence."""
+        """Reentrant checkpointing runs the layers without a graph, and what that loses of shared routers is silent."""
         checkpoint = getattr(self.layers[0], "_gradient_checkpointing_func", None)
         if not (self.training and self.gradient_checkpointing and checkpoint.keywords.get("use_reentrant")):
             return
@@ -241,14 +249,14 @@ class PathMoEModel(PathMoEPreTrainedModel):
         """Runs the decoder.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Token ids; this or `inputs_embeds`.
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Token ids.
             attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, *optional*): 0 marks padding.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Positions; those after the
                 cache when unset.
             past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, D)`, *optional*): Instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return the cache.
-            **kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions`, and what the attention takes.
+            **kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions`; what the attention takes.
 
         Returns:
             `MoeModelOutputWithPast`: `last_hidden_state` of shape `(batch, sequence, D)`, and on request
@@ -282,10 +290,11 @@ class PathMoEModel(PathMoEPreTrainedModel):
 
         hidden_states, router_state = inputs_embeds, None
         for layer_idx, decoder_layer in enumerate(self.layers):
+            # What needs gradients goes by position, or reentrant checkpointing would backpropagate through it twice.
             outputs = decoder_layer(
                 hidden_states,
-                route=self._route_of_layer(layer_idx),
-                router_state=router_state,
+                self._route_of_layer(layer_idx),
+                router_state,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -419,9 +428,9 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             return None
         if getattr(attention_mask, "ndim", None) != 2:
             raise ValueError(
-                "The auxiliary router losses leave padding out and so need an attention_mask of shape "
-                f"(batch, sequence), got {getattr(attention_mask, 'shape', type(attention_mask).__name__)}: pass that, "
-                "or None when nothing is padded."
+                "The auxiliary router losses leave padding out and so need an attention_mask of shape (batch, "
+                f"sequence), got {getattr(attention_mask, 'shape', type(attention_mask).__name__)}: pass that, or "
+                "None when nothing is padded."
             )
         return attention_mask[:, -sequence_length:]
 

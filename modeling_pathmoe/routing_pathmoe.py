@@ -142,9 +142,7 @@ def load_balancing_loss(
     return torch.stack(losses).mean()
 
 
-def router_z_loss(
-    router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def router_z_loss(router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Router z-loss: the mean over tokens and layers of logsumexp(logits)² (ST-MoE, arXiv 2202.08906, equation 5).
 
     Args:

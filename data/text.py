@@ -1,0 +1,255 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""From a data source to blocks of token ids: load, train a tokenizer, tokenise, pack."""
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+END_OF_TEXT = "<|endoftext|>"
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv", ".arrow": "arrow"}
+
+
+class DataError(ValueError):
+    """The data cannot be used as asked. The message says what was found and what to do."""
+
+
+def load_text(
+    dataset: str,
+    split: str,
+    text_column: str = "text",
+    config: str | None = None,
+    data_files: str | list[str] | dict | None = None,
+    streaming: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Dataset | IterableDataset:
+    """Loads one split of a text data set and checks that it holds text.
+
+    Args:
+        dataset (`str`): A file (.txt, .jsonl, .json, .parquet, .csv, .arrow), a folder written by `save_to_disk`, or
+            whatever `datasets.load_dataset` takes: a builder such as `"json"` with `data_files`, or a Hub name.
+        split (`str`): Name of the split. A lone file is the split that is asked for.
+        text_column (`str`): Column that holds the text.
+        config (`str`, *optional*): Configuration name of a Hub data set.
+        data_files (`str`, `list` or `dict`, *optional*): As for `load_dataset`; relative to the working directory.
+        streaming (`bool`): Whether to read as it goes instead of preparing all of it first.
+        cache_dir (`str` or `Path`, *optional*): Where `datasets` keeps what it prepares.
+
+    Returns:
+        `Dataset` or `IterableDataset`: The split, with only its text column.
+
+    Raises:
+        DataError: If a file or the split or the column is missing, or there is no text in it.
+    """
+    path = Path(dataset)
+    if path.suffix in BUILDERS:
+        dataset, data_files = BUILDERS[path.suffix], {split: dataset}
+    for entry in data_files.values() if isinstance(data_files, dict) else [data_files]:
+        for file in [entry] if isinstance(entry, str) else entry or []:
+            if "://" not in file and not glob.glob(file, recursive=True):
+                raise DataError(f"data file {file!r} does not exist (looked in {Path.cwd()}).")
+    if isinstance(data_files, dict) and split not in data_files:
+        raise DataError(f"data_files has no split {split!r}, only {sorted(data_files)}.")
+
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        data = load_from_disk(str(path))
+        if isinstance(data, DatasetDict):
+            if split not in data:
+                raise DataError(f"{dataset} has no split {split!r}, only {sorted(data)}.")
+            data = data[split]
+        if streaming:
+            data = data.to_iterable_dataset()
+    else:
+        try:
+            data = load_dataset(
+                dataset,
+                config,
+                data_files=data_files,
+                split=split,
+                streaming=streaming,
+                cache_dir=None if cache_dir is None else str(cache_dir),
+            )
+        except Exception as error:
+            raise DataError(f"could not load split {split!r} of data set {dataset!r}: {error}") from error
+
+    first = next(iter(data), None)
+    if first is None:
+        raise DataError(f"split {split!r} of {path} is empty.")
+    if text_column not in first:
+        raise DataError(f"split {split!r} of {path} has no column {text_column!r}, only {sorted(first)}.")
+    if not isinstance(first[text_column], str):
+        kind = type(first[text_column]).__name__
+        raise DataError(f"column {text_column!r} of {path} holds {kind}, not text: choose another text_column.")
+    return data.select_columns([text_column])
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer whose one special token begins, ends and pads.
+
+    Args:
+        texts (`Iterable[str]`): Documents.
+        vocab_size (`int`): Size of the vocabulary; at least 257, the bytes and the special token.
+
+    Raises:
+        DataError: If `vocab_size` cannot hold all bytes.
+    """
+    if vocab_size < 257:
+        raise DataError(f"vocab_size={vocab_size} is too small for a byte-level tokenizer: it needs at least 257.")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each document, with the end-of-text token after it."""
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [document + [tokenizer.eos_token_id] for document in ids]
+
+
+def pack(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    text_column: str,
+    sequence_length: int,
+    cache_dir: str | Path,
+) -> np.ndarray:
+    """Tokenises all documents and lays them end to end in blocks, with nothing padded.
+
+    The token ids are kept in `cache_dir` and used again for the same text, tokenizer and length.
+
+    Args:
+        dataset (`Dataset`): Documents.
+        tokenizer (`PreTrainedTokenizerBase`): With an end-of-text token, which ends every document.
+        text_column (`str`): Column that holds the text.
+        sequence_length (`int`): Tokens in a block.
+        cache_dir (`str` or `Path`): Where the token ids are kept.
+
+    Returns:
+        `np.ndarray` of shape `(blocks, sequence_length)`, int32, memory-mapped. The last tokens that do not fill a
+        block are left out.
+
+    Raises:
+        DataError: If the text is shorter than one block.
+    """
+    vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, str(tokenizer.backend_tokenizer)]
+    identity = json.dumps([dataset._fingerprint, text_column, sequence_length, vocabulary])
+    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    file = Path(cache_dir) / f"tokens-{name}.npy"
+    if not file.exists():
+        chunks = [
+            np.fromiter((token for document in _encode(batch[text_column], tokenizer) for token in document), np.int32)
+            for batch in tqdm(
+                dataset.iter(batch_size=1000), total=-(-len(dataset) // 1000), desc="tokenise", disable=None
+            )
+        ]
+        tokens = np.concatenate(chunks)
+        blocks = len(tokens) // sequence_length
+        if blocks == 0:
+            raise DataError(
+                f"the text has {len(tokens)} tokens, fewer than one sequence of sequence_length={sequence_length}: "
+                "give more text or shorten the sequence."
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial.npy")
+        np.save(partial, tokens[: blocks * sequence_length].reshape(blocks, sequence_length))
+        partial.rename(file)
+    return np.load(file, mmap_mode="r")
+
+
+class PackedBlocks:
+    """Endless batches of packed blocks, in another order in each epoch.
+
+    All ranks together read the same order whatever their number, so a run's data does not depend on how it is spread.
+
+    Args:
+        blocks (`np.ndarray` of shape `(blocks, sequence_length)`): Token ids, from [`pack`].
+        seed (`int`): Seed of the order.
+        rank (`int`): This process.
+        world_size (`int`): Number of processes.
+    """
+
+    def __init__(self, blocks: np.ndarray, seed: int, rank: int = 0, world_size: int = 1):
+        self.blocks, self.seed, self.rank, self.world_size = blocks, seed, rank, world_size
+        self.position = 0
+        self._epoch, self._order = None, None
+
+    def next_batch(self, rows: int) -> torch.Tensor:
+        """The next `rows` blocks of this rank, as an int64 tensor of shape `(rows, sequence_length)`."""
+        start = self.position + self.rank * rows
+        self.position += self.world_size * rows
+        return torch.from_numpy(np.stack([self._row(i) for i in range(start, start + rows)]).astype(np.int64))
+
+    def _row(self, index: int) -> np.ndarray:
+        epoch, index = divmod(index, len(self.blocks))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.blocks))
+        return self.blocks[self._order[index]]
+
+    def state_dict(self) -> dict:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict):
+        self.position = state["position"]
+
+
+class PackedStream:
+    """Endless batches of packed blocks, read from a stream in the stream's own order.
+
+    Args:
+        dataset (`IterableDataset`): Documents; this rank's part of them.
+        tokenizer (`PreTrainedTokenizerBase`): With an end-of-text token, which ends every document.
+        text_column (`str`): Column that holds the text.
+        sequence_length (`int`): Tokens in a block.
+    """
+
+    def __init__(
+        self, dataset: IterableDataset, tokenizer: PreTrainedTokenizerBase, text_column: str, sequence_length: int
+    ):
+        self.dataset, self.tokenizer = dataset, tokenizer
+        self.text_column, self.sequence_length = text_column, sequence_length
+        self._rest, self._documents = [], None
+
+    def read(self) -> Iterator[list[int]]:
+        """The blocks of what is left of this pass over the stream."""
+        for document in self.dataset:
+            self._rest += _encode([document[self.text_column]], self.tokenizer)[0]
+            while len(self._rest) >= self.sequence_length:
+                block, self._rest = self._rest[: self.sequence_length], self._rest[self.sequence_length :]
+                yield block
+
+    def next_batch(self, rows: int) -> torch.Tensor:
+        """The next `rows` blocks, as an int64 tensor of shape `(rows, sequence_length)`."""
+        return torch.tensor([self._next_block() for _ in range(rows)])
+
+    def _next_block(self) -> list[int]:
+        for _ in range(2):
+            if self._documents is None:
+                self._documents = self.read()
+            if (block := next(self._documents, None)) is not None:
+                return block
+            self._documents = None
+        raise DataError(f"a whole pass over the stream gave less than one sequence of {self.sequence_length} tokens.")
+
+    def state_dict(self) -> dict:
+        return {"dataset": self.dataset.state_dict(), "rest": self._rest}
+
+    def load_state_dict(self, state: dict):
+        self.dataset.load_state_dict(state["dataset"])
+        self._rest, self._documents = state["rest"], None

@@ -1,0 +1,74 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""What a configuration costs: parameters and FLOPs per token.
+
+python -m modeling_pathmoe.accounting configuration/model/*.json
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from .configuration_pathmoe import PathMoEConfig
+
+
+def _build_on_meta(config: PreTrainedConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
+    """Counts the parameters of a causal language model without allocating them.
+
+    Args:
+        config (`PreTrainedConfig`): The model's configuration: a PathMoE, another MoE or a dense model.
+
+    Returns:
+        `dict`: `total`; `active`, those that one token meets (k of E experts, everything else whole, the embedding
+        matrices too, as the paper counts); `router`, those of all routers; `embedding`, those of the input embedding.
+    """
+    model = _build_on_meta(config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    active_experts = experts * config.num_experts_per_tok // config.num_experts if experts else 0
+    total = sum(sizes.values())
+    return {
+        "total": total,
+        "active": total - experts + active_experts,
+        "router": sum(size for name, size in sizes.items() if ".routers." in name),
+        "embedding": model.get_input_embeddings().weight.numel(),
+    }
+
+
+def forward_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> int:
+    """Floating-point operations of one token's forward pass; training costs three times that.
+
+    Two per active weight that takes part in a matrix product (the output head does, the lookup in the input embedding
+    does not, a router does once for each of its layers), and 4 · heads · head_dim · S / 2 per layer for causal
+    attention over S tokens (arXiv 2204.02311, appendix B).
+
+    Args:
+        config (`PreTrainedConfig`): The model's configuration.
+        sequence_length (`int`): S, in tokens.
+    """
+    count = count_parameters(config)
+    weights = count["active"] - (0 if config.tie_word_embeddings else count["embedding"])
+    if isinstance(config, PathMoEConfig):
+        for router in _build_on_meta(config).model.routers.values():
+            weights += (len(router.layers) - 1) * sum(parameter.numel() for parameter in router.parameters())
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim * sequence_length
+    return 2 * weights + attention
+
+
+def main(files: list[str]):
+    print(f"{'configuration':<42}{'total':>16}{'active':>16}{'router':>12}{'MFLOP/token':>14}")
+    for file in files:
+        config = PathMoEConfig.from_json_file(file)
+        count = count_parameters(config)
+        flops = forward_flops_per_token(config, config.max_position_embeddings)
+        print(f"{file:<42}{count['total']:>16,}{count['active']:>16,}{count['router']:>12,}{flops / 1e6:>14,.1f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
