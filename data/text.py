@@ -79,7 +79,9 @@ def load_text(
                 cache_dir=None if cache_dir is None else str(cache_dir),
             )
         except Exception as error:
-            raise DataError(f"could not load split {split!r} of data set {dataset!r}: {error}") from error
+            reason = f"{error} {error.__cause__ or ''}".strip() or type(error).__name__
+            source = dataset if data_files is None else f"{dataset} {data_files}"
+            raise DataError(f"could not load split {split!r} of {source}: {reason}") from error
 
     first = next(iter(data), None)
     if first is None:
@@ -244,12 +246,15 @@ class PackedStream:
                 self._documents = self.read()
             if (block := next(self._documents, None)) is not None:
                 return block
+            # The next pass is another epoch to the stream; within the same one it would start where it was resumed.
             self._documents = None
+            self.dataset.set_epoch(self.dataset.epoch + 1)
         raise DataError(f"a whole pass over the stream gave less than one sequence of {self.sequence_length} tokens.")
 
     def state_dict(self) -> dict:
         return {"dataset": self.dataset.state_dict(), "rest": self._rest}
 
     def load_state_dict(self, state: dict):
+        self.dataset.set_epoch(state["dataset"]["epoch"])
         self.dataset.load_state_dict(state["dataset"])
         self._rest, self._documents = state["rest"], None

@@ -51,10 +51,12 @@ def forward_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> i
         config (`PreTrainedConfig`): The model's configuration.
         sequence_length (`int`): S, in tokens.
     """
+    model = _build_on_meta(config)
     count = count_parameters(config)
     weights = count["active"] - (0 if config.tie_word_embeddings else count["embedding"])
+    weights -= sum(parameter.numel() for parameter in model.parameters() if parameter.ndim < 2)
     if isinstance(config, PathMoEConfig):
-        for router in _build_on_meta(config).model.routers.values():
+        for router in model.model.routers.values():
             weights += (len(router.layers) - 1) * sum(parameter.numel() for parameter in router.parameters())
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim * sequence_length

@@ -421,6 +421,11 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        # Decoding has no use for router losses, and with a static cache not the two-dimensional mask that they need.
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        return inputs | {"output_router_logits": False}
+
     @staticmethod
     def _token_mask(attention_mask: torch.Tensor | None, sequence_length: int) -> torch.Tensor | None:
         """The mask of the tokens that were routed in this forward: not of those in the cache."""

@@ -1,15 +1,16 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import os
 
-import pytest
-import torch
 
-from modeling_pathmoe import PathMoEConfig
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; read when the libraries are imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from modeling_pathmoe import PathMoEConfig  # noqa: E402
 
 
-# No test may depend on a network; and two workers on two cores must not fight over them.
-os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # two workers on two cores must not fight over them
 
 
 TINY = {

@@ -1,0 +1,136 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from data.quickstart import DOCUMENT_LENGTH, split_document
+from data.text import DataError, PackedBlocks, PackedStream, load_text, pack, train_tokenizer
+
+
+TEXTS = [f"Document {i}: the quick brown fox jumps {i * 7 % 13} times over it.\n" * (1 + i % 4) for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, vocab_size=300)
+
+
+def flat_tokens(tokenizer):
+    ids = []
+    for text in TEXTS:
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return ids
+
+
+def test_trained_tokenizer_survives_saving_and_gives_back_any_text(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "Grüße,\t世界! 🙂\n\nthe quick fox"
+    assert reloaded.decode(reloaded(text)["input_ids"]) == text
+    assert len(reloaded) <= 300
+
+
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_packing_lays_documents_end_to_end_and_drops_only_the_tail(tokenizer, tmp_path, length):
+    blocks = pack(Dataset.from_dict({"text": TEXTS}), tokenizer, "text", length, tmp_path)
+    expected = flat_tokens(tokenizer)
+    assert blocks.reshape(-1).tolist() == expected[: len(expected) // length * length]
+
+
+def test_packed_tokens_are_kept_for_the_same_text_and_not_for_another(tokenizer, tmp_path):
+    data = Dataset.from_dict({"text": TEXTS})
+    pack(data, tokenizer, "text", 16, tmp_path)
+    (file,) = tmp_path.glob("tokens-*.npy")
+    written = file.stat().st_mtime_ns
+    pack(data, tokenizer, "text", 16, tmp_path)
+    assert file.stat().st_mtime_ns == written
+    pack(Dataset.from_dict({"text": TEXTS[1:]}), tokenizer, "text", 16, tmp_path)
+    assert len(list(tmp_path.glob("tokens-*.npy"))) == 2
+
+
+@given(blocks=st.integers(1, 30), rows=st.integers(1, 5), world=st.integers(1, 3), seed=st.integers(0, 9))
+def test_ranks_together_read_each_block_once_an_epoch_in_one_order(blocks, rows, world, seed):
+    data = np.arange(blocks)[:, None]
+    readers = [PackedBlocks(data, seed, rank, world) for rank in range(world)]
+    single = PackedBlocks(data, seed)
+    batches = -(-2 * blocks // (rows * world))
+    together = [row for _ in range(batches) for reader in readers for row in reader.next_batch(rows)[:, 0].tolist()]
+    assert together == single.next_batch(batches * rows * world)[:, 0].tolist()
+    assert sorted(together[:blocks]) == sorted(together[blocks : 2 * blocks]) == list(range(blocks))
+
+
+def test_stream_gives_the_blocks_of_packing(tokenizer, tmp_path):
+    data = Dataset.from_dict({"text": TEXTS})
+    stream = PackedStream(data.to_iterable_dataset(), tokenizer, "text", 16)
+    blocks = pack(data, tokenizer, "text", 16, tmp_path)
+    assert stream.next_batch(len(blocks)).tolist() == blocks.tolist()
+
+
+@pytest.mark.parametrize("before", [0, 1, 5, 40])
+def test_stream_resumes_from_its_state(tokenizer, before):
+    def new():
+        return PackedStream(Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(), tokenizer, "text", 16)
+
+    stream = new()
+    for _ in range(before):
+        stream.next_batch(1)
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = new()
+    resumed.load_state_dict(state)
+    # Far enough to pass into the next epoch.
+    assert resumed.next_batch(200).tolist() == stream.next_batch(200).tolist()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt", ".csv", "folder"])
+def test_every_local_format_loads_the_same_text(tmp_path, suffix):
+    texts = ["one line", "another line"]
+    data = Dataset.from_dict({"text": texts, "source": ["a", "b"]})
+    path = tmp_path / ("folder" if suffix == "folder" else f"file{suffix}")
+    {
+        ".jsonl": lambda: data.to_json(path),
+        ".parquet": lambda: data.to_parquet(path),
+        ".txt": lambda: path.write_text("\n".join(texts)),
+        ".csv": lambda: data.to_csv(path),
+        "folder": lambda: data.save_to_disk(path),
+    }[suffix]()
+    for streaming in (False, True):
+        loaded = load_text(str(path), "train", streaming=streaming, cache_dir=tmp_path / "cache")
+        assert [document["text"] for document in loaded] == texts
+
+
+def test_bad_sources_are_named(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "wrong.jsonl").write_text('{"body": "x"}\n')
+    (tmp_path / "numbers.jsonl").write_text('{"text": 3}\n')
+    for source, complaint in (
+        ("missing.jsonl", "missing.jsonl' does not exist"),
+        ("empty.jsonl", "empty.jsonl"),
+        ("wrong.jsonl", r"no column 'text', only \['body'\]"),
+        ("numbers.jsonl", "holds int, not text"),
+    ):
+        with pytest.raises(DataError, match=complaint):
+            load_text(str(tmp_path / source), "train", cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match=r"no split 'test', only \['train'\]"):
+        load_text("json", "test", data_files={"train": str(tmp_path / "wrong.jsonl")})
+
+
+def test_text_shorter_than_a_sequence_is_refused(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="fewer than one sequence of sequence_length=64"):
+        pack(Dataset.from_dict({"text": ["short"]}), tokenizer, "text", 64, tmp_path)
+    stream = PackedStream(Dataset.from_dict({"text": ["x"]}).to_iterable_dataset(), tokenizer, "text", 64)
+    with pytest.raises(DataError, match="less than one sequence of 64 tokens"):
+        stream.next_batch(1)
+
+
+@given(st.lists(st.text("ab ", max_size=3000), max_size=12))
+def test_splitting_a_document_loses_no_word(paragraphs):
+    text = "\n".join(paragraphs)
+    parts = list(split_document(text))
+    assert " ".join(parts).split() == text.split()
+    longest = max(map(len, paragraphs), default=0)
+    assert all(len(part) <= max(DOCUMENT_LENGTH, longest) + 1 for part in parts)

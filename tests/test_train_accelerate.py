@@ -1,0 +1,275 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_accelerate
+from data.text import DataError
+from train_accelerate import INTERRUPTED, RecipeError, main, parse_recipe
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A function that writes a recipe for a tiny model and returns the arguments that run it."""
+    folder = tmp_path_factory.mktemp("recipe")
+    model = {
+        "model_type": "pathmoe", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 16,
+        "num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 64, "router_block_size": 2,
+    }  # fmt: skip
+    (folder / "model.json").write_text(json.dumps(model))
+    lines = [f"{i} plus {j} is {i + j}; " * 6 for i in range(20) for j in range(20)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+
+    def make(output_dir, **fields):
+        values = {
+            "model": str(folder / "model.json"), "dataset": str(folder / "text.jsonl"), "sequence_length": 32,
+            "batch_size": 8, "micro_batch_size": 8, "max_steps": 6, "learning_rate": 1e-2, "log_every": 1,
+            "eval_sequences": 10, "output_dir": str(output_dir),
+        } | fields  # fmt: skip
+        file = folder / f"{Path(output_dir).name}-{len(list(folder.iterdir()))}.yaml"
+        file.write_text(yaml.safe_dump(values))
+        return ["--config", str(file)]
+
+    return make
+
+
+def launch(args, *launcher, **environment):
+    """Starts the script as a user would."""
+    command = [sys.executable, *launcher, str(ROOT / "train_accelerate.py"), *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def metrics(folder, *, key="loss"):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def weights(folder):
+    return load_file(Path(folder) / "final" / "model.safetensors")
+
+
+def assert_same_weights(a, b, **tolerance):
+    torch.testing.assert_close(weights(a), weights(b), **tolerance)
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "trained"
+    assert main(recipe(folder)) == 0
+    return folder
+
+
+def test_run_writes_the_documented_metrics_and_learns(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "lr", "tokens", "tokens_per_s"} <= set(lines[0])
+    assert set(lines[-1]) == {"step", "eval_loss", "eval_perplexity"}
+    assert lines[0]["tokens"] == 8 * 32
+    losses = list(metrics(trained).values())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_final_folder_loads_generates_and_has_a_card(trained):
+    model = AutoModelForCausalLM.from_pretrained(trained / "final")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "final")
+    ids = tokenizer("1 plus", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+    card = (trained / "final" / "README.md").read_text()
+    assert (
+        "AutoModelForCausalLM.from_pretrained" in card and "validation perplexity" in card and "max_steps: 6" in card
+    )
+    assert len(list((trained / "final").glob("*_pathmoe.py"))) == 3
+
+
+def test_reported_validation_loss_is_that_of_the_saved_model(trained, recipe):
+    parsed = parse_recipe(recipe(trained))
+    accelerator = train_accelerate.build_accelerator(parsed)
+    _, _, held_out = train_accelerate.build_data(parsed, accelerator, 300)
+    model = AutoModelForCausalLM.from_pretrained(trained / "final").eval()
+    batch = torch.from_numpy(held_out.astype("int64"))
+    with torch.no_grad():
+        loss = model(batch, labels=batch).loss.item()
+    assert metrics(trained, key="eval_loss")[6] == pytest.approx(loss, abs=1e-5)
+
+
+def test_accumulated_micro_batches_equal_one_batch_also_with_router_losses(recipe, tmp_path):
+    overrides = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
+    main(recipe(tmp_path / "whole", model_overrides=overrides))
+    main(recipe(tmp_path / "parts", model_overrides=overrides, micro_batch_size=2))
+    # The load-balancing loss is not linear in the batch, so the two are near and not equal: only the first loss is.
+    assert metrics(tmp_path / "parts")[1] == pytest.approx(metrics(tmp_path / "whole")[1], abs=1e-5)
+    main(recipe(tmp_path / "whole0"))
+    main(recipe(tmp_path / "parts0", micro_batch_size=2))
+    assert metrics(tmp_path / "parts0") == pytest.approx(metrics(tmp_path / "whole0"), abs=1e-4)
+
+
+def test_reported_loss_leaves_the_router_losses_out(trained, recipe, tmp_path):
+    main(recipe(tmp_path / "aux", model_overrides={"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0}))
+    assert metrics(tmp_path / "aux")[1] == pytest.approx(metrics(trained)[1], abs=1e-5)
+    assert metrics(tmp_path / "aux")[6] != pytest.approx(metrics(trained)[6], abs=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signalled_run_saves_and_resumes_to_the_same_bits(recipe, tmp_path, number):
+    args = recipe(tmp_path / "whole", max_steps=40, micro_batch_size=4, schedule="wsd", decay_steps=10)
+    process = launch(args)
+    assert process.wait() == 0
+    args = args + ["--output_dir", str(tmp_path / "cut")]
+    process = launch(args)
+    while not (tmp_path / "cut" / "metrics.jsonl").exists() or len(metrics(tmp_path / "cut")) < 3:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate()
+    assert process.returncode == INTERRUPTED, output
+    assert not (tmp_path / "cut" / "final").exists()
+    process = launch([*args, "--resume", "auto"])
+    output, _ = process.communicate()
+    assert process.returncode == 0 and "resumed from" in output, output
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_streamed_run_resumes_to_the_same_bits(recipe, tmp_path):
+    whole = recipe(tmp_path / "whole", streaming=True, checkpoint_every=3, max_steps=6)
+    main(whole)
+    cut = recipe(tmp_path / "cut", streaming=True, checkpoint_every=3, max_steps=6)
+    main(cut)
+    for folder in ("final", "checkpoints/step-00000006"):
+        subprocess.run(["rm", "-r", tmp_path / "cut" / folder], check=True)
+    main([*cut, "--resume", "auto"])
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
+
+
+def test_finished_run_is_not_trained_again(trained, recipe):
+    before = (trained / "metrics.jsonl").read_text()
+    assert main([*recipe(trained), "--resume", "auto"]) == 0
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_run_is_not_overwritten_or_resumed_with_another_recipe(trained, recipe):
+    with pytest.raises(RecipeError, match="pass --resume auto"):
+        main(recipe(trained))
+    with pytest.raises(RecipeError, match="learning_rate: 0.01 → 0.5"):
+        main([*recipe(trained), "--resume", "auto", "--learning_rate", "0.5"])
+    with pytest.raises(RecipeError, match="is no checkpoint of"):
+        main([*recipe(trained), "--resume", "nowhere"])
+
+
+def test_checkpoint_that_was_not_finished_is_not_used(trained, recipe):
+    (trained / "checkpoints" / "step-00000009.partial").mkdir()
+    parsed = parse_recipe([*recipe(trained), "--resume", "auto"])
+    assert train_accelerate.find_checkpoint(parsed).name == "step-00000006"
+
+
+def test_only_the_last_checkpoints_are_kept(recipe, tmp_path):
+    main(recipe(tmp_path / "run", checkpoint_every=1, keep_last=2))
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000005", "step-00000006"]
+
+
+def test_goes_on_from_a_checkpoint_with_its_tokenizer(trained, recipe, tmp_path):
+    main(recipe(tmp_path / "on", model=str(trained / "final")))
+    assert metrics(tmp_path / "on")[1] < metrics(trained)[1] - 0.5
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return str(listener.getsockname()[1])
+
+
+def test_two_processes_train_the_model_of_one(recipe, tmp_path, trained):
+    config = ROOT / "configuration" / "accelerate" / "ddp.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", free_port()]
+    process = launch(recipe(tmp_path / "two", micro_batch_size=4), *launcher)
+    output, _ = process.communicate()
+    assert process.returncode == 0 and "MULTI_CPU x 2" in output, output
+    assert metrics(tmp_path / "two") == pytest.approx(metrics(trained), abs=1e-4)
+    assert metrics(tmp_path / "two", key="eval_loss") == pytest.approx(metrics(trained, key="eval_loss"), abs=1e-4)
+
+
+def test_sharding_that_is_not_in_force_stops_the_run(recipe, tmp_path):
+    config = ROOT / "configuration" / "accelerate" / "fsdp.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", free_port()]
+    process = launch(recipe(tmp_path / "sharded", micro_batch_size=4), *launcher)
+    output, _ = process.communicate()
+    assert process.returncode != 0 and "engine='fsdp' was asked for but Accelerate runs 'ddp' on cpu" in output
+    assert not (tmp_path / "sharded" / "metrics.jsonl").exists()
+
+
+def test_engine_of_the_recipe_must_be_in_force(recipe, tmp_path):
+    with pytest.raises(RecipeError, match="engine='ddp' was asked for but Accelerate runs 'cpu'"):
+        main(recipe(tmp_path / "run", engine="ddp"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"lerning_rate": 1.0}, "lerning_rate is no field of a recipe. Did you mean learning_rate"),
+        ({"max_steps": 0}, "max_steps=0 must be at least 1"),
+        ({"max_steps": "many"}, "max_steps"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be a number"),
+        ({"schedule": "linear"}, "schedule='linear' must be one of cosine, wsd"),
+        ({"schedule": "wsd"}, "decay_steps=0 with schedule='wsd'"),
+        ({"warmup_steps": 7}, "do not fit into max_steps=6"),
+        ({"precision": "fp8"}, "precision='fp8' must be one of fp32, bf16"),
+        ({"batch_size": 9}, "batch_size=9 must be a multiple of micro_batch_size=8"),
+        ({"model": "nowhere.json"}, "model='nowhere.json': there is no such file"),
+        ({"model_overrides": {"num_experts_per_tok": 9}}, "num_experts_per_tok=9 must not exceed num_experts=8"),
+        ({"model_overrides": {"num_expert": 9}}, r"model_overrides has \['num_expert'\], no fields of a pathmoe"),
+        ({"sequence_length": 65}, "exceeds the model's max_position_embeddings=64"),
+        ({"tokenizer": "nowhere"}, "tokenizer='nowhere' could not be loaded"),
+    ],
+)
+def test_wrong_recipe_is_refused_by_field_value_and_fix(recipe, tmp_path, fields, complaint):
+    with pytest.raises((RecipeError, DataError), match=complaint):
+        main(recipe(tmp_path / "run", **fields))
+
+
+def test_bad_data_is_reported_before_there_is_a_model(recipe, tmp_path, monkeypatch):
+    def no_model(*args):
+        raise AssertionError("the model was built before the data was read")
+
+    monkeypatch.setattr(train_accelerate, "build_model", no_model)
+    (tmp_path / "short.jsonl").write_text('{"text": "short"}\n' * 5)
+    with pytest.raises(DataError, match="fewer than one sequence"):
+        main(recipe(tmp_path / "run", dataset=str(tmp_path / "short.jsonl"), holdout_every=3))
+    (tmp_path / "single.jsonl").write_text('{"text": "one document"}\n')
+    with pytest.raises(DataError, match="too few documents to hold out every 40th"):
+        main(recipe(tmp_path / "single", dataset=str(tmp_path / "single.jsonl")))
+
+
+def test_command_line_overrides_the_recipe(recipe, tmp_path):
+    args = [
+        *recipe(tmp_path),
+        "--learning_rate",
+        "1e-4",
+        "--model_overrides",
+        "{num_experts: 4}",
+        "--streaming",
+        "true",
+    ]
+    parsed = parse_recipe(args)
+    assert (parsed.learning_rate, parsed.model_overrides, parsed.streaming) == (1e-4, {"num_experts": 4}, True)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configuration" / "train").glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_recipe_is_valid_for_its_model(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    train_accelerate.build_config(parse_recipe(["--config", str(file)]))
