@@ -43,8 +43,8 @@ from transformers import (
     get_wsd_schedule,
 )
 
-import modeling_pathmoe  # noqa: F401  (registers PathMoE with the Auto classes)
 from data.text import DataError, PackedBlocks, PackedStream, load_text, pack, train_tokenizer
+from modeling_pathmoe import update_selection_bias
 from modeling_pathmoe.accounting import count_parameters, forward_flops_per_token
 
 
@@ -557,6 +557,7 @@ def train(recipe: Recipe, accelerator: Accelerator, model, optimizer, scheduler,
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
+        update_selection_bias(accelerator.unwrap_model(model))
 
         steps_timed += 1
         last = step == recipe.max_steps

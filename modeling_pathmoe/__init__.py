@@ -20,7 +20,7 @@ from .modeling_pathmoe import (
     PathMoEPreTrainedModel,
 )
 from .paths import record_paths
-from .routing_pathmoe import PathMoERouter, load_balancing_loss, register_router, router_z_loss
+from .routing_pathmoe import PathMoERouter, load_balancing_loss, register_router, router_z_loss, update_selection_bias
 
 
 def register():
@@ -56,4 +56,5 @@ __all__ = [
     "register",
     "register_router",
     "router_z_loss",
+    "update_selection_bias",
 ]

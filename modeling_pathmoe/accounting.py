@@ -5,8 +5,10 @@ python -m modeling_pathmoe.accounting configuration/model/*.json
 """
 
 import sys
+from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .configuration_pathmoe import PathMoEConfig
@@ -44,8 +46,8 @@ def forward_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> i
     """Floating-point operations of one token's forward pass; training costs three times that.
 
     Two per active weight that takes part in a matrix product (the output head does, the lookup in the input embedding
-    does not, a router does once for each of its layers), and 4 · heads · head_dim · S / 2 per layer for causal
-    attention over S tokens (arXiv 2204.02311, appendix B).
+    does not), what the routers do in all their layers, and 4 · heads · head_dim · S / 2 per layer for causal attention
+    over S tokens (arXiv 2204.02311, appendix B).
 
     Args:
         config (`PreTrainedConfig`): The model's configuration.
@@ -54,23 +56,41 @@ def forward_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> i
     model = _build_on_meta(config)
     count = count_parameters(config)
     weights = count["active"] - (0 if config.tie_word_embeddings else count["embedding"])
-    weights -= sum(parameter.numel() for parameter in model.parameters() if parameter.ndim < 2)
-    if isinstance(config, PathMoEConfig):
-        for router in model.model.routers.values():
-            weights += (len(router.layers) - 1) * sum(parameter.numel() for parameter in router.parameters())
+    weights -= sum(p.numel() for name, p in model.named_parameters() if p.ndim < 2 or ".routers." in name)
+    router_flops = _router_flops(model) if isinstance(config, PathMoEConfig) else 0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim * sequence_length
-    return 2 * weights + attention
+    return 2 * weights + router_flops + attention
+
+
+def _router_flops(model: torch.nn.Module) -> int:
+    """Floating-point operations of all routers for one token, counted by torch on the routers themselves."""
+    with FlopCounterMode(display=False) as counter:
+        state = None
+        for router in model.model.routers.values():
+            for layer_idx in router.layers[:1] if router.shares_decision else router.layers:
+                token = torch.empty(1, router.hidden_size, device="meta")
+                _, state = router.compute_logits(token, layer_idx, state)
+    return counter.get_total_flops()
 
 
 def main(files: list[str]):
-    print(f"{'configuration':<42}{'total':>16}{'active':>16}{'router':>12}{'MFLOP/token':>14}")
-    for file in files:
+    print("| configuration | total | active | routers | MFLOP per token | total, relative | FLOP, relative |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    first = None
+    for file in dict.fromkeys(files):
         config = PathMoEConfig.from_json_file(file)
         count = count_parameters(config)
         flops = forward_flops_per_token(config, config.max_position_embeddings)
-        print(f"{file:<42}{count['total']:>16,}{count['active']:>16,}{count['router']:>12,}{flops / 1e6:>14,.1f}")
+        first = first or (count["total"], flops)
+        print(
+            f"| {Path(file).stem} | {count['total']:,} | {count['active']:,} | {count['router']:,} "
+            f"| {flops / 1e6:,.1f} "
+            f"| {count['total'] / first[0] - 1:+.3%} | {flops / first[1] - 1:+.3%} |"
+        )
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main(sys.argv[1:])

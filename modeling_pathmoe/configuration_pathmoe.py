@@ -1,6 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """PathMoE model configuration."""
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -30,7 +32,16 @@ class PathMoEConfig(PreTrainedConfig):
         router_block_size (`int` or `list[int]`, defaults to 4): How many consecutive layers share a router: one
             number (a last block may be shorter; at least L means one router for all), or the size of each block. 1 is
             the usual independent routing. 4 is the paper's best.
-        router_type (`str`, defaults to `"linear"`): How a router scores the experts; see `register_router`.
+        router_type (`str`, defaults to `"linear"`): How a router scores the experts: `"linear"`, `"cosine"`,
+            `"low_rank"`, `"recurrent"`, `"random"`, or a name given to `register_router`.
+        router_sharing (`str`, defaults to `"parameters"`): What a block shares: the router's `"parameters"`, so that
+            each layer routes its own hidden state (PathMoE), or the `"decision"` of its first layer (Mono).
+        router_dim (`int`, *optional*): Width of the cosine router's projection (E / 2 when unset) or of the recurrent
+            router's state (128 when unset).
+        router_rank (`int`, defaults to 8): Rank of each layer's own term in the low-rank router.
+        router_bias_update_rate (`float`, defaults to 0.0): Step of the auxiliary-loss-free balancing (arXiv
+            2408.15664, which uses 0.001): above 0 a bias on the choice of experts, moved by `update_selection_bias`
+            after each optimizer step.
         router_aux_loss_coef (`float`, defaults to 0.0): Coefficient of the load-balancing loss while training. The
             paper trains PathMoE without it; its independent baseline uses 0.01.
         router_z_loss_coef (`float`, defaults to 0.0): Coefficient of the router z-loss while training.
@@ -100,6 +111,10 @@ class PathMoEConfig(PreTrainedConfig):
     norm_topk_prob: bool = True
     router_block_size: int | list[int] = 4
     router_type: str = "linear"
+    router_sharing: Literal["parameters", "decision"] = "parameters"
+    router_dim: int | None = None
+    router_rank: int = 8
+    router_bias_update_rate: float = 0.0
     router_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
     output_router_logits: bool = False
@@ -136,6 +151,11 @@ class PathMoEConfig(PreTrainedConfig):
     def layer_to_block(self) -> list[int]:
         """The block of each layer, which is the index of its router."""
         return [block for block, layers in enumerate(self.router_blocks) for _ in layers]
+
+    @property
+    def trains_router_balance(self) -> bool:
+        """Whether training needs the router logits: for an auxiliary loss or for the load of a selection bias."""
+        return any((self.router_aux_loss_coef, self.router_z_loss_coef, self.router_bias_update_rate))
 
     def validate_sizes(self):
         for name in (
@@ -190,9 +210,24 @@ class PathMoEConfig(PreTrainedConfig):
                 f"router_type={self.router_type!r} is not one of {sorted(ROUTERS)}. If it is a router of your own, "
                 "call modeling_pathmoe.register_router(name, cls) before the config is created or loaded."
             )
+        if self.router_sharing == "decision" and not ROUTERS[self.router_type].can_share_decision:
+            raise ValueError(
+                f"router_sharing='decision' has no meaning with router_type={self.router_type!r}, whose layers route "
+                "differently by design: use 'parameters', or router_type='linear'."
+            )
+        if self.router_dim is not None and self.router_dim < 1:
+            raise ValueError(f"router_dim={self.router_dim} must be at least 1, or None for the router's default.")
+        if self.router_rank < 0:
+            raise ValueError(f"router_rank={self.router_rank} must not be negative; 0 is the linear router.")
 
     def validate_coefficients(self):
-        for name in ("router_aux_loss_coef", "router_z_loss_coef", "initializer_range", "rms_norm_eps"):
+        for name in (
+            "router_aux_loss_coef",
+            "router_z_loss_coef",
+            "router_bias_update_rate",
+            "initializer_range",
+            "rms_norm_eps",
+        ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative; 0 switches it off.")
 

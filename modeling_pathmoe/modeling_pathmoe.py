@@ -29,7 +29,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import (
+    OutputRecorder,
+    capture_outputs,
+    install_all_output_capturing_hooks,
+)
 
 from .configuration_pathmoe import PathMoEConfig
 from .routing_pathmoe import ROUTERS, PathMoERouter, load_balancing_loss, router_z_loss
@@ -77,7 +81,9 @@ class PathMoESparseMoeBlock(nn.Module):
         hidden_states = hidden_states.view(-1, shape[-1])
         top_k_weights, top_k_index, router_state = route(hidden_states, router_state)
         device_type = hidden_states.device.type
-        if torch.is_autocast_enabled(device_type):
+        # Weights that accelerate has offloaded are on the meta device until the experts' own hook fetches them.
+        offloaded = self.experts.down_proj.device.type == "meta"
+        if torch.is_autocast_enabled(device_type) and not offloaded:
             # The experts' kernels ignore autocast: float32 weights would run in float32, slowly and in silence.
             dtype = torch.get_autocast_dtype(device_type)
             weights = {name: parameter.to(dtype) for name, parameter in self.experts.named_parameters()}
@@ -155,6 +161,7 @@ class PathMoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, PathMoERouter):
             module.init_weights(std)
+            module.init_selection_bias()
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         implementation = super().get_correct_experts_implementation(requested_experts)
@@ -204,6 +211,9 @@ class PathMoEModel(PathMoEPreTrainedModel):
         self.rotary_emb = PathMoERotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+        if config.output_router_logits or config.trains_router_balance:
+            # Otherwise the first forward that records router logits installs the hooks, which a compiled one cannot do.
+            install_all_output_capturing_hooks(self)
 
     def _route_of_layer(self, layer_idx: int) -> Callable:
         """What a layer is handed instead of a router, so that no router is registered in two places.
@@ -217,7 +227,11 @@ class PathMoEModel(PathMoEPreTrainedModel):
         def route(hidden_states, state):
             _, weights, indices, state = router(hidden_states, layer_idx, state)
             device = hidden_states.device
-            return weights.to(device), indices.to(device), state if state is None else state.to(device)
+            if isinstance(state, tuple):
+                state = tuple(tensor.to(device) for tensor in state)
+            elif state is not None:
+                state = state.to(device)
+            return weights.to(device), indices.to(device), state
 
         return route
 
@@ -377,7 +391,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         lb_coef, z_coef = self.config.router_aux_loss_coef, self.config.router_z_loss_coef
-        train_router = self.training and labels is not None and bool(lb_coef or z_coef)
+        balance = self.training and labels is not None and self.config.trains_router_balance
 
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -386,7 +400,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits or train_router,
+            output_router_logits=output_router_logits or balance,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -402,7 +416,11 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
                 outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask
             )
             z_loss = router_z_loss(outputs.router_logits, mask)
-        if train_router:
+            if balance and self.config.router_bias_update_rate:
+                for layer_idx, block in enumerate(self.config.layer_to_block):
+                    router = self.model.routers[str(block)]
+                    router.count_load(outputs.router_logits[layer_idx], layer_idx, mask)
+        if balance and (lb_coef or z_coef):
             router_loss = lb_coef * aux_loss + z_coef * z_loss
             if (num_items_in_batch := kwargs.get("num_items_in_batch")) is not None:
                 # The cross-entropy of a micro-batch counts by its share of the step's targets. So does this loss.

@@ -5,6 +5,8 @@ A router belongs to a block of consecutive layers and is called once per layer o
 PathMoE is that the block owns *one* router. Shapes: T tokens, D hidden size, E experts, k chosen experts.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,6 +24,9 @@ class PathMoERouter(nn.Module):
         layers (`list[int]`): Indices of the layers that share this router, ascending.
     """
 
+    # Whether `router_sharing="decision"` has a meaning: not where layers of a block route differently by design.
+    can_share_decision = True
+
     def __init__(self, config, layers: list[int]):
         super().__init__()
         self.layers = layers
@@ -29,6 +34,12 @@ class PathMoERouter(nn.Module):
         self.num_experts = config.num_experts
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.shares_decision = config.router_sharing == "decision"
+        self.bias_update_rate = config.router_bias_update_rate
+        if self.bias_update_rate:
+            # Saved and never trained, so a buffer: `from_pretrained` would thaw a frozen parameter.
+            self.selection_bias = nn.Buffer(torch.empty(len(layers), self.num_experts))
+            self.load = nn.Buffer(torch.empty(len(layers), self.num_experts), persistent=False)
 
     def compute_logits(
         self, hidden_states: torch.Tensor, layer_idx: int, state: torch.Tensor | None
@@ -49,27 +60,75 @@ class PathMoERouter(nn.Module):
     def init_weights(self, std: float):
         """Initialises all parameters and buffers in place; `std` is the config's `initializer_range`."""
 
+    def init_selection_bias(self):
+        """Sets the selection bias and the counted load to zero."""
+        if self.bias_update_rate:
+            init.zeros_(self.selection_bias)
+            init.zeros_(self.load)
+
+    def choose(self, logits: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k experts of each token and their weights.
+
+        Equal scores go to the lower index on every device, which `torch.topk` does not promise. A selection bias
+        decides who is chosen and leaves the weights alone (arXiv 2408.15664, equation 3).
+
+        Args:
+            logits (`torch.Tensor` of shape `(T, E)`, float32): Scores from `compute_logits`.
+            layer_idx (`int`): The layer that asks.
+
+        Returns:
+            `tuple`: weights `(T, k)` in float32 and expert indices `(T, k)` in int64, best first.
+        """
+        probs = logits.softmax(dim=-1)
+        scores = probs
+        if self.bias_update_rate:
+            scores = probs + self.selection_bias[self.layers.index(layer_idx)].float()
+        indices = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        weights = probs.gather(-1, indices)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights, indices
+
     def forward(
-        self, hidden_states: torch.Tensor, layer_idx: int, state: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self, hidden_states: torch.Tensor, layer_idx: int, state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...] | None]:
         """Routes the tokens of one layer. The arithmetic is float32 in any model dtype and under autocast.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(T, D)`): Normalised input of the layer's experts.
             layer_idx (`int`): The layer that asks.
-            state (`torch.Tensor`, *optional*): The state that this method returned for the layer before.
+            state (`torch.Tensor` or `tuple`, *optional*): The state that this method returned for the layer before.
 
         Returns:
             `tuple`: logits `(T, E)` in float32, weights `(T, k)` in the dtype of `hidden_states`, expert indices
-            `(T, k)` in int64, best first, and the state for the next layer.
+            `(T, k)` in int64, best first, and the state for the next layer. Where a block shares its decision, that is
+            the decision itself, which its later layers repeat.
         """
+        if self.shares_decision and layer_idx != self.layers[0]:
+            return (*state, state)
         # Autocast would turn a float32 matrix product back into bfloat16.
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits, state = self.compute_logits(hidden_states.float(), layer_idx, state)
-            weights, indices = torch.topk(logits.softmax(dim=-1), self.top_k, dim=-1)
-            if self.norm_topk_prob:
-                weights = weights / weights.sum(dim=-1, keepdim=True)
-        return logits, weights.to(hidden_states.dtype), indices, state
+            weights, indices = self.choose(logits, layer_idx)
+        weights = weights.to(hidden_states.dtype)
+        if self.shares_decision:
+            state = (logits, weights, indices)
+        return logits, weights, indices, state
+
+    @torch.no_grad()
+    def count_load(self, logits: torch.Tensor, layer_idx: int, attention_mask: torch.Tensor | None = None):
+        """Adds a layer's choices to the load that the next [`update_selection_bias`] balances.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch · sequence, E)`): The layer's router logits.
+            layer_idx (`int`): The layer.
+            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 marks padding, not counted.
+        """
+        _, indices = self.choose(logits, layer_idx)
+        picked = torch.zeros_like(logits).scatter_(1, indices, 1.0)
+        if attention_mask is not None:
+            picked = picked * attention_mask.reshape(-1, 1).to(picked)
+        self.load[self.layers.index(layer_idx)] += picked.sum(dim=0).to(self.load)
 
     def extra_repr(self) -> str:
         return f"layers={self.layers}, num_experts={self.num_experts}, top_k={self.top_k}"
@@ -90,7 +149,121 @@ class LinearRouter(PathMoERouter):
         init.normal_(self.weight, mean=0.0, std=std)
 
 
-ROUTERS: dict[str, type[PathMoERouter]] = {"linear": LinearRouter}
+class RandomRouter(PathMoERouter):
+    """logits = W x with a W that is drawn once and never trained (Rand-MoE, arXiv 2603.18297)."""
+
+    def __init__(self, config, layers: list[int]):
+        super().__init__(config, layers)
+        # A persistent buffer: `from_pretrained` would thaw a frozen parameter.
+        self.weight = nn.Buffer(torch.empty(self.num_experts, self.hidden_size))
+
+    def compute_logits(self, hidden_states, layer_idx, state):
+        return F.linear(hidden_states, self.weight.float()), state
+
+    def init_weights(self, std):
+        init.normal_(self.weight, mean=0.0, std=std)
+
+
+class CosineRouter(PathMoERouter):
+    """logits = s · cos(P x, e_i): scores on a low-dimensional sphere, with a learned scale s = 1 / temperature.
+
+    Source: X-MoE (arXiv 2204.09179, section 3.2), whose projection has E / 2 dimensions. The scale is learned through
+    its logarithm, starts at 1 / 0.5 and stays below 1 / 0.01, as in X-MoE's implementation in Tutel.
+    """
+
+    def __init__(self, config, layers: list[int]):
+        super().__init__(config, layers)
+        dim = config.router_dim or max(2, self.num_experts // 2)
+        self.projection = nn.Parameter(torch.empty(dim, self.hidden_size))
+        self.expert_embeddings = nn.Parameter(torch.empty(self.num_experts, dim))
+        self.log_scale = nn.Parameter(torch.empty(1))
+
+    def compute_logits(self, hidden_states, layer_idx, state):
+        tokens = F.normalize(F.linear(hidden_states, self.projection.float()), dim=-1)
+        experts = F.normalize(self.expert_embeddings.float(), dim=-1)
+        scale = self.log_scale.float().clamp(max=math.log(1 / 0.01)).exp()
+        return scale * F.linear(tokens, experts), state
+
+    def init_weights(self, std):
+        init.normal_(self.projection, mean=0.0, std=std)
+        init.normal_(self.expert_embeddings, mean=0.0, std=std)
+        init.constant_(self.log_scale, math.log(1 / 0.5))
+
+
+class LowRankRouter(PathMoERouter):
+    """logits = (W + B_l A_l) x: a W shared by the block plus a term of rank r for each layer l (LowRank-MoE).
+
+    Source: the comparison in arXiv 2603.18297. B starts at zero, as in LoRA (arXiv 2106.09685), so that training
+    starts from `linear`; with r = 0 it stays `linear`.
+    """
+
+    can_share_decision = False
+
+    def __init__(self, config, layers: list[int]):
+        super().__init__(config, layers)
+        rank = config.router_rank
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
+        self.down = nn.Parameter(torch.empty(len(layers), rank, self.hidden_size)) if rank else None
+        self.up = nn.Parameter(torch.empty(len(layers), self.num_experts, rank)) if rank else None
+
+    def compute_logits(self, hidden_states, layer_idx, state):
+        logits = F.linear(hidden_states, self.weight.float())
+        if self.down is not None:
+            layer = self.layers.index(layer_idx)
+            low_rank = F.linear(hidden_states, self.down[layer].float())
+            logits = logits + F.linear(low_rank, self.up[layer].float())
+        return logits, state
+
+    def init_weights(self, std):
+        init.normal_(self.weight, mean=0.0, std=std)
+        if self.down is not None:
+            init.normal_(self.down, mean=0.0, std=std)
+            init.zeros_(self.up)
+
+
+class RecurrentRouter(PathMoERouter):
+    """h_l = GRU(P_l x, h_{l-1}), logits = G_l h_l: routing state is carried from layer to layer (Recurrent-MoE).
+
+    Source: RMoE (arXiv 2408.06793, equations 4 to 6): each layer has its own projection P and gate G, the block shares
+    the GRU, and h starts at zero. The state goes on from block to block, and is a token's own: it does not depend on
+    other tokens, on a cache or on packing. `router_dim` (128 when unset; a choice) is the size of h.
+    """
+
+    can_share_decision = False
+
+    def __init__(self, config, layers: list[int]):
+        super().__init__(config, layers)
+        self.dim = config.router_dim or 128
+        self.projection = nn.Parameter(torch.empty(len(layers), self.dim, self.hidden_size))
+        self.gate = nn.Parameter(torch.empty(len(layers), self.num_experts, self.dim))
+        self.weight_ih = nn.Parameter(torch.empty(3 * self.dim, self.dim))
+        self.weight_hh = nn.Parameter(torch.empty(3 * self.dim, self.dim))
+        self.bias_ih = nn.Parameter(torch.empty(3 * self.dim))
+        self.bias_hh = nn.Parameter(torch.empty(3 * self.dim))
+
+    def compute_logits(self, hidden_states, layer_idx, state):
+        layer = self.layers.index(layer_idx)
+        inputs = F.linear(hidden_states, self.projection[layer].float())
+        if state is None:
+            state = inputs.new_zeros(len(inputs), self.dim)
+        weights = (w.float() for w in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
+        state = torch.gru_cell(inputs, state, *weights)
+        return F.linear(state, self.gate[layer].float()), state
+
+    def init_weights(self, std):
+        init.normal_(self.projection, mean=0.0, std=std)
+        init.normal_(self.gate, mean=0.0, std=std)
+        for weight in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh):
+            init.uniform_(weight, -(self.dim**-0.5), self.dim**-0.5)
+
+
+ROUTERS: dict[str, type[PathMoERouter]] = {
+    "linear": LinearRouter,
+    "cosine": CosineRouter,
+    "low_rank": LowRankRouter,
+    "recurrent": RecurrentRouter,
+    "random": RandomRouter,
+}
 
 
 def register_router(name: str, cls: type[PathMoERouter]):
@@ -108,6 +281,26 @@ def register_router(name: str, cls: type[PathMoERouter]):
         raise TypeError(f"register_router({name!r}, cls): cls must be a subclass of PathMoERouter, got {cls!r}.")
     if ROUTERS.setdefault(name, cls) is not cls:
         raise ValueError(f"router_type {name!r} is already registered as {ROUTERS[name]!r}: choose another name.")
+
+
+@torch.no_grad()
+def update_selection_bias(model: nn.Module):
+    """Moves each layer's selection bias against the load since the last call; to be called after an optimizer step.
+
+    b_e ← b_e + u · sign(mean load − load of e), with u the config's `router_bias_update_rate` and the load that of the
+    global batch: all micro-batches since the last call, on all ranks (arXiv 2408.15664, algorithm 1). Does nothing to
+    models without a selection bias.
+
+    Args:
+        model (`torch.nn.Module`): A PathMoE, with or without a head, as it was before it was wrapped.
+    """
+    for router in model.modules():
+        if isinstance(router, PathMoERouter) and router.bias_update_rate:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(router.load)
+            error = router.load.mean(dim=-1, keepdim=True) - router.load
+            router.selection_bias += router.bias_update_rate * error.sign().to(router.selection_bias)
+            router.load.zero_()
 
 
 def load_balancing_loss(

@@ -1,5 +1,6 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import os
+import socket
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; read when the libraries are imported
@@ -36,3 +37,11 @@ def tiny_config():
         return PathMoEConfig(**{**TINY, **overrides})
 
     return make
+
+
+@pytest.fixture
+def free_port():
+    """A port on this machine that nothing listens on, as text."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return str(listener.getsockname()[1])

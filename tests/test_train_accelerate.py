@@ -2,7 +2,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -188,15 +187,9 @@ def test_goes_on_from_a_checkpoint_with_its_tokenizer(trained, recipe, tmp_path)
     assert metrics(tmp_path / "on")[1] < metrics(trained)[1] - 0.5
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return str(listener.getsockname()[1])
-
-
-def test_two_processes_train_the_model_of_one(recipe, tmp_path, trained):
+def test_two_processes_train_the_model_of_one(recipe, tmp_path, trained, free_port):
     config = ROOT / "configuration" / "accelerate" / "ddp.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", free_port()]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", free_port]
     process = launch(recipe(tmp_path / "two", micro_batch_size=4), *launcher)
     output, _ = process.communicate()
     assert process.returncode == 0 and "MULTI_CPU x 2" in output, output
@@ -204,9 +197,9 @@ def test_two_processes_train_the_model_of_one(recipe, tmp_path, trained):
     assert metrics(tmp_path / "two", key="eval_loss") == pytest.approx(metrics(trained, key="eval_loss"), abs=1e-4)
 
 
-def test_sharding_that_is_not_in_force_stops_the_run(recipe, tmp_path):
+def test_sharding_that_is_not_in_force_stops_the_run(recipe, tmp_path, free_port):
     config = ROOT / "configuration" / "accelerate" / "fsdp.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", free_port()]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", free_port]
     process = launch(recipe(tmp_path / "sharded", micro_batch_size=4), *launcher)
     output, _ = process.communicate()
     assert process.returncode != 0 and "engine='fsdp' was asked for but Accelerate runs 'ddp' on cpu" in output
