@@ -1,7 +1,8 @@
 # make demo    trains, evaluates and shows a small PathMoE        (about 15 minutes on 2 cores)
 # make test    runs the tests                                     (under 20 minutes on 2 cores)
 # make conformance   runs transformers' own model tests on ours
-# make lint    checks style
+# make presets       counts the parameters and FLOPs of all presets
+# make lint          checks style
 # Each sets up what it needs in .venv; nothing is done twice.
 
 SHELL := /bin/bash -o pipefail
@@ -14,7 +15,7 @@ DATA := $(RUN)/data/train.jsonl
 GPU := $(shell $(PYTHON) -c "import torch; print(torch.cuda.is_available() or '')" 2>/dev/null)
 VENV_FLAGS := $(if $(GPU),--system-site-packages)
 
-.PHONY: demo test conformance lint clean
+.PHONY: demo test conformance presets lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -26,6 +27,9 @@ test: .venv/.dev .venv/.data
 
 conformance: .venv/.dev
 	$(BIN)/python tests/conformance/run.py $(ARGS)
+
+presets: .venv/.demo
+	@$(BIN)/python -m modeling_pathmoe.accounting configuration/model/indep-moe.json configuration/model/*.json
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

