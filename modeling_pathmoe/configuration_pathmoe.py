@@ -4,6 +4,7 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -114,9 +115,9 @@ class PathMoEConfig(PreTrainedConfig):
     router_sharing: Literal["parameters", "decision"] = "parameters"
     router_dim: int | None = None
     router_rank: int = 8
-    router_bias_update_rate: float = 0.0
-    router_aux_loss_coef: float = 0.0
-    router_z_loss_coef: float = 0.0
+    router_bias_update_rate: float | int = 0.0
+    router_aux_loss_coef: float | int = 0.0
+    router_z_loss_coef: float | int = 0.0
     output_router_logits: bool = False
     qk_norm: bool = True
     attention_bias: bool = False
@@ -219,6 +220,12 @@ class PathMoEConfig(PreTrainedConfig):
             raise ValueError(f"router_dim={self.router_dim} must be at least 1, or None for the router's default.")
         if self.router_rank < 0:
             raise ValueError(f"router_rank={self.router_rank} must not be negative; 0 is the linear router.")
+
+    def validate_layers(self):
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is no activation of transformers, such as 'silu'.")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1.")
 
     def validate_coefficients(self):
         for name in (

@@ -152,6 +152,13 @@ class PathMoEPreTrainedModel(PreTrainedModel):
         "attentions": PathMoEAttention,
     }
 
+    def __init__(self, config: PathMoEConfig, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        # From a local folder, transformers loads the config's file a second time under another module name. The
+        # generic heads build their decoder through `AutoModel`, which must know that copy of the class too.
+        if not isinstance(config, PathMoEConfig):
+            AutoModel.register(type(config), PathMoEModel, exist_ok=True)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -241,10 +248,11 @@ class PathMoEModel(PathMoEPreTrainedModel):
         if not (self.training and self.gradient_checkpointing and checkpoint.keywords.get("use_reentrant")):
             return
         sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in self.routers.parameters())
-        if sharded or self.config.router_aux_loss_coef or self.config.router_z_loss_coef:
+        router_loss = self.config.router_aux_loss_coef or self.config.router_z_loss_coef
+        if sharded or router_loss or self.config.router_sharing == "decision":
             raise ValueError(
                 "Gradient checkpointing with use_reentrant=True gives wrong router gradients when parameters are "
-                "sharded or an auxiliary router loss is on: use "
+                "sharded, an auxiliary router loss is on or router_sharing is 'decision': use "
                 'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
             )
 
