@@ -219,7 +219,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
         if config.output_router_logits or config.trains_router_balance:
-            # Otherwise the first forward that records router logits installs the hooks, which a compiled one cannot do.
+            # Otherwise the first forward that records router logits installs the hooks: a compiled one cannot.
             install_all_output_capturing_hooks(self)
 
     def _route_of_layer(self, layer_idx: int) -> Callable:
