@@ -8,6 +8,8 @@
 SHELL := /bin/bash -o pipefail
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# Threads that spin while they wait cost a busy machine most of its speed.
+export OMP_WAIT_POLICY ?= PASSIVE
 RUN := runs/quickstart
 DATA := $(RUN)/data/train.jsonl
 

@@ -9,13 +9,18 @@ The model ends in OUTPUT_DIR/final, ready for the Hub; metrics are in OUTPUT_DIR
 continues an interrupted run from its newest checkpoint, with the same result as if it had not been interrupted.
 """
 
+import os
+
+
+# Read when torch is imported. Threads that spin while they wait cost a busy machine most of its speed.
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+
 import contextlib
 import dataclasses
 import difflib
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import sys

@@ -245,7 +245,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
     def _refuse_reentrant_checkpointing(self):
         """Reentrant checkpointing runs the layers without a graph, and what that loses of shared routers is silent."""
         checkpoint = getattr(self.layers[0], "_gradient_checkpointing_func", None)
-        if not (self.training and self.gradient_checkpointing and checkpoint.keywords.get("use_reentrant")):
+        if not (self.training and self.gradient_checkpointing and checkpoint.keywords.get("use_reentrant") is True):
             return
         sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in self.routers.parameters())
         router_loss = self.config.router_aux_loss_coef or self.config.router_z_loss_coef
