@@ -48,7 +48,7 @@ TINY.update(json.loads(os.environ.get("PATHMOE_CONFORMANCE_CONFIG", "{}")))
 # Nothing is left out for the default router.
 EXCLUDED = {}
 if TINY.get("router_type") == "random":
-    EXCLUDED["test_init_weights_can_init_buffers"] = "wants two models to have equal buffers; these are drawn at random"
+    EXCLUDED["test_init_weights_can_init_buffers"] = "wants equal buffers in two models; these are random draws"
 if TINY.get("router_sharing") == "decision":
     reason = "the model refuses reentrant checkpointing, which would give routers of a shared decision wrong gradients"
     EXCLUDED["test_training_gradient_checkpointing_use_reentrant_true"] = reason
