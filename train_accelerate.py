@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -51,6 +51,7 @@ from transformers import (
 from data.text import DataError, PackedBlocks, PackedStream, load_text, pack, train_tokenizer
 from modeling_pathmoe import update_selection_bias
 from modeling_pathmoe.accounting import count_parameters, forward_flops_per_token
+from modeling_pathmoe.modeling_pathmoe import check_grouped_mm_rows
 
 
 INTERRUPTED = 75  # exit status of a run that was asked to stop and can be resumed (EX_TEMPFAIL)
@@ -58,6 +59,10 @@ INTERRUPTED = 75  # exit status of a run that was asked to stop and can be resum
 
 class RecipeError(ValueError):
     """The recipe cannot be run as asked. The message names the field, the value and the fix."""
+
+
+class Diverged(ArithmeticError):
+    """The loss or the gradient is not finite any more. No checkpoint of that state was written."""
 
 
 @strict
@@ -83,7 +88,8 @@ class Recipe:
         learning_rate, weight_decay, beta1, beta2, epsilon, max_grad_norm: AdamW and gradient clipping. Matrices decay,
             norms and biases do not.
         schedule (`str`): `"cosine"`, or `"wsd"` (constant, then falling in the last `decay_steps`).
-        warmup_steps (`int`): Steps over which the learning rate rises linearly.
+        warmup_steps, decay_steps (`int` or `float`): Steps over which the learning rate rises linearly and, with
+            `"wsd"`, falls; below 1, a share of `max_steps`.
         min_lr_ratio (`float`): What is left of the learning rate at the end.
         precision (`str`): `"fp32"`, or `"bf16"` (autocast over float32 weights).
         engine (`str`): `"auto"`, or one that must be in force: `"cpu"`, `"gpu"`, `"ddp"`, `"fsdp"`.
@@ -120,8 +126,8 @@ class Recipe:
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     schedule: str = "cosine"
-    warmup_steps: int = 0
-    decay_steps: int = 0
+    warmup_steps: int | float = 0
+    decay_steps: int | float = 0
     min_lr_ratio: float = 0.1
     precision: str = "fp32"
     engine: str = "auto"
@@ -154,19 +160,29 @@ class Recipe:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         for name in ("eval_every", "log_every", "checkpoint_every", "warmup_steps", "decay_steps", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        for name in ("min_lr_ratio", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1.")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length={self.sequence_length} must be at least 2, or nothing is predicted.")
         if self.holdout_every < 2:
             raise ValueError(f"holdout_every={self.holdout_every} must be at least 2, or nothing is left to train on.")
-        if self.warmup_steps + self.decay_steps > self.max_steps:
+        if self.schedule == "cosine" and self.decay_steps:
+            raise ValueError(f"decay_steps={self.decay_steps} means nothing to schedule='cosine': use 'wsd'.")
+        if self.steps("warmup_steps") + self.steps("decay_steps") > self.max_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} do not fit into "
-                f"max_steps={self.max_steps}: shorten them."
+                f"max_steps={self.max_steps}: shorten them, or give them as shares below 1."
             )
         if self.schedule == "wsd" and self.decay_steps == 0:
             raise ValueError("decay_steps=0 with schedule='wsd' never lowers the learning rate: set it above 0.")
+
+    def steps(self, name: str) -> int:
+        """The number of steps that `warmup_steps` or `decay_steps` stands for."""
+        value = getattr(self, name)
+        return round(value * self.max_steps) if 0 < value < 1 else int(value)
 
 
 # A run may be resumed with another value of these.
@@ -183,6 +199,8 @@ def parse_recipe(args: list[str]) -> Recipe:
         RecipeError: If the file or a field is missing, unknown or of the wrong type.
     """
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    if "--help" in args or "-h" in args:
+        sys.exit(f"{__doc__}\n{Recipe.__doc__}")
     given = {}
     for name, value in zip(args[::2], args[1::2]):
         if not name.startswith("--"):
@@ -194,12 +212,12 @@ def parse_recipe(args: list[str]) -> Recipe:
     if config is not None:
         if not Path(config).is_file():
             raise RecipeError(f"--config {config}: there is no such file.")
-        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(config).read_text(encoding="utf-8"), f"--config {config}")
         if not isinstance(values, dict):
             raise RecipeError(f"--config {config} must hold 'field: value' lines.")
     for name, value in given.items():
         text = name in fields and str in getattr(fields[name].type, "__args__", (fields[name].type,))
-        values[name] = value if text and value != "null" and value[:1] not in "{[" else yaml.safe_load(value)
+        values[name] = value if text and value != "null" and value[:1] not in "{[" else parse_yaml(value, name)
     for name, value in values.items():
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
@@ -219,7 +237,14 @@ def parse_recipe(args: list[str]) -> Recipe:
     try:
         return Recipe(**values)
     except StrictDataclassError as error:
-        raise RecipeError(f"{error} {error.__cause__ or ''}".strip()) from error
+        raise RecipeError(str(error.__cause__ or error)) from error
+
+
+def parse_yaml(text: str, what: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{what} is no valid YAML: {error}") from error
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
@@ -234,11 +259,17 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=recipe.tracker,
         project_dir=recipe.output_dir,
+        # The other processes wait while the first one prepares the text.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
     on_cpu = accelerator.device.type == "cpu"
-    found = {DistributedType.NO: "cpu" if on_cpu else "gpu", DistributedType.FSDP: "fsdp"}.get(
-        accelerator.distributed_type, "ddp"
-    )
+    engines = {
+        DistributedType.NO: "cpu" if on_cpu else "gpu",
+        DistributedType.MULTI_CPU: "ddp",
+        DistributedType.MULTI_GPU: "ddp",
+        DistributedType.FSDP: "fsdp",
+    }
+    found = engines.get(accelerator.distributed_type, accelerator.distributed_type.value)
     wanted = recipe.engine
     if wanted == "auto":
         world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -354,10 +385,14 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
     except (StrictDataclassError, OSError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"model={recipe.model!r}: {error} {error.__cause__ or ''}".strip()) from error
-    unknown = set(recipe.model_overrides) - set(type(config)().to_dict())
-    if unknown:
+        raise RecipeError(f"model={recipe.model!r}: {error.__cause__ or error}") from error
+    known = set(type(config)().to_dict()) | set(type(config).attribute_map) | {"model_type", "architectures"}
+    if unknown := set(recipe.model_overrides) - known:
         raise RecipeError(f"model_overrides has {sorted(unknown)}, no fields of a {config.model_type} configuration.")
+    if recipe.model.endswith(".json") and (unknown := set(fields) - known):
+        raise RecipeError(
+            f"model={recipe.model!r} has {sorted(unknown)}, no fields of a {config.model_type} configuration."
+        )
     if recipe.sequence_length > config.max_position_embeddings:
         raise RecipeError(
             f"sequence_length={recipe.sequence_length} exceeds the model's max_position_embeddings="
@@ -398,13 +433,13 @@ def build_optimizer(recipe: Recipe, model: torch.nn.Module):
     )
     if recipe.schedule == "cosine":
         scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, recipe.warmup_steps, recipe.max_steps, min_lr_rate=recipe.min_lr_ratio
+            optimizer, recipe.steps("warmup_steps"), recipe.max_steps, min_lr_rate=recipe.min_lr_ratio
         )
     else:
         scheduler = get_wsd_schedule(
             optimizer,
-            recipe.warmup_steps,
-            recipe.decay_steps,
+            recipe.steps("warmup_steps"),
+            recipe.steps("decay_steps"),
             num_training_steps=recipe.max_steps,
             min_lr_ratio=recipe.min_lr_ratio,
         )
@@ -414,7 +449,7 @@ def build_optimizer(recipe: Recipe, model: torch.nn.Module):
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product, the best of five: what the utilisation is measured against."""
     size = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    a = torch.ones(size, size, device=device, dtype=dtype)  # drawing numbers would change what a resumed run draws
     best = math.inf
     for _ in range(6):
         start = time.perf_counter()
@@ -430,6 +465,9 @@ def evaluate(model, held_out: np.ndarray, recipe: Recipe, accelerator: Accelerat
     Every rank runs equally many forwards, because a sharded model's forward is collective.
     """
     model.eval()
+    # Other MoE models add their balancing loss whenever they return router logits.
+    config = accelerator.unwrap_model(model).config
+    plain = {"output_router_logits": False} if hasattr(config, "output_router_logits") else {}
     rows = recipe.micro_batch_size
     stride = rows * accelerator.num_processes
     totals = torch.zeros(2, dtype=torch.float64)
@@ -437,7 +475,7 @@ def evaluate(model, held_out: np.ndarray, recipe: Recipe, accelerator: Accelerat
     for start in tqdm(starts, desc="validate", leave=False, disable=None if accelerator.is_main_process else True):
         real = held_out[start : start + rows]
         batch = torch.from_numpy(np.array(real if len(real) else held_out[:1], dtype=np.int64)).to(accelerator.device)
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss.double().cpu()
+        loss = model(input_ids=batch, labels=batch, use_cache=False, **plain).loss.double().cpu()
         totals += torch.stack([loss * len(real), torch.tensor(float(len(real)))])
     total, count = accelerator.reduce(totals.to(accelerator.device, torch.float32), reduction="sum").tolist()
     model.train()
@@ -458,7 +496,8 @@ class Checkpoints:
         folder = self.folder / f"step-{step:08d}"
         partial = folder.with_name(folder.name + ".partial")
         self.accelerator.save_state(str(partial))
-        (partial / f"data-{self.accelerator.process_index}.json").write_text(json.dumps(self.batches.state_dict()))
+        state = {"world_size": self.accelerator.num_processes, "batches": self.batches.state_dict()}
+        (partial / f"data-{self.accelerator.process_index}.json").write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             if folder.exists():
@@ -470,9 +509,16 @@ class Checkpoints:
 
     def load(self, folder: Path) -> int:
         """Restores everything and returns the number of steps done."""
+        state = json.loads((folder / "data-0.json").read_text())
+        if isinstance(self.batches, PackedStream):
+            if state["world_size"] != self.accelerator.num_processes:
+                raise RecipeError(
+                    f"{folder} was written by {state['world_size']} processes that each read a part of the stream: "
+                    f"resume with as many, not {self.accelerator.num_processes}."
+                )
+            state = json.loads((folder / f"data-{self.accelerator.process_index}.json").read_text())
         self.accelerator.load_state(str(folder))
-        data = json.loads((folder / f"data-{self.accelerator.process_index}.json").read_text())
-        self.batches.load_state_dict(data)
+        self.batches.load_state_dict(state["batches"])
         return int(folder.name.removeprefix("step-"))
 
 
@@ -495,7 +541,7 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
         checkpoint = Path(recipe.resume)
         if checkpoint not in checkpoints:
             raise RecipeError(f"resume={recipe.resume!r} is no checkpoint of {output / 'checkpoints'}: use 'auto'.")
-    if checkpoint is not None:
+    if (output / "recipe.yaml").exists():
         before = yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8"))
         now = dataclasses.asdict(recipe)
         changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
@@ -525,7 +571,9 @@ class Log:
         self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
 
 
-def train(recipe: Recipe, accelerator: Accelerator, model, optimizer, scheduler, batches, held_out, log, first_step):
+def train(
+    recipe: Recipe, accelerator: Accelerator, model, optimizer, scheduler, batches, held_out, log, first_step, stop
+):
     """Runs the optimizer steps.
 
     Returns:
@@ -537,8 +585,6 @@ def train(recipe: Recipe, accelerator: Accelerator, model, optimizer, scheduler,
     accumulation = recipe.batch_size // (recipe.micro_batch_size * accelerator.num_processes)
     tokens_per_step = recipe.batch_size * recipe.sequence_length
     targets = accumulation * recipe.micro_batch_size * (recipe.sequence_length - 1)
-    stop = StopOnSignal(accelerator)
-
     model.train()
     clock, steps_timed, seconds_per_step = time.perf_counter(), 0, None
     bar = tqdm(
@@ -566,12 +612,16 @@ def train(recipe: Recipe, accelerator: Accelerator, model, optimizer, scheduler,
 
         steps_timed += 1
         last = step == recipe.max_steps
-        if last or (recipe.log_every and step % recipe.log_every == 0):
-            loss = accelerator.reduce(loss_sum, reduction="mean").item()
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {step}: lower learning_rate={recipe.learning_rate}."
+        stopping = stop.requested()
+        logs = last or (recipe.log_every and step % recipe.log_every == 0)
+        saves = last or stopping or (recipe.checkpoint_every and step % recipe.checkpoint_every == 0)
+        if logs or saves:
+            loss, norm = accelerator.reduce(loss_sum, reduction="mean").item(), float(grad_norm)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(
+                    f"loss={loss}, gradient norm={norm} at step {step}: lower learning_rate={recipe.learning_rate}."
                 )
+        if logs:
             seconds_per_step = (time.perf_counter() - clock) / steps_timed
             tokens_per_s = tokens_per_step / seconds_per_step
             utilisation = tokens_per_s * flops / accelerator.num_processes / peak
@@ -585,7 +635,7 @@ def train(recipe: Recipe, accelerator: Accelerator, model, optimizer, scheduler,
                 tokens=step * tokens_per_step,
                 tokens_per_s=tokens_per_s,
                 mfu=utilisation,
-                grad_norm=float(grad_norm),
+                grad_norm=norm,
             )
             clock, steps_timed = time.perf_counter(), 0
         if last or (recipe.eval_every and step % recipe.eval_every == 0):
@@ -594,8 +644,7 @@ def train(recipe: Recipe, accelerator: Accelerator, model, optimizer, scheduler,
             log.write("step {step} | validation loss {eval_loss:.4f} | perplexity {eval_perplexity:.2f}".format(
                 step=step, **metrics), step=step, **metrics)  # fmt: skip
             clock += time.perf_counter() - began
-        stopping = stop.requested()
-        if last or stopping or (recipe.checkpoint_every and step % recipe.checkpoint_every == 0):
+        if saves:
             began = time.perf_counter()
             checkpoints.save(step)
             clock += time.perf_counter() - began
@@ -607,10 +656,11 @@ def train(recipe: Recipe, accelerator: Accelerator, model, optimizer, scheduler,
 def cross_entropy(output, config: PreTrainedConfig, accumulation: int) -> torch.Tensor:
     """The cross-entropy in a micro-batch's loss: what is reported leaves the auxiliary router losses out."""
     loss = output.loss.detach()
+    share = accumulation if config.model_type == "pathmoe" else 1  # others add theirs whole in each micro-batch
     for name, coefficient in (("aux_loss", "router_aux_loss_coef"), ("z_loss", "router_z_loss_coef")):
         value = getattr(output, name, None)
         if value is not None:
-            loss = loss - getattr(config, coefficient, 0.0) * value.detach() / accumulation
+            loss = loss - getattr(config, coefficient, 0.0) * value.detach() / share
     return loss
 
 
@@ -618,10 +668,17 @@ class StopOnSignal:
     """Turns SIGINT and SIGTERM into a stop after the current step, agreed upon by all processes."""
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self._signalled = accelerator, False
+        self.accelerator, self._signalled, self._before = accelerator, False, {}
+
+    def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
-                signal.signal(number, self._handle)
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number, frame):
         self._signalled = True
@@ -698,6 +755,12 @@ def main(args: list[str] | None = None) -> int:
         RecipeError, DataError: If the recipe or the data cannot be used; nothing has been trained then.
     """
     recipe = parse_recipe(sys.argv[1:] if args is None else args)
+    config = build_config(recipe)
+    if config.model_type == "pathmoe" and recipe.precision == "bf16" and recipe.experts_implementation != "eager":
+        try:
+            check_grouped_mm_rows(config, torch.bfloat16)
+        except ValueError as error:
+            raise RecipeError(f"precision='bf16': {error}") from error
     accelerator = build_accelerator(recipe)
     rows = recipe.micro_batch_size * accelerator.num_processes
     if recipe.batch_size % rows:
@@ -705,12 +768,19 @@ def main(args: list[str] | None = None) -> int:
             f"batch_size={recipe.batch_size} must be a multiple of micro_batch_size={recipe.micro_batch_size} times "
             f"{accelerator.num_processes} processes."
         )
-    config = build_config(recipe)
     checkpoint = find_checkpoint(recipe)
     output = Path(recipe.output_dir)
     if checkpoint is not None and int(checkpoint.name[5:]) >= recipe.max_steps and (output / "final").is_dir():
         accelerator.print(f"{output / 'final'} is done: {checkpoint.name} of max_steps={recipe.max_steps}.")
         return 0
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+        # What an earlier run left is not this one's: its result, and its tokenizer if nothing was trained with it.
+        shutil.rmtree(output / "final", ignore_errors=True)
+        if checkpoint is None:
+            shutil.rmtree(output / "tokenizer", ignore_errors=True)
+    accelerator.wait_for_everyone()
 
     tokenizer, batches, held_out = build_data(recipe, accelerator, config.vocab_size)
     model = build_model(recipe, config, tokenizer)
@@ -721,8 +791,6 @@ def main(args: list[str] | None = None) -> int:
     if checkpoint is not None:
         first_step = Checkpoints(recipe, accelerator, batches).load(checkpoint)
         accelerator.print(f"resumed from {checkpoint}")
-    if accelerator.is_main_process:
-        (output / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
     log = Log(recipe, accelerator, first_step)
     count = count_parameters(config)
     accelerator.print(
@@ -730,7 +798,8 @@ def main(args: list[str] | None = None) -> int:
         f"{accelerator.distributed_type.value} x {accelerator.num_processes} on {accelerator.device.type}, "
         f"{recipe.precision}"
     )
-    done = train(recipe, accelerator, model, optimizer, scheduler, batches, held_out, log, first_step)
+    with StopOnSignal(accelerator) as stop:
+        done = train(recipe, accelerator, model, optimizer, scheduler, batches, held_out, log, first_step, stop)
     if done:
         accelerator.print(f"saved {save_final(recipe, accelerator, model, tokenizer)}")
     else:
@@ -742,5 +811,5 @@ def main(args: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (RecipeError, DataError) as error:
+    except (RecipeError, DataError, Diverged) as error:
         sys.exit(f"error: {error}")

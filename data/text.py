@@ -37,7 +37,7 @@ def load_text(
     Args:
         dataset (`str`): A file (.txt, .jsonl, .json, .parquet, .csv, .arrow), a folder written by `save_to_disk`, or
             whatever `datasets.load_dataset` takes: a builder such as `"json"` with `data_files`, or a Hub name.
-        split (`str`): Name of the split. A lone file is the split that is asked for.
+        split (`str`): Name of the split; `"train"` for a lone file. In .txt files, blank lines part the documents.
         text_column (`str`): Column that holds the text.
         config (`str`, *optional*): Configuration name of a Hub data set.
         data_files (`str`, `list` or `dict`, *optional*): As for `load_dataset`; relative to the working directory.
@@ -50,9 +50,20 @@ def load_text(
     Raises:
         DataError: If a file or the split or the column is missing, or there is no text in it.
     """
-    path = Path(dataset)
+    path, options = Path(dataset), {}
     if path.suffix in BUILDERS:
+        if data_files is not None:
+            raise DataError(
+                f"dataset={dataset!r} is a file already: name both files in data_files, with dataset="
+                f"{BUILDERS[path.suffix]!r}."
+            )
+        if split != "train":
+            raise DataError(
+                f"dataset={dataset!r} is one file and has no split {split!r}: name a file for it in data_files."
+            )
         dataset, data_files = BUILDERS[path.suffix], {split: dataset}
+    if dataset == "text":
+        options["sample_by"] = "paragraph"
     for entry in data_files.values() if isinstance(data_files, dict) else [data_files]:
         for file in [entry] if isinstance(entry, str) else entry or []:
             if "://" not in file and not glob.glob(file, recursive=True):
@@ -66,6 +77,8 @@ def load_text(
             if split not in data:
                 raise DataError(f"{dataset} has no split {split!r}, only {sorted(data)}.")
             data = data[split]
+        elif split != "train":
+            raise DataError(f"dataset={dataset!r} was saved without splits, so it has no split {split!r}.")
         if streaming:
             data = data.to_iterable_dataset()
     else:
@@ -77,6 +90,7 @@ def load_text(
                 split=split,
                 streaming=streaming,
                 cache_dir=None if cache_dir is None else str(cache_dir),
+                **options,
             )
         except Exception as error:
             reason = f"{error} {error.__cause__ or ''}".strip() or type(error).__name__
@@ -121,6 +135,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of each document, with the end-of-text token after it."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"the text column holds {text!r} where a text should be: remove or fill such rows.")
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [document + [tokenizer.eos_token_id] for document in ids]
 

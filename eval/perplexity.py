@@ -134,9 +134,9 @@ def perplexity(
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if not texts:
         raise ValueError("There is no document.")
-    for i, text in enumerate(texts):
-        if not text:
-            raise ValueError(f"Document {i} is empty: remove it.")
+    given, texts = len(texts), [text for text in texts if text]
+    if not texts:
+        raise ValueError(f"All {given} documents are empty.")
 
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -176,6 +176,7 @@ def perplexity(
         "nll": nll,
         **counts,
         "documents": len(texts),
+        "empty_documents": given - len(texts),
         "settings": {
             "max_length": max_length,
             "stride": stride,

@@ -66,7 +66,8 @@ def result_rows(run: Path) -> list[tuple[str, str]]:
     if (run / "lm_eval").exists():
         for task, metrics in load_results(run / "lm_eval").items():
             for metric, (value, stderr) in metrics.items():
-                rows.append((f"{task} {metric}", f"{value:.3f} ± {stderr:.3f}"))
+                error = "" if stderr is None else f" ± {stderr:.3f}"
+                rows.append((f"{task} {metric}", f"{value:.3f}{error}"))
     return rows
 
 

@@ -27,7 +27,8 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
 
     Returns:
         `dict`: `total`; `active`, those that one token meets (k of E experts, everything else whole, the embedding
-        matrices too, as the paper counts); `router`, those of all routers; `embedding`, those of the input embedding.
+        matrices too, as the paper counts); `router`, those of a PathMoE's routers; `embedding`, those of the input
+        embedding.
     """
     model = _build_on_meta(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -53,8 +54,7 @@ def forward_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> i
         config (`PreTrainedConfig`): The model's configuration.
         sequence_length (`int`): S, in tokens.
     """
-    model = _build_on_meta(config)
-    count = count_parameters(config)
+    count, model = count_parameters(config), _build_on_meta(config)
     weights = count["active"] - (0 if config.tie_word_embeddings else count["embedding"])
     weights -= sum(p.numel() for name, p in model.named_parameters() if p.ndim < 2 or ".routers." in name)
     router_flops = _router_flops(model) if isinstance(config, PathMoEConfig) else 0

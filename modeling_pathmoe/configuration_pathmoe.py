@@ -135,8 +135,13 @@ class PathMoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and self.num_attention_heads > 0:
+        heads = self.num_attention_heads
+        if self.head_dim is None and heads > 0 and self.hidden_size % heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        router = ROUTERS.get(self.router_type)
+        if self.router_sharing == "decision" or (router is not None and router.carries_state):
+            # A stage of a pipeline passes on hidden states alone, and the routing would lose its state there.
+            self.base_model_pp_plan = None
         super().__post_init__(**kwargs)
 
     @property
@@ -182,7 +187,7 @@ class PathMoEConfig(PreTrainedConfig):
                 f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}: every key and value head "
                 "serves the same number of query heads."
             )
-        if self.head_dim == self.hidden_size // heads and self.hidden_size % heads:
+        if self.head_dim is None:
             raise ValueError(
                 f"num_attention_heads={heads} must divide hidden_size={self.hidden_size}, or set head_dim explicitly."
             )

@@ -67,6 +67,22 @@ class PathMoEExperts(Qwen3MoeExperts):
     """SwiGLU experts, held as `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F)."""
 
 
+def check_grouped_mm_rows(config: PathMoEConfig, dtype: torch.dtype):
+    """Refuses experts whose rows grouped_mm cannot take.
+
+    Raises:
+        ValueError: If a row of the hidden or the intermediate states is not a multiple of 16 bytes in `dtype`.
+    """
+    for name in ("hidden_size", "moe_intermediate_size"):
+        width = getattr(config, name)
+        if width * dtype.itemsize % 16:
+            raise ValueError(
+                f"{name}={width} in {dtype} makes rows of {width * dtype.itemsize} bytes, but the grouped_mm experts "
+                f"need multiples of 16: choose a multiple of {16 // dtype.itemsize}, or pass "
+                'experts_implementation="eager".'
+            )
+
+
 class PathMoESparseMoeBlock(nn.Module):
     """The experts of one layer. The router that chooses among them belongs to the layer's block."""
 
@@ -86,6 +102,8 @@ class PathMoESparseMoeBlock(nn.Module):
         if torch.is_autocast_enabled(device_type) and not offloaded:
             # The experts' kernels ignore autocast: float32 weights would run in float32, slowly and in silence.
             dtype = torch.get_autocast_dtype(device_type)
+            if self.experts.config._experts_implementation == "grouped_mm":
+                check_grouped_mm_rows(self.experts.config, dtype)
             weights = {name: parameter.to(dtype) for name, parameter in self.experts.named_parameters()}
             inputs = (hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
             hidden_states = torch.func.functional_call(self.experts, weights, inputs)
@@ -158,6 +176,8 @@ class PathMoEPreTrainedModel(PreTrainedModel):
         # generic heads build their decoder through `AutoModel`, which must know that copy of the class too.
         if not isinstance(config, PathMoEConfig):
             AutoModel.register(type(config), PathMoEModel, exist_ok=True)
+        if config.router_bias_update_rate:
+            self._keep_in_fp32_modules_strict = ["selection_bias"]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -175,14 +195,7 @@ class PathMoEPreTrainedModel(PreTrainedModel):
         if implementation == "grouped_mm":
             # While the model is being built its dtype is torch's default one; afterwards that of its weights.
             dtype = self.dtype if next(self.parameters(), None) is not None else torch.get_default_dtype()
-            for name in ("hidden_size", "moe_intermediate_size"):
-                width = getattr(self.config, name)
-                if width * dtype.itemsize % 16:
-                    raise ValueError(
-                        f"{name}={width} in {dtype} makes rows of {width * dtype.itemsize} bytes, but the grouped_mm "
-                        f"experts need multiples of 16: choose a multiple of {16 // dtype.itemsize}, or pass "
-                        'experts_implementation="eager".'
-                    )
+            check_grouped_mm_rows(self.config, dtype)
         return implementation
 
     def save_pretrained(self, *args, **kwargs):

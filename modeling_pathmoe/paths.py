@@ -52,18 +52,26 @@ def record_paths(model: PreTrainedModel) -> Iterator[PathTrace]:
     decoder = model.base_model
     if not hasattr(decoder, "routers"):
         raise TypeError(f"record_paths needs a PathMoE, got {type(model).__name__}, which has no routers of its own.")
-    trace, layers = PathTrace(), []
+    trace, layers, running = PathTrace(), [], False
+
+    def on_start(decoder, args):
+        nonlocal running
+        layers.clear()
+        running = True
 
     def on_route(router, args, output):
-        layers.append(output[2].detach())
+        if running:  # and not when a backward pass computes a layer again
+            layers.append(output[2].detach())
 
     def on_forward(decoder, args, kwargs, output):
+        nonlocal running
+        running = False
         input_ids = args[0] if args else kwargs.get("input_ids")
         attention_mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         experts = torch.stack([indices.to("cpu", torch.int16) for indices in layers], dim=1)
         layers.clear()
         token_ids = torch.full(experts.shape[:1], -1) if input_ids is None else input_ids.reshape(-1).cpu()
-        if attention_mask is not None:
+        if getattr(attention_mask, "ndim", None) == 2:  # a static cache makes it 4-D, and then pads nothing
             length = output[0].shape[1]
             real = attention_mask[:, -length:].reshape(-1).bool().cpu()
             experts, token_ids = experts[real], token_ids[real]
@@ -71,6 +79,7 @@ def record_paths(model: PreTrainedModel) -> Iterator[PathTrace]:
         trace._token_ids.append(token_ids)
 
     handles = [router.register_forward_hook(on_route) for router in decoder.routers.values()]
+    handles.append(decoder.register_forward_pre_hook(on_start))
     handles.append(decoder.register_forward_hook(on_forward, with_kwargs=True))
     try:
         yield trace

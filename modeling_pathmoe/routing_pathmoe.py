@@ -26,6 +26,8 @@ class PathMoERouter(nn.Module):
 
     # Whether `router_sharing="decision"` has a meaning: not where layers of a block route differently by design.
     can_share_decision = True
+    # Whether `compute_logits` hands a state from layer to layer. Pipeline stages cannot pass one on.
+    carries_state = False
 
     def __init__(self, config, layers: list[int]):
         super().__init__()
@@ -38,8 +40,18 @@ class PathMoERouter(nn.Module):
         self.bias_update_rate = config.router_bias_update_rate
         if self.bias_update_rate:
             # Saved and never trained, so a buffer: `from_pretrained` would thaw a frozen parameter.
-            self.selection_bias = nn.Buffer(torch.empty(len(layers), self.num_experts))
-            self.load = nn.Buffer(torch.empty(len(layers), self.num_experts), persistent=False)
+            # float32 in any model: the steps of the bias and the counts are too fine for bfloat16.
+            shape = (len(layers), self.num_experts)
+            self.selection_bias = nn.Buffer(torch.empty(shape, dtype=torch.float32))
+            self.load = nn.Buffer(torch.empty(shape, dtype=torch.float32), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: buffer for name, buffer in self.named_buffers() if name in ("selection_bias", "load")}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            if self._buffers[name].dtype != torch.float32:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
 
     def compute_logits(
         self, hidden_states: torch.Tensor, layer_idx: int, state: torch.Tensor | None
@@ -230,6 +242,7 @@ class RecurrentRouter(PathMoERouter):
     """
 
     can_share_decision = False
+    carries_state = True
 
     def __init__(self, config, layers: list[int]):
         super().__init__(config, layers)
@@ -313,8 +326,9 @@ def load_balancing_loss(
 
     For one layer it is E · Σ_e f_e · P_e, where f_e is the mean number of times that a token picks expert e among its
     top k and P_e the mean router probability of e (arXiv 2101.03961, equations 4 to 6). It is k when a layer is
-    perfectly balanced and grows to E when it collapses onto k experts. transformers' function of the same purpose
-    pools all layers first, which calls layers that have each collapsed onto other experts balanced.
+    perfectly balanced and grows to E when it collapses onto k experts. The k best logits count as picked, whatever a
+    selection bias made of them. transformers' function of the same purpose pools all layers first, which calls layers
+    that have each collapsed onto other experts balanced.
 
     Args:
         router_logits (`tuple[torch.Tensor]`): One `(batch · sequence, E)` tensor per layer.

@@ -1,6 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_accelerate
 from data.text import DataError
-from train_accelerate import INTERRUPTED, RecipeError, main, parse_recipe
+from train_accelerate import INTERRUPTED, Diverged, RecipeError, main, parse_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,8 @@ def test_reported_loss_leaves_the_router_losses_out(trained, recipe, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signalled_run_saves_and_resumes_to_the_same_bits(recipe, tmp_path, number):
-    args = recipe(tmp_path / "whole", max_steps=40, micro_batch_size=4, schedule="wsd", decay_steps=10)
+    fields = {"max_steps": 40, "micro_batch_size": 4, "schedule": "wsd", "decay_steps": 0.25}
+    args = recipe(tmp_path / "whole", model_overrides={"attention_dropout": 0.1}, **fields)
     process = launch(args)
     assert process.wait() == 0
     args = args + ["--output_dir", str(tmp_path / "cut")]
@@ -150,7 +152,7 @@ def test_streamed_run_resumes_to_the_same_bits(recipe, tmp_path):
     cut = recipe(tmp_path / "cut", streaming=True, checkpoint_every=3, max_steps=6)
     main(cut)
     for folder in ("final", "checkpoints/step-00000006"):
-        subprocess.run(["rm", "-r", tmp_path / "cut" / folder], check=True)
+        shutil.rmtree(tmp_path / "cut" / folder)
     main([*cut, "--resume", "auto"])
     assert_same_weights(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
 
@@ -159,6 +161,47 @@ def test_finished_run_is_not_trained_again(trained, recipe):
     before = (trained / "metrics.jsonl").read_text()
     assert main([*recipe(trained), "--resume", "auto"]) == 0
     assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_bfloat16_run_trains_float32_weights_to_nearly_the_same_losses(recipe, tmp_path, trained):
+    process = launch(recipe(tmp_path / "low", precision="bf16"))
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert {tensor.dtype for tensor in weights(tmp_path / "low").values()} == {torch.float32}
+    low, full = metrics(tmp_path / "low"), metrics(trained)
+    assert low != full and low == pytest.approx(full, abs=0.05)
+
+
+def test_longer_run_replaces_the_result_of_a_shorter_one(recipe, tmp_path):
+    args = recipe(tmp_path / "run", max_steps=2)
+    main(args)
+    short = weights(tmp_path / "run")
+    main([*args, "--resume", "auto", "--max_steps", "4"])
+    assert any(not torch.equal(tensor, short[name]) for name, tensor in weights(tmp_path / "run").items())
+    assert "max_steps: 4" in (tmp_path / "run" / "final" / "README.md").read_text()
+
+
+def test_tokenizer_of_a_run_that_never_trained_is_not_used(recipe, tmp_path):
+    (tmp_path / "short.jsonl").write_text('{"text": "0123456789 other text"}\n' * 3)
+    with pytest.raises(DataError):
+        main(recipe(tmp_path / "run", dataset=str(tmp_path / "short.jsonl"), holdout_every=3, sequence_length=64))
+    main(recipe(tmp_path / "run", max_steps=1))
+    assert "plus" in " ".join(AutoTokenizer.from_pretrained(tmp_path / "run" / "final").get_vocab())
+
+
+def test_diverged_run_stops_and_keeps_its_last_good_checkpoint(recipe, tmp_path):
+    args = recipe(tmp_path / "run", checkpoint_every=1, log_every=0, max_steps=3, keep_last=1)
+    main(args)
+    for folder in ("final", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(Diverged, match="lower learning_rate="):
+        main([*args, "--learning_rate", "1e30", "--max_grad_norm", "1e30"])
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_signals_are_the_callers_again_after_a_run(trained, recipe):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_run_is_not_overwritten_or_resumed_with_another_recipe(trained, recipe):
@@ -221,6 +264,13 @@ def test_engine_of_the_recipe_must_be_in_force(recipe, tmp_path):
         ({"schedule": "linear"}, "schedule='linear' must be one of cosine, wsd"),
         ({"schedule": "wsd"}, "decay_steps=0 with schedule='wsd'"),
         ({"warmup_steps": 7}, "do not fit into max_steps=6"),
+        ({"decay_steps": 3}, "decay_steps=3 means nothing to schedule='cosine'"),
+        ({"min_lr_ratio": -1.0}, "min_lr_ratio=-1.0 must be from 0 to 1"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan"),
+        (
+            {"precision": "bf16", "model_overrides": {"moe_intermediate_size": 20}},
+            "moe_intermediate_size=20 in torch.bf",
+        ),
         ({"precision": "fp8"}, "precision='fp8' must be one of fp32, bf16"),
         ({"batch_size": 9}, "batch_size=9 must be a multiple of micro_batch_size=8"),
         ({"model": "nowhere.json"}, "model='nowhere.json': there is no such file"),
@@ -266,3 +316,10 @@ def test_command_line_overrides_the_recipe(recipe, tmp_path):
 def test_shipped_recipe_is_valid_for_its_model(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     train_accelerate.build_config(parse_recipe(["--config", str(file)]))
+    parse_recipe(["--config", str(file), "--max_steps", "5"])
+
+
+def test_unknown_field_of_a_model_file_is_refused(recipe, tmp_path):
+    (tmp_path / "model.json").write_text('{"model_type": "pathmoe", "router_blocksize": 1}')
+    with pytest.raises(RecipeError, match=r"has \['router_blocksize'\], no fields of a pathmoe"):
+        main(recipe(tmp_path / "run", model=str(tmp_path / "model.json")))

@@ -88,13 +88,13 @@ def test_stream_resumes_from_its_state(tokenizer, before):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt", ".csv", "folder"])
 def test_every_local_format_loads_the_same_text(tmp_path, suffix):
-    texts = ["one line", "another line"]
+    texts = ["one paragraph", "another paragraph"]
     data = Dataset.from_dict({"text": texts, "source": ["a", "b"]})
     path = tmp_path / ("folder" if suffix == "folder" else f"file{suffix}")
     {
         ".jsonl": lambda: data.to_json(path),
         ".parquet": lambda: data.to_parquet(path),
-        ".txt": lambda: path.write_text("\n".join(texts)),
+        ".txt": lambda: path.write_text("\n\n".join(texts)),
         ".csv": lambda: data.to_csv(path),
         "folder": lambda: data.save_to_disk(path),
     }[suffix]()
@@ -117,6 +117,15 @@ def test_bad_sources_are_named(tmp_path):
             load_text(str(tmp_path / source), "train", cache_dir=tmp_path / "cache")
     with pytest.raises(DataError, match=r"no split 'test', only \['train'\]"):
         load_text("json", "test", data_files={"train": str(tmp_path / "wrong.jsonl")})
+    with pytest.raises(DataError, match="is one file and has no split 'validation'"):
+        load_text(str(tmp_path / "wrong.jsonl"), "validation")
+    with pytest.raises(DataError, match="is a file already"):
+        load_text(str(tmp_path / "wrong.jsonl"), "train", data_files={"validation": "x.jsonl"})
+
+
+def test_row_without_text_is_refused(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="holds None where a text should be"):
+        pack(Dataset.from_dict({"text": ["some text", None]}), tokenizer, "text", 4, tmp_path)
 
 
 def test_text_shorter_than_a_sequence_is_refused(tokenizer, tmp_path):

@@ -151,7 +151,7 @@ def test_training_mode_is_given_back(model, tokenizer, texts):
         ({"max_length": 0}, "max_length=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"texts": []}, "no document"),
-        ({"texts": ["a", ""]}, "Document 1 is empty"),
+        ({"texts": ["", ""]}, "All 2 documents are empty"),
     ],
 )
 def test_settings_that_cannot_work_are_named(model, tokenizer, settings, message):

@@ -33,6 +33,27 @@ def test_generation_with_a_cache_records_each_token_once(tiny_config):
     assert trace.experts.tolist() == whole.experts.tolist()
 
 
+def test_generation_with_a_static_cache_records_the_same(tiny_config):
+    model = PathMoEForCausalLM(tiny_config()).eval()
+    ids = torch.randint(0, 99, (1, 4))
+    traces = []
+    for cache in ("dynamic", "static"):
+        with record_paths(model) as trace:
+            model.generate(ids, max_new_tokens=5, do_sample=False, cache_implementation=cache)
+        traces.append(trace.experts.tolist())
+    assert traces[0] == traces[1]
+
+
+def test_backward_of_checkpointed_layers_is_not_recorded(tiny_config):
+    model = PathMoEForCausalLM(tiny_config()).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.randint(0, 99, (1, 4))
+    with record_paths(model) as trace:
+        for _ in range(2):
+            model(ids, labels=ids).loss.backward()
+    assert trace.experts.shape == (8, 5, 2)
+
+
 def test_nothing_is_recorded_after_the_block(tiny_config):
     model = PathMoEForCausalLM(tiny_config()).eval()
     with record_paths(model) as trace:

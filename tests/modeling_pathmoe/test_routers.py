@@ -299,6 +299,23 @@ def test_bias_update_follows_the_load_of_the_whole_step_without_padding(tiny_con
     assert all(router.load.sum() == 0 for router in model.model.routers.values())
 
 
+def test_bias_and_counts_stay_float32_in_a_bfloat16_model(tiny_config, tmp_path):
+    model = build(tiny_config, router_bias_update_rate=0.001)
+    model.model.routers["0"].selection_bias.fill_(0.6001)
+    model.save_pretrained(tmp_path)
+    for low in (model.to(torch.bfloat16), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)):
+        router = low.model.routers["0"]
+        assert router.weight.dtype == torch.bfloat16
+        assert router.selection_bias.dtype == router.load.dtype == torch.float32
+        assert torch.equal(router.selection_bias, torch.full((2, 8), 0.6001))
+
+
+def test_pipeline_plan_is_offered_only_where_no_state_would_be_lost(tiny_config):
+    assert tiny_config().base_model_pp_plan is not None
+    for fields in ({"router_type": "recurrent"}, {"router_sharing": "decision"}):
+        assert tiny_config(**fields).base_model_pp_plan is None
+
+
 def test_bias_balances_a_collapsed_router(tiny_config):
     """From a start where all tokens go to the same experts, some hundred updates spread them."""
     model = build(tiny_config, router_bias_update_rate=0.01, num_hidden_layers=1).train()
