@@ -66,8 +66,12 @@ def load_text(
         options["sample_by"] = "paragraph"
     for entry in data_files.values() if isinstance(data_files, dict) else [data_files]:
         for file in [entry] if isinstance(entry, str) else entry or []:
-            if "://" not in file and not glob.glob(file, recursive=True):
+            if "://" in file:
+                continue
+            if not (found := glob.glob(file, recursive=True)):
                 raise DataError(f"data file {file!r} does not exist (looked in {Path.cwd()}).")
+            if not any(Path(name).stat().st_size for name in found):
+                raise DataError(f"data file {file!r} is empty.")
     if isinstance(data_files, dict) and split not in data_files:
         raise DataError(f"data_files has no split {split!r}, only {sorted(data_files)}.")
 

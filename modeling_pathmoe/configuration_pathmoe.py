@@ -179,9 +179,8 @@ class PathMoEConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
 
     def validate_attention_heads(self):
+        self.validate_sizes()  # validators run in the order of their names
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads < 1 or kv_heads < 1:
-            return
         if heads % kv_heads:
             raise ValueError(
                 f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}: every key and value head "
@@ -197,6 +196,7 @@ class PathMoEConfig(PreTrainedConfig):
             )
 
     def validate_routing(self):
+        self.validate_sizes()
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must not exceed num_experts={self.num_experts}."

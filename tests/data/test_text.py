@@ -109,7 +109,7 @@ def test_bad_sources_are_named(tmp_path):
     (tmp_path / "numbers.jsonl").write_text('{"text": 3}\n')
     for source, complaint in (
         ("missing.jsonl", "missing.jsonl' does not exist"),
-        ("empty.jsonl", "empty.jsonl"),
+        ("empty.jsonl", "empty.jsonl' is empty"),
         ("wrong.jsonl", r"no column 'text', only \['body'\]"),
         ("numbers.jsonl", "holds int, not text"),
     ):
