@@ -73,7 +73,7 @@ $(RUN)/lm_eval/done: $(RUN)/final/config.json
 	touch $@
 
 $(RUN)/report.md: $(RUN)/perplexity.json $(RUN)/lm_eval/done
-	$(BIN)/python eval/report.py --run $(RUN) --text $(RUN)/data/validation.jsonl
+	$(BIN)/python eval/report.py --run $(RUN) --text $(RUN)/data/validation.jsonl > /dev/null
 
 clean:
 	rm -rf .venv runs build

@@ -365,7 +365,10 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int):
         return tokenizer, batches, np.array(held_out)
     with accelerator.main_process_first():
         batches = PackedBlocks(pack(train, tokenizer, column, length, cache), recipe.seed, rank, world_size)
-        return tokenizer, batches, pack(validation, tokenizer, column, length, cache)[: recipe.eval_sequences]
+        held_out = pack(validation, tokenizer, column, length, cache)
+        # Spread over the whole text, whose sources may follow one another.
+        spread = np.linspace(0, len(held_out) - 1, min(len(held_out), recipe.eval_sequences)).round().astype(int)
+        return tokenizer, batches, held_out[spread]
 
 
 def build_config(recipe: Recipe) -> PreTrainedConfig:

@@ -42,8 +42,8 @@ class PathMoERouter(nn.Module):
             # Saved and never trained, so a buffer: `from_pretrained` would thaw a frozen parameter.
             # float32 in any model: the steps of the bias and the counts are too fine for bfloat16.
             shape = (len(layers), self.num_experts)
-            self.selection_bias = nn.Buffer(torch.empty(shape, dtype=torch.float32))
-            self.load = nn.Buffer(torch.empty(shape, dtype=torch.float32), persistent=False)
+            self.selection_bias = nn.Buffer(torch.zeros(shape, dtype=torch.float32))
+            self.load = nn.Buffer(torch.zeros(shape, dtype=torch.float32), persistent=False)
 
     def _apply(self, fn, recurse=True):
         kept = {name: buffer for name, buffer in self.named_buffers() if name in ("selection_bias", "load")}
