@@ -95,3 +95,11 @@ def test_table_of_presets_is_what_the_command_prints():
         count = count_parameters(PathMoEConfig.from_json_file(file))
         row = f"| {file.stem} | {count['total']:,} | {count['active']:,} | {count['router']:,} |"
         assert row in README
+
+
+def test_figures_are_those_of_the_files_that_the_commands_write():
+    report = (ROOT / "eval" / "results" / "quickstart.md").read_text(encoding="utf-8")
+    assert report.split("\n\nA sample")[0] in README
+    for preset, result in json.loads((ROOT / "benchmarks" / "routers.json").read_text())["results"].items():
+        low, high = result["quartiles"]
+        assert f"| {preset} | {result['relative']:.2f} ({low:.2f} to {high:.2f}) |" in README
