@@ -377,17 +377,15 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
     Raises:
         RecipeError: If there is none, or if it is wrong.
     """
+    if recipe.model.endswith(".json") and not Path(recipe.model).is_file():
+        raise RecipeError(f"model={recipe.model!r}: there is no such file.")
     try:
         if recipe.model.endswith(".json"):
-            if not Path(recipe.model).is_file():
-                raise RecipeError(f"model={recipe.model!r}: there is no such file.")
             fields = json.loads(Path(recipe.model).read_text(encoding="utf-8")) | recipe.model_overrides
             config = AutoConfig.for_model(fields.pop("model_type", "pathmoe"), **fields)
         else:
             config = AutoConfig.from_pretrained(recipe.model, **recipe.model_overrides)
     except (StrictDataclassError, OSError, ValueError) as error:
-        if isinstance(error, RecipeError):
-            raise
         raise RecipeError(f"model={recipe.model!r}: {error.__cause__ or error}") from error
     known = set(type(config)().to_dict()) | set(type(config).attribute_map) | {"model_type", "architectures"}
     if unknown := set(recipe.model_overrides) - known:
@@ -485,18 +483,24 @@ def evaluate(model, held_out: np.ndarray, recipe: Recipe, accelerator: Accelerat
     return {"eval_loss": total / count, "eval_perplexity": math.exp(total / count)}
 
 
+def list_checkpoints(recipe: Recipe) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((Path(recipe.output_dir) / "checkpoints").glob("step-*[0-9]"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps that a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 class Checkpoints:
     """The checkpoints of one run: complete or not there at all, because each is written aside and then renamed."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, batches):
-        self.folder, self.keep_last = Path(recipe.output_dir) / "checkpoints", recipe.keep_last
-        self.accelerator, self.batches = accelerator, batches
-
-    def all(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*[0-9]"))
+        self.recipe, self.accelerator, self.batches = recipe, accelerator, batches
 
     def save(self, step: int):
-        folder = self.folder / f"step-{step:08d}"
+        folder = Path(self.recipe.output_dir) / "checkpoints" / f"step-{step:08d}"
         partial = folder.with_name(folder.name + ".partial")
         self.accelerator.save_state(str(partial))
         state = {"world_size": self.accelerator.num_processes, "batches": self.batches.state_dict()}
@@ -506,7 +510,7 @@ class Checkpoints:
             if folder.exists():
                 shutil.rmtree(folder)
             partial.rename(folder)
-            for old in self.all()[: -self.keep_last]:
+            for old in list_checkpoints(self.recipe)[: -self.recipe.keep_last]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
@@ -522,7 +526,7 @@ class Checkpoints:
             state = json.loads((folder / f"data-{self.accelerator.process_index}.json").read_text())
         self.accelerator.load_state(str(folder))
         self.batches.load_state_dict(state["batches"])
-        return int(folder.name.removeprefix("step-"))
+        return step_of(folder)
 
 
 def find_checkpoint(recipe: Recipe) -> Path | None:
@@ -533,7 +537,7 @@ def find_checkpoint(recipe: Recipe) -> Path | None:
             started from another recipe.
     """
     output = Path(recipe.output_dir)
-    checkpoints = sorted((output / "checkpoints").glob("step-*[0-9]"))
+    checkpoints = list_checkpoints(recipe)
     if recipe.resume is None:
         if (output / "metrics.jsonl").exists():
             raise RecipeError(f"output_dir={recipe.output_dir!r} holds a run: pass --resume auto, or another folder.")
@@ -575,7 +579,17 @@ class Log:
 
 
 def train(
-    recipe: Recipe, accelerator: Accelerator, model, optimizer, scheduler, batches, held_out, log, first_step, stop
+    recipe: Recipe,
+    accelerator: Accelerator,
+    model,
+    optimizer,
+    scheduler,
+    batches,
+    held_out,
+    checkpoints,
+    log,
+    first_step,
+    stop,
 ):
     """Runs the optimizer steps.
 
@@ -584,12 +598,11 @@ def train(
     """
     flops = 3 * forward_flops_per_token(accelerator.unwrap_model(model).config, recipe.sequence_length)
     peak = measure_matmul_peak(accelerator.device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
-    checkpoints = Checkpoints(recipe, accelerator, batches)
     accumulation = recipe.batch_size // (recipe.micro_batch_size * accelerator.num_processes)
     tokens_per_step = recipe.batch_size * recipe.sequence_length
     targets = accumulation * recipe.micro_batch_size * (recipe.sequence_length - 1)
     model.train()
-    clock, steps_timed, seconds_per_step = time.perf_counter(), 0, None
+    clock, steps_timed = time.perf_counter(), 0
     bar = tqdm(
         range(first_step + 1, recipe.max_steps + 1),
         initial=first_step,
@@ -699,10 +712,11 @@ def save_final(recipe: Recipe, accelerator: Accelerator, model, tokenizer: PreTr
     partial = folder.with_name("final.partial")
     state_dict = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(partial, state_dict=state_dict)
+        unwrapped = accelerator.unwrap_model(model)
+        unwrapped.save_pretrained(partial, state_dict=state_dict)
         tokenizer.save_pretrained(partial)
         shutil.copy(Path(recipe.output_dir) / "recipe.yaml", partial)
-        (partial / "README.md").write_text(model_card(recipe), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(recipe, unwrapped.config), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -710,13 +724,12 @@ def save_final(recipe: Recipe, accelerator: Accelerator, model, tokenizer: PreTr
     return folder
 
 
-def model_card(recipe: Recipe) -> str:
+def model_card(recipe: Recipe, config: PreTrainedConfig) -> str:
     """The model card: how to load the model, how it was trained, and the numbers that were measured."""
     lines = (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     trained = [m for m in metrics if "loss" in m][-1]
     evaluated = [m for m in metrics if "eval_loss" in m][-1]
-    config = build_config(recipe)
     count = count_parameters(config)
     blocks = f", router block size {config.router_block_size}" if config.model_type == "pathmoe" else ""
     return f"""---
@@ -773,7 +786,7 @@ def main(args: list[str] | None = None) -> int:
         )
     checkpoint = find_checkpoint(recipe)
     output = Path(recipe.output_dir)
-    if checkpoint is not None and int(checkpoint.name[5:]) >= recipe.max_steps and (output / "final").is_dir():
+    if checkpoint is not None and step_of(checkpoint) >= recipe.max_steps and (output / "final").is_dir():
         accelerator.print(f"{output / 'final'} is done: {checkpoint.name} of max_steps={recipe.max_steps}.")
         return 0
     if accelerator.is_main_process:
@@ -790,9 +803,9 @@ def main(args: list[str] | None = None) -> int:
     optimizer, scheduler = build_optimizer(recipe, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
-    first_step = 0
+    checkpoints, first_step = Checkpoints(recipe, accelerator, batches), 0
     if checkpoint is not None:
-        first_step = Checkpoints(recipe, accelerator, batches).load(checkpoint)
+        first_step = checkpoints.load(checkpoint)
         accelerator.print(f"resumed from {checkpoint}")
     log = Log(recipe, accelerator, first_step)
     count = count_parameters(config)
@@ -802,7 +815,9 @@ def main(args: list[str] | None = None) -> int:
         f"{recipe.precision}"
     )
     with StopOnSignal(accelerator) as stop:
-        done = train(recipe, accelerator, model, optimizer, scheduler, batches, held_out, log, first_step, stop)
+        done = train(
+            recipe, accelerator, model, optimizer, scheduler, batches, held_out, checkpoints, log, first_step, stop
+        )
     if done:
         accelerator.print(f"saved {save_final(recipe, accelerator, model, tokenizer)}")
     else:

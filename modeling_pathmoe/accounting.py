@@ -1,7 +1,9 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """What a configuration costs: parameters and FLOPs per token.
 
-python -m modeling_pathmoe.accounting configuration/model/*.json
+    python -m modeling_pathmoe.accounting configuration/model/indep-moe.json configuration/model/*.json
+
+Parameters and FLOPs are also shown relative to the first file.
 """
 
 import sys
@@ -30,7 +32,11 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
         matrices too, as the paper counts); `router`, those of a PathMoE's routers; `embedding`, those of the input
         embedding.
     """
-    model = _build_on_meta(config)
+    return _count_parameters(_build_on_meta(config))
+
+
+def _count_parameters(model: torch.nn.Module) -> dict[str, int]:
+    config = model.config
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     active_experts = experts * config.num_experts_per_tok // config.num_experts if experts else 0
@@ -54,7 +60,8 @@ def forward_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> i
         config (`PreTrainedConfig`): The model's configuration.
         sequence_length (`int`): S, in tokens.
     """
-    count, model = count_parameters(config), _build_on_meta(config)
+    model = _build_on_meta(config)
+    count = _count_parameters(model)
     weights = count["active"] - (0 if config.tie_word_embeddings else count["embedding"])
     weights -= sum(p.numel() for name, p in model.named_parameters() if p.ndim < 2 or ".routers." in name)
     router_flops = _router_flops(model) if isinstance(config, PathMoEConfig) else 0

@@ -137,7 +137,7 @@ class PathMoEConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         heads = self.num_attention_heads
         if self.head_dim is None and heads > 0 and self.hidden_size % heads == 0:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // heads
         router = ROUTERS.get(self.router_type)
         if self.router_sharing == "decision" or (router is not None and router.carries_state):
             # A stage of a pipeline passes on hidden states alone, and the routing would lose its state there.

@@ -94,7 +94,7 @@ class PathMoERouter(nn.Module):
         probs = logits.softmax(dim=-1)
         scores = probs
         if self.bias_update_rate:
-            scores = probs + self.selection_bias[self.layers.index(layer_idx)].float()
+            scores = probs + self.selection_bias[self.layers.index(layer_idx)]
         indices = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         weights = probs.gather(-1, indices)
         if self.norm_topk_prob:
