@@ -4,12 +4,13 @@
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -137,7 +138,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of each document, with the end-of-text token after it."""
     for text in texts:
         if not isinstance(text, str):
@@ -155,7 +156,8 @@ def pack(
 ) -> np.ndarray:
     """Tokenises all documents and lays them end to end in blocks, with nothing padded.
 
-    The token ids are kept in `cache_dir` and used again for the same text, tokenizer and length.
+    The token ids are kept in `cache_dir` and used again for the same text, tokenizer and length, by any run. Processes
+    that want the same text at the same time wait for the first.
 
     Args:
         dataset (`Dataset`): Documents.
@@ -175,107 +177,21 @@ def pack(
     identity = json.dumps([dataset._fingerprint, text_column, sequence_length, vocabulary])
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     file = Path(cache_dir) / f"tokens-{name}.npy"
-    if not file.exists():
-        chunks = [
-            np.fromiter((token for document in _encode(batch[text_column], tokenizer) for token in document), np.int32)
-            for batch in tqdm(
-                dataset.iter(batch_size=1000), total=-(-len(dataset) // 1000), desc="tokenise", disable=None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # The lock goes away with its process, however that ends.
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            batches = tqdm(dataset.iter(1000), total=-(-len(dataset) // 1000), desc="tokenise", disable=None)
+            tokens = np.concatenate(
+                [np.fromiter(chain(*encode(batch[text_column], tokenizer)), np.int32) for batch in batches]
             )
-        ]
-        tokens = np.concatenate(chunks)
-        blocks = len(tokens) // sequence_length
-        if blocks == 0:
-            raise DataError(
-                f"the text has {len(tokens)} tokens, fewer than one sequence of sequence_length={sequence_length}: "
-                "give more text or shorten the sequence."
-            )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial.npy")
-        np.save(partial, tokens[: blocks * sequence_length].reshape(blocks, sequence_length))
-        partial.rename(file)
+            blocks = len(tokens) // sequence_length
+            if blocks == 0:
+                raise DataError(
+                    f"the text has {len(tokens)} tokens, fewer than one sequence of sequence_length="
+                    f"{sequence_length}: give more text or shorten the sequence."
+                )
+            partial = file.with_suffix(".partial.npy")
+            np.save(partial, tokens[: blocks * sequence_length].reshape(blocks, sequence_length))
+            partial.rename(file)
     return np.load(file, mmap_mode="r")
-
-
-class PackedBlocks:
-    """Endless batches of packed blocks, in another order in each epoch.
-
-    All ranks together read the same order whatever their number, so a run's data does not depend on how it is spread.
-
-    Args:
-        blocks (`np.ndarray` of shape `(blocks, sequence_length)`): Token ids, from [`pack`].
-        seed (`int`): Seed of the order.
-        rank (`int`): This process.
-        world_size (`int`): Number of processes.
-    """
-
-    def __init__(self, blocks: np.ndarray, seed: int, rank: int = 0, world_size: int = 1):
-        self.blocks, self.seed, self.rank, self.world_size = blocks, seed, rank, world_size
-        self.position = 0
-        self._epoch, self._order = None, None
-
-    def next_batch(self, rows: int) -> torch.Tensor:
-        """The next `rows` blocks of this rank, as an int64 tensor of shape `(rows, sequence_length)`."""
-        start = self.position + self.rank * rows
-        self.position += self.world_size * rows
-        return torch.from_numpy(np.stack([self._row(i) for i in range(start, start + rows)]).astype(np.int64))
-
-    def _row(self, index: int) -> np.ndarray:
-        epoch, index = divmod(index, len(self.blocks))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.blocks))
-        return self.blocks[self._order[index]]
-
-    def state_dict(self) -> dict:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict):
-        self.position = state["position"]
-
-
-class PackedStream:
-    """Endless batches of packed blocks, read from a stream in the stream's own order.
-
-    Args:
-        dataset (`IterableDataset`): Documents; this rank's part of them.
-        tokenizer (`PreTrainedTokenizerBase`): With an end-of-text token, which ends every document.
-        text_column (`str`): Column that holds the text.
-        sequence_length (`int`): Tokens in a block.
-    """
-
-    def __init__(
-        self, dataset: IterableDataset, tokenizer: PreTrainedTokenizerBase, text_column: str, sequence_length: int
-    ):
-        self.dataset, self.tokenizer = dataset, tokenizer
-        self.text_column, self.sequence_length = text_column, sequence_length
-        self._rest, self._documents = [], None
-
-    def read(self) -> Iterator[list[int]]:
-        """The blocks of what is left of this pass over the stream."""
-        for document in self.dataset:
-            self._rest += _encode([document[self.text_column]], self.tokenizer)[0]
-            while len(self._rest) >= self.sequence_length:
-                block, self._rest = self._rest[: self.sequence_length], self._rest[self.sequence_length :]
-                yield block
-
-    def next_batch(self, rows: int) -> torch.Tensor:
-        """The next `rows` blocks, as an int64 tensor of shape `(rows, sequence_length)`."""
-        return torch.tensor([self._next_block() for _ in range(rows)])
-
-    def _next_block(self) -> list[int]:
-        for _ in range(2):
-            if self._documents is None:
-                self._documents = self.read()
-            if (block := next(self._documents, None)) is not None:
-                return block
-            # The next pass is another epoch to the stream; within the same one it would start where it was resumed.
-            self._documents = None
-            self.dataset.set_epoch(self.dataset.epoch + 1)
-        raise DataError(f"a whole pass over the stream gave less than one sequence of {self.sequence_length} tokens.")
-
-    def state_dict(self) -> dict:
-        return {"dataset": self.dataset.state_dict(), "rest": self._rest}
-
-    def load_state_dict(self, state: dict):
-        self.dataset.set_epoch(state["dataset"]["epoch"])
-        self.dataset.load_state_dict(state["dataset"])
-        self._rest, self._documents = state["rest"], None

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_accelerate
 from data.text import DataError
-from train_accelerate import INTERRUPTED, Diverged, RecipeError, main, parse_recipe
+from train_accelerate import INTERRUPTED, Diverged, main
+from training.recipe import RecipeError, parse_recipe
 
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,9 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.quickstart import DOCUMENT_LENGTH, split_document
-from data.text import DataError, PackedBlocks, PackedStream, load_text, pack, train_tokenizer
+from data.text import DataError, load_text, pack, train_tokenizer
 
 
 TEXTS = [f"Document {i}: the quick brown fox jumps {i * 7 % 13} times over it.\n" * (1 + i % 4) for i in range(60)]
@@ -53,37 +55,22 @@ def test_packed_tokens_are_kept_for_the_same_text_and_not_for_another(tokenizer,
     assert len(list(tmp_path.glob("tokens-*.npy"))) == 2
 
 
-@given(blocks=st.integers(1, 30), rows=st.integers(1, 5), world=st.integers(1, 3), seed=st.integers(0, 9))
-def test_ranks_together_read_each_block_once_an_epoch_in_one_order(blocks, rows, world, seed):
-    data = np.arange(blocks)[:, None]
-    readers = [PackedBlocks(data, seed, rank, world) for rank in range(world)]
-    single = PackedBlocks(data, seed)
-    batches = -(-2 * blocks // (rows * world))
-    together = [row for _ in range(batches) for reader in readers for row in reader.next_batch(rows)[:, 0].tolist()]
-    assert together == single.next_batch(batches * rows * world)[:, 0].tolist()
-    assert sorted(together[:blocks]) == sorted(together[blocks : 2 * blocks]) == list(range(blocks))
-
-
-def test_stream_gives_the_blocks_of_packing(tokenizer, tmp_path):
-    data = Dataset.from_dict({"text": TEXTS})
-    stream = PackedStream(data.to_iterable_dataset(), tokenizer, "text", 16)
-    blocks = pack(data, tokenizer, "text", 16, tmp_path)
-    assert stream.next_batch(len(blocks)).tolist() == blocks.tolist()
-
-
-@pytest.mark.parametrize("before", [0, 1, 5, 40])
-def test_stream_resumes_from_its_state(tokenizer, before):
-    def new():
-        return PackedStream(Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(), tokenizer, "text", 16)
-
-    stream = new()
-    for _ in range(before):
-        stream.next_batch(1)
-    state = json.loads(json.dumps(stream.state_dict()))
-    resumed = new()
-    resumed.load_state_dict(state)
-    # Far enough to pass into the next epoch.
-    assert resumed.next_batch(200).tolist() == stream.next_batch(200).tolist()
+def test_two_processes_that_pack_the_same_text_share_one_file(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    Dataset.from_dict({"text": TEXTS * 20}).to_json(tmp_path / "text.jsonl")
+    code = """
+from transformers import AutoTokenizer
+from data.text import load_text, pack
+data = load_text("text.jsonl", "train", cache_dir="cache")
+print(pack(data, AutoTokenizer.from_pretrained("tokenizer"), "text", 16, "tokens").sum())
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=subprocess.PIPE) for _ in range(2)
+    ]
+    sums = [process.communicate()[0] for process in both]
+    assert sums[0] == sums[1] and all(process.returncode == 0 for process in both)
+    assert len(list((tmp_path / "tokens").glob("*.npy"))) == 1
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt", ".csv", "folder"])
@@ -131,9 +118,6 @@ def test_row_without_text_is_refused(tokenizer, tmp_path):
 def test_text_shorter_than_a_sequence_is_refused(tokenizer, tmp_path):
     with pytest.raises(DataError, match="fewer than one sequence of sequence_length=64"):
         pack(Dataset.from_dict({"text": ["short"]}), tokenizer, "text", 64, tmp_path)
-    stream = PackedStream(Dataset.from_dict({"text": ["x"]}).to_iterable_dataset(), tokenizer, "text", 64)
-    with pytest.raises(DataError, match="less than one sequence of 64 tokens"):
-        stream.next_batch(1)
 
 
 @given(st.lists(st.text("ab ", max_size=3000), max_size=12))

@@ -1,0 +1,265 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints that are complete or not there at all, hold no pickle, and load on any number of ranks.
+
+step-00000100/
+  shard-*.safetensors   weights and AdamW moments, each rank its part
+  rank-N.json           random state and place in the data of rank N
+  state.json            step, schedule, counters
+  manifest.json         size and CRC-32 of all of these
+"""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from training.recipe import FREE_TO_CHANGE, Recipe, RecipeError
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read. The message names the file and what to do."""
+
+
+def list_checkpoints(recipe: Recipe) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((Path(recipe.output_dir) / "checkpoints").glob("step-*[0-9]"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps that a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def summarise(files: list[Path]) -> dict[str, list[int]]:
+    """Size and CRC-32 of each file."""
+    found = {}
+    for file in files:
+        checksum, size = 0, 0
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 24):
+                checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+        found[file.name] = [size, checksum]
+    return found
+
+
+def find_fault(folder: Path, accelerator: Accelerator) -> str | None:
+    """What is wrong with a checkpoint; `None` when it is whole."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return f"{manifest} is missing"
+    try:
+        expected = json.loads(manifest.read_text())
+    except ValueError:
+        return f"{manifest} is damaged"
+    files = sorted(folder.iterdir())[accelerator.process_index :: accelerator.num_processes]
+    found = dict(gather_object(list(summarise(files).items())))
+    for name, (size, checksum) in expected.items():
+        if name not in found:
+            return f"{folder / name} is missing"
+        if found[name][0] < size:
+            return f"{folder / name} is truncated: {found[name][0]:,} of {size:,} bytes"
+        if found[name] != [size, checksum]:
+            return f"{folder / name} is damaged: its checksum is another"
+    return None
+
+
+def find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to resume from, the newest one that is whole; `None` starts anew.
+
+    Raises:
+        RecipeError: If the folder holds a run and `resume` is not set, if the checkpoint is missing, or if the run was
+            started from another recipe.
+        CheckpointError: If the checkpoint that was asked for is damaged, or with `"auto"` all are.
+    """
+    output, checkpoints = Path(recipe.output_dir), list_checkpoints(recipe)
+    if recipe.resume is None:
+        if (output / "metrics.jsonl").exists():
+            raise RecipeError(f"output_dir={recipe.output_dir!r} holds a run: pass --resume auto, or another folder.")
+        return None
+    if recipe.resume != "auto":
+        if Path(recipe.resume) not in checkpoints:
+            raise RecipeError(f"resume={recipe.resume!r} is no checkpoint of {output / 'checkpoints'}: use 'auto'.")
+        checkpoints = [Path(recipe.resume)]
+    if (output / "recipe.yaml").exists():
+        before = yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8"))
+        now = vars(recipe)
+        changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
+        if changed:
+            changes = ", ".join(f"{name}: {before.get(name)!r} → {now[name]!r}" for name in changed)
+            raise RecipeError(f"the run in {output} has another recipe ({changes}): use a new output_dir.")
+    faults = []
+    for checkpoint in reversed(checkpoints):
+        if (fault := find_fault(checkpoint, accelerator)) is None:
+            return checkpoint
+        faults.append(fault)
+        accelerator.print(f"WARNING: {fault}; looking for an older checkpoint.")
+    if faults:
+        raise CheckpointError(f"no checkpoint is whole ({'; '.join(faults)}): start anew in another output_dir.")
+    return None
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+        accelerator (`Accelerator`): The engine.
+        model, optimizer, scheduler: What is trained, with AdamW; as they were after `prepare`.
+        batches: Has `state_dict` and `load_state_dict`, in JSON's types.
+        counters (`dict`): What else the run remembers from step to step, in JSON's types; filled in by `load`.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, model, optimizer, scheduler, batches, counters: dict):
+        self.recipe, self.accelerator, self.model = recipe, accelerator, accelerator.unwrap_model(model)
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.scheduler, self.batches, self.counters = scheduler, batches, counters
+        if accelerator.is_main_process:
+            for unfinished in (Path(recipe.output_dir) / "checkpoints").glob("*.partial"):
+                shutil.rmtree(unfinished)
+        accelerator.wait_for_everyone()
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{name}.{key}": state[key] for key in MOMENTS if key in state}
+        return tensors
+
+    def save(self, step: int):
+        """Writes the checkpoint aside, renames it when all of it is on the disk, and removes old ones.
+
+        Raises:
+            CheckpointError: If it could not be written. The checkpoints before it are as they were.
+        """
+        folder = Path(self.recipe.output_dir) / "checkpoints" / f"step-{step:08d}"
+        partial = folder.with_name(folder.name + ".partial")
+        faults, written = self._attempt(lambda: self._write(partial, step))
+        if not faults:
+            manifest = {name: entry for its in written for name, entry in its.items()}
+            faults, _ = self._attempt(lambda: self._seal(partial, folder, manifest))
+        if faults:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"{folder} could not be written ({faults[0]}). The checkpoints before it are whole: see to the disk, "
+                "then --resume auto goes on from the newest."
+            )
+
+    def _attempt(self, write) -> tuple[list[str], list]:
+        """Runs `write` on all ranks. Returns what went wrong on any of them, and what they returned."""
+        fault = result = None
+        try:
+            result = write()
+        except (OSError, CheckpointException) as error:  # also a full disk
+            causes = [str(wrapped[0]) for wrapped in getattr(error, "failures", {}).values()]
+            fault = "; ".join(causes) or str(error)
+        outcomes = gather_object([(fault, result)])
+        return [fault for fault, _ in outcomes if fault], [result for _, result in outcomes]
+
+    def _write(self, partial: Path, step: int) -> dict[str, list[int]]:
+        accelerator, index = self.accelerator, self.accelerator.process_index
+        partial.mkdir(parents=True, exist_ok=True)
+        dcp.save(
+            self._tensors(),
+            storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True),
+            no_dist=accelerator.num_processes == 1,
+        )
+        rank = {"batches": self.batches.state_dict(), "random": torch.get_rng_state().numpy().tobytes().hex()}
+        if accelerator.device.type == "cuda":
+            rank["device_random"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+        (partial / f"rank-{index}.json").write_text(json.dumps(rank))
+        own = [*partial.glob(f"shard-{index + 1:05d}-*"), partial / f"rank-{index}.json"]
+        if accelerator.is_main_process:
+            steps = {
+                name: self.optimizer.state[parameter]["step"].item()
+                for name, parameter in self.model.named_parameters()
+                if parameter in self.optimizer.state
+            }
+            state = {
+                "step": step,
+                "world_size": accelerator.num_processes,
+                "scheduler": self.scheduler.last_epoch,
+                "optimizer_steps": steps,
+                "counters": self.counters,
+            }
+            (partial / "state.json").write_text(json.dumps(state))
+            own.append(partial / "state.json")
+        for file in own:
+            sync(file)
+        return summarise(own)
+
+    def _seal(self, partial: Path, folder: Path, manifest: dict):
+        if not self.accelerator.is_main_process:
+            return
+        (partial / "manifest.json").write_text(json.dumps(manifest))
+        sync(partial / "manifest.json")
+        sync(partial)
+        if folder.exists():  # left by a run that was taken up from an older checkpoint
+            shutil.rmtree(folder.rename(folder.with_name(folder.name + ".stale.partial")))
+        partial.rename(folder)
+        sync(folder.parent)
+        kept = list_checkpoints(self.recipe)[-self.recipe.keep_last :]
+        for old in list_checkpoints(self.recipe):
+            if old not in kept and not (self.recipe.keep_every and step_of(old) % self.recipe.keep_every == 0):
+                # Renamed first, so that a run killed here does not leave half of it under its name.
+                shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
+
+    def load(self, folder: Path) -> int:
+        """Restores everything and returns the number of steps done."""
+        state = json.loads((folder / "state.json").read_text())
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        same_world = state["world_size"] == world_size
+        if self.recipe.streaming and not same_world:
+            raise RecipeError(
+                f"{folder} was written by {state['world_size']} processes that each read a part of the stream: resume "
+                f"with as many, not {world_size}."
+            )
+        for name, parameter in self.model.named_parameters():
+            if name in state["optimizer_steps"]:
+                step = torch.tensor(state["optimizer_steps"][name], dtype=torch.float32)
+                fused = any(group["fused"] for group in self.optimizer.param_groups)
+                self.optimizer.state[parameter] = {
+                    "step": step.to(parameter.device) if fused else step,
+                    **{key: torch.zeros_like(parameter) for key in MOMENTS},
+                }
+        dcp.load(self._tensors(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=world_size == 1)
+        self.scheduler.last_epoch = state["scheduler"]
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas
+        ):
+            group["lr"] = base * factor(state["scheduler"])
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.counters |= state["counters"]
+        own = json.loads((folder / f"rank-{rank if same_world else 0}.json").read_text())
+        self.batches.load_state_dict(own["batches"])
+        if same_world:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(own["random"]), dtype=torch.uint8))
+            if "device_random" in own and self.accelerator.device.type == "cuda":
+                torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(own["device_random"]), dtype=torch.uint8))
+        else:
+            torch.manual_seed(self.recipe.seed + state["step"] * world_size + rank)
+            self.accelerator.print(
+                f"{folder} was written by {state['world_size']} processes and goes on with {world_size}: random "
+                "numbers (dropout) and the order of sums are others from here on."
+            )
+        return state["step"]
+
+
+def sync(path: Path):
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,144 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""The engine under a run: Accelerate's, or transformers' own FSDP2 with expert parallelism."""
+
+import contextlib
+import os
+import signal
+from collections import defaultdict
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from training.recipe import Recipe, RecipeError
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """Starts Accelerate and makes sure that it is the engine that was asked for.
+
+    Raises:
+        RecipeError: If it is another one. Accelerate falls back in silence: it can leave the processes of one launch
+            unaware of each other.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        log_with=recipe.tracker,
+        project_dir=recipe.output_dir,
+        # The other processes wait while the first one prepares the text.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+    )
+    on_cpu = accelerator.device.type == "cpu"
+    asks_for_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    if asks_for_fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.print("Accelerate leaves FSDP out on a CPU; it is put in force here, over gloo.")
+        plugin = FullyShardedDataParallelPlugin()
+        if recipe.precision == "bf16":
+            plugin.set_mixed_precision("bf16")
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    engines = {
+        DistributedType.NO: "cpu" if on_cpu else "gpu",
+        DistributedType.MULTI_CPU: "ddp",
+        DistributedType.MULTI_GPU: "ddp",
+        DistributedType.FSDP: "fsdp",
+    }
+    found = engines.get(accelerator.distributed_type, accelerator.distributed_type.value)
+    if recipe.ep_size > 1 and found == "ddp":
+        found = "fsdp_ep"
+    wanted = recipe.engine
+    if wanted == "auto":
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        wanted = "ddp" if world_size > 1 else "cpu" if on_cpu else "gpu"
+        wanted = "fsdp" if asks_for_fsdp else "fsdp_ep" if recipe.ep_size > 1 else wanted
+        if world_size != accelerator.num_processes:
+            raise RecipeError(
+                f"{world_size} processes were launched but each trains alone: launch with `accelerate launch` and a "
+                "file of configuration/accelerate/."
+            )
+    if found != wanted:
+        file = "ddp" if wanted == "fsdp_ep" else wanted
+        raise RecipeError(
+            f"engine={wanted!r} was asked for (ep_size={recipe.ep_size}) but Accelerate runs {found!r} on "
+            f"{accelerator.device.type}: launch with `accelerate launch --config_file configuration/accelerate/"
+            f"{file}.yaml` on a machine that has what it needs, or set engine={found!r}."
+        )
+    if found == "fsdp":
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise RecipeError(f"fsdp_version={plugin.fsdp_version} of the Accelerate configuration must be 2.")
+        if plugin.activation_checkpointing:
+            raise RecipeError(
+                "fsdp_activation_checkpointing of the Accelerate configuration renames parameters: turn it off and "
+                "set gradient_checkpointing of the recipe."
+            )
+    if accelerator.num_processes % recipe.ep_size:
+        raise RecipeError(
+            f"ep_size={recipe.ep_size} must divide the number of processes, {accelerator.num_processes}."
+        )
+    return accelerator
+
+
+def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool):
+    """The context of one micro-batch. Replicas exchange their gradients with the last one alone; shards do so with
+    each, as whole gradients would not fit where a model has to be sharded."""
+    if last or isinstance(model, FSDPModule):
+        return contextlib.nullcontext()
+    return accelerator.no_sync(model)
+
+
+def by_mesh(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """The parameters that have a gradient, in groups that live on the same ranks."""
+    groups = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            groups[parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None].append(parameter)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def gradient_norm(model: torch.nn.Module) -> torch.Tensor:
+    """The 2-norm of all gradients, which are left as they are: clipping by a norm that is not finite would spoil them.
+
+    Returns:
+        `torch.Tensor`: A scalar, the same on all ranks.
+    """
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in by_mesh(model)]
+    return torch.linalg.vector_norm(torch.stack([whole(norm) for norm in norms]))
+
+
+@torch.no_grad()
+def clip_gradients(model: torch.nn.Module, max_norm: float, norm: float):
+    """Scales all gradients such that their norm, from [`gradient_norm`], is at most `max_norm`."""
+    scale = max_norm / (norm + 1e-6)
+    if scale >= 1:
+        return
+    for group in by_mesh(model):
+        torch._foreach_mul_([p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in group], scale)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, put together where it is spread over ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class StopOnSignal:
+    """Notes SIGINT and SIGTERM, so that the run can stop after the step that it is in."""
+
+    def __init__(self):
+        self.signalled, self._before = False, {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        self.signalled = True

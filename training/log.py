@@ -1,0 +1,147 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""What a run tells: `metrics.jsonl`, the log line, the tracker, and the pictures of `train_accelerate.py plot`."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from training.recipe import Recipe, RecipeError
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def read_metrics(file: Path) -> list[dict]:
+    """The lines of a `metrics.jsonl`. A last line that a killed run left unfinished is left out."""
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+class Log:
+    """Writes metrics on the main process alone; lines after `first_step` are cut off first.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+        accelerator (`Accelerator`): The engine, with its tracker.
+        first_step (`int`): The step that the run goes on from.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, first_step: int):
+        self.accelerator, self.file = accelerator, Path(recipe.output_dir) / "metrics.jsonl"
+        if accelerator.is_main_process:
+            kept = [line for line in read_metrics(self.file) if line["step"] <= first_step] if first_step else []
+            partial = self.file.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(partial, self.file)
+        if recipe.tracker is not None:
+            accelerator.init_trackers("pathmoe", config={k: str(v) for k, v in vars(recipe).items()})
+
+    def write(self, line: str, **values):
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
+            with self.file.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        numbers = {}
+        for name, value in values.items():
+            value = [x for x in value if x is not None] if isinstance(value, list) else value
+            if isinstance(value, list) and value and not isinstance(value[0], list | str):
+                numbers |= {f"{name}/mean": sum(value) / len(value), f"{name}/max": max(value)}
+            elif isinstance(value, int | float) and name != "step":
+                numbers[name] = value
+        self.accelerator.log(numbers, step=values["step"])
+
+
+def is_spike(counters: dict, loss: float) -> bool:
+    """Whether a step's loss is more than six standard deviations above its running mean, and notes the loss.
+
+    Mean and variance are exponential averages over about 50 steps; the first 50 losses are never spikes.
+
+    Args:
+        counters (`dict`): Holds the averages from step to step.
+        loss (`float`): The loss of the step.
+    """
+    seen, mean, variance = counters["losses_seen"], counters["loss_mean"], counters["loss_variance"]
+    spike = seen >= 50 and loss > mean + 6 * variance**0.5
+    rate = max(1 / (seen + 1), 1 / 50)
+    step = min(loss - mean, 6 * variance**0.5) if spike else loss - mean  # a spike must not hide the next one
+    counters |= {
+        "losses_seen": seen + 1,
+        "loss_mean": mean + rate * step,
+        "loss_variance": (1 - rate) * (variance + rate * step * step),
+    }
+    return spike
+
+
+CURVES = {
+    "loss": "training loss",
+    "eval_loss": "validation loss",
+    "grad_norm": "gradient norm",
+    "tokens_per_s": "tokens per second",
+    "load_cv": "expert load: coefficient of variation",
+    "effective_experts": "experts in effect (exp of load entropy)",
+    "dead_experts": "dead experts per layer",
+    "router_entropy": "router entropy (bits)",
+    "router_grad_norm": "router gradient norm",
+    "adjacent_jaccard": "agreement of adjacent layers (Jaccard)",
+    "path_coverage_100": "tokens on the 100 most frequent paths",
+    "distinct_paths": "distinct paths",
+}
+
+
+def plot(args: list[str]) -> Path:
+    """Draws the curves of one or several runs; of per-layer figures the mean, and the range over the layers.
+
+    Returns:
+        `Path`: The PNG file.
+
+    Raises:
+        RecipeError: If a folder holds no run.
+    """
+    parser = argparse.ArgumentParser(prog="train_accelerate.py plot", description=plot.__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs")
+    parser.add_argument("--output", help="PNG file; training.png in the first run when unset")
+    options = parser.parse_args(args)
+    runs = {}
+    for run in options.runs:
+        runs[run] = read_metrics(Path(run) / "metrics.jsonl")
+        if not runs[run]:
+            raise RecipeError(f"{run} holds no metrics.jsonl with a finished line: name the output_dir of a run.")
+    output = Path(options.output or Path(options.runs[0]) / "training.png")
+    loads = {run: [m for m in metrics if "load" in m] for run, metrics in runs.items()}
+    loads = {run: measured for run, measured in loads.items() if measured}
+    rows, extra = 3, bool(loads)
+    figure = plt.figure(figsize=(16, 9 + 3.2 * extra), layout="constrained")
+    parts = figure.subfigures(1 + extra, 1, height_ratios=[9, 3.2][: 1 + extra], squeeze=False)[:, 0]
+    for axes, (name, title) in zip(parts[0].subplots(rows, 4).flat, CURVES.items()):
+        for run, metrics in runs.items():
+            points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+            if not points:
+                continue
+            steps = [step for step, _ in points]
+            values = [[x for x in v if x is not None] if isinstance(v, list) else [v] for _, v in points]
+            if not all(values):
+                continue
+            (line,) = axes.plot(steps, [sum(v) / len(v) for v in values], label=Path(run).name)
+            if any(len(v) > 1 for v in values):
+                axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2, lw=0,
+                                  color=line.get_color())  # fmt: skip
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        if name == "loss":
+            axes.legend(fontsize=8)
+    if extra:
+        panels = parts[1].subplots(1, len(loads), squeeze=False)[0]
+        for axes, (run, measured) in zip(panels, loads.items()):
+            image = axes.imshow(measured[-1]["load"], aspect="auto", cmap="viridis", vmin=0, vmax=1)
+            axes.set(title=f"{Path(run).name}: share of tokens, step {measured[-1]['step']}", xlabel="expert")
+            axes.set_ylabel("layer")
+        parts[1].colorbar(image, ax=panels)
+    figure.savefig(output, dpi=80)
+    plt.close(figure)
+    return output

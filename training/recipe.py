@@ -1,0 +1,262 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""The recipe of a training run: its fields, their defaults and what is refused."""
+
+import dataclasses
+import difflib
+import math
+import sys
+from pathlib import Path
+
+import yaml
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+
+
+class RecipeError(ValueError):
+    """The recipe cannot be run as asked. The message names the field, the value and the fix."""
+
+
+@strict
+@dataclasses.dataclass
+class Recipe:
+    """One training run. Paths are relative to the working directory.
+
+    Args:
+        model (`str`): A model configuration (JSON file), or a checkpoint (folder or Hub name) to go on from.
+        output_dir (`str`): Where everything goes.
+        max_steps (`int`): Optimizer steps.
+        sequence_length (`int`): Tokens in a sequence. Documents are packed, nothing is padded.
+        batch_size (`int`): Sequences in an optimizer step, over all processes and micro-batches.
+        micro_batch_size (`int`): Sequences that a process runs at once; the rest of the batch is accumulated.
+        model_overrides (`dict`): Configuration fields that differ from `model`.
+        tokenizer (`str`, *optional*): A tokenizer (folder or Hub name). When unset, that of the checkpoint to go on
+            from; for a new model, a byte-level BPE trained on the text.
+        dataset (`str`, *optional*): A text file, a folder written by `save_to_disk`, or what `datasets.load_dataset`
+            takes. Either this or `mixture`.
+        dataset_config, data_files, text_column, train_split, streaming: As for `datasets.load_dataset`.
+        validation_split (`str`, *optional*): When unset, every `holdout_every`-th document is held out.
+        mixture (`list` of `dict`, *optional*): Several sources. Each has a `weight`, its share of the sequences in any
+            stretch of training, and the data fields above; those that it leaves out are the recipe's own.
+        document_mask (`bool`): Whether attention stays within a document. When off, a token sees all that precedes it
+            in its sequence, and the first token of a document is predicted from the one before.
+        shuffle_window (`int`): How many consecutive documents of a stream are shuffled among themselves. A resumed run
+            reads one window again. (Text that is not streamed is shuffled as a whole, by sequences.)
+        cache_dir (`str`, *optional*): Where token ids are kept and found by other runs on the same text; when unset,
+            `pathmoe` in the cache folder of `datasets`.
+        eval_sequences (`int`): How many validation sequences an evaluation reads at most.
+        learning_rate, weight_decay, beta1, beta2, epsilon, max_grad_norm: AdamW and gradient clipping. Matrices decay,
+            norms and biases do not.
+        schedule (`str`): `"cosine"`, or `"wsd"` (constant, then falling in the last `decay_steps`).
+        warmup_steps, decay_steps (`int` or `float`): Steps over which the learning rate rises linearly and, with
+            `"wsd"`, falls; below 1, a share of `max_steps`.
+        min_lr_ratio (`float`): What is left of the learning rate at the end.
+        precision (`str`): `"fp32"`, or `"bf16"` (autocast over float32 weights).
+        engine (`str`): `"auto"`, or one that must be in force: `"cpu"`, `"gpu"`, `"ddp"`, `"fsdp"`,
+            `"fsdp_ep"`.
+        ep_size (`int`): How many ranks share one copy of the experts. Above 1, transformers' own FSDP2 with expert
+            parallelism takes the place of Accelerate's engine (launch with the DDP file).
+        gradient_checkpointing, compile (`bool`): Memory against time; `torch.compile`.
+        attn_implementation, experts_implementation (`str`, *optional*): As in transformers.
+        eval_every, log_every, checkpoint_every (`int`): In steps; 0 means never, but the end is evaluated, logged and
+            saved.
+        routing_every (`int`): Every how many steps the routing is measured; 0 means never.
+        keep_last, keep_every (`int`): The last so many checkpoints are kept, and those of steps divisible by
+            `keep_every` (0: none).
+        max_bad_steps (`int`): After how many steps in a row with a loss or a gradient that is not finite the run
+            stops. Such steps are skipped and counted.
+        tracker (`str`, *optional*): `"tensorboard"`, `"wandb"` or another of Accelerate's trackers.
+        seed (`int`): Seed of the weights and of the data order.
+        resume (`str`, *optional*): `"auto"`, or a checkpoint folder of this run.
+    """
+
+    model: str
+    output_dir: str
+    max_steps: int
+    sequence_length: int
+    batch_size: int
+    micro_batch_size: int
+    model_overrides: dict = dataclasses.field(default_factory=dict)
+    tokenizer: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    data_files: str | list | dict | None = None
+    text_column: str = "text"
+    train_split: str = "train"
+    validation_split: str | None = None
+    holdout_every: int = 40
+    streaming: bool = False
+    mixture: list | None = None
+    document_mask: bool = True
+    shuffle_window: int = 1000
+    cache_dir: str | None = None
+    eval_sequences: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    schedule: str = "cosine"
+    warmup_steps: int | float = 0
+    decay_steps: int | float = 0
+    min_lr_ratio: float = 0.1
+    precision: str = "fp32"
+    engine: str = "auto"
+    ep_size: int = 1
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    attn_implementation: str | None = None
+    experts_implementation: str | None = None
+    eval_every: int = 0
+    log_every: int = 10
+    routing_every: int = 50
+    checkpoint_every: int = 0
+    keep_last: int = 2
+    keep_every: int = 0
+    max_bad_steps: int = 5
+    tracker: str | None = None
+    seed: int = 0
+    resume: str | None = None
+
+    def validate_choices(self):
+        for name, choices in (
+            ("schedule", ("cosine", "wsd")),
+            ("precision", ("fp32", "bf16")),
+            ("engine", ("auto", "cpu", "gpu", "ddp", "fsdp", "fsdp_ep")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
+
+    def validate_numbers(self):
+        for name in (
+            "max_steps", "sequence_length", "batch_size", "micro_batch_size", "keep_last", "eval_sequences",
+            "shuffle_window", "ep_size", "max_bad_steps",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("learning_rate", "max_grad_norm", "epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        for name in (
+            "eval_every", "log_every", "routing_every", "checkpoint_every", "keep_every", "warmup_steps",
+            "decay_steps", "weight_decay",
+        ):  # fmt: skip
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        for name in ("min_lr_ratio", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1.")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length={self.sequence_length} must be at least 2, or nothing is predicted.")
+        if self.holdout_every < 2:
+            raise ValueError(f"holdout_every={self.holdout_every} must be at least 2, or nothing is left to train on.")
+        if self.schedule == "cosine" and self.decay_steps:
+            raise ValueError(f"decay_steps={self.decay_steps} means nothing to schedule='cosine': use 'wsd'.")
+        if self.steps("warmup_steps") + self.steps("decay_steps") > self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} do not fit into "
+                f"max_steps={self.max_steps}: shorten them, or give them as shares below 1."
+            )
+        if self.schedule == "wsd" and self.decay_steps == 0:
+            raise ValueError("decay_steps=0 with schedule='wsd' never lowers the learning rate: set it above 0.")
+
+    def validate_sources(self):
+        if (self.dataset is None) == (self.mixture is None):
+            raise ValueError("give exactly one of dataset and mixture.")
+        fields = {field.name for field in dataclasses.fields(Source)}
+        for number, source in enumerate(self.mixture or []):
+            where = f"mixture[{number}]"
+            if not isinstance(source, dict) or "dataset" not in source or "weight" not in source:
+                raise ValueError(f"{where}={source!r} must be a mapping with a dataset and a weight.")
+            if unknown := set(source) - fields:
+                raise ValueError(f"{where} has {sorted(unknown)}, no fields of a source: it knows {sorted(fields)}.")
+            if not isinstance(source["weight"], int | float) or not 0 < source["weight"] < math.inf:
+                raise ValueError(f"{where} has weight={source['weight']!r}, which must be a positive number.")
+        if self.mixture == []:
+            raise ValueError("mixture=[] has no source: name at least one.")
+
+    @property
+    def sources(self) -> list["Source"]:
+        """The sources of text, one unless there is a mixture."""
+        own = {field.name: getattr(self, field.name, 1.0) for field in dataclasses.fields(Source)}
+        return [Source(**(own | source)) for source in self.mixture or [{}]]
+
+    def steps(self, name: str) -> int:
+        """The number of steps that `warmup_steps` or `decay_steps` stands for."""
+        value = getattr(self, name)
+        return round(value * self.max_steps) if 0 < value < 1 else int(value)
+
+
+@dataclasses.dataclass
+class Source:
+    """One source of text, with fields as in [`Recipe`]."""
+
+    dataset: str
+    dataset_config: str | None
+    data_files: str | list | dict | None
+    text_column: str
+    train_split: str
+    validation_split: str | None
+    weight: float
+
+
+# A run may be resumed with another value of these.
+FREE_TO_CHANGE = {
+    "resume", "output_dir", "max_steps", "eval_every", "log_every", "routing_every", "checkpoint_every", "keep_last",
+    "keep_every", "max_bad_steps", "tracker", "engine", "ep_size", "micro_batch_size", "cache_dir",
+}  # fmt: skip
+
+
+def parse_recipe(args: list[str]) -> Recipe:
+    """Reads `--config RECIPE.yaml` and the overrides after it.
+
+    Raises:
+        RecipeError: If the file or a field is missing, unknown or of the wrong type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    if "--help" in args or "-h" in args:
+        sys.exit(f"{__doc__}\n{Recipe.__doc__}")
+    given = {}
+    for name, value in zip(args[::2], args[1::2]):
+        if not name.startswith("--"):
+            raise RecipeError(f"expected --field value, got {name!r}.")
+        given[name[2:].replace("-", "_")] = value
+    if len(args) % 2:
+        raise RecipeError(f"{args[-1]!r} has no value: write --field value (and true or false for a switch).")
+    values, config = {}, given.pop("config", None)
+    if config is not None:
+        if not Path(config).is_file():
+            raise RecipeError(f"--config {config}: there is no such file.")
+        values = parse_yaml(Path(config).read_text(encoding="utf-8"), f"--config {config}")
+        if not isinstance(values, dict):
+            raise RecipeError(f"--config {config} must hold 'field: value' lines.")
+    for name, value in given.items():
+        text = name in fields and str in getattr(fields[name].type, "__args__", (fields[name].type,))
+        values[name] = value if text and value != "null" and value[:1] not in "{[" else parse_yaml(value, name)
+    for name, value in values.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            raise RecipeError(f"{name} is no field of a recipe." + (f" Did you mean {close[0]}?" if close else ""))
+        if fields[name].type is float and isinstance(value, str | int):
+            try:
+                values[name] = float(value)  # YAML reads 1e-3 as text
+            except ValueError:
+                raise RecipeError(f"{name}={value!r} must be a number.") from None
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise RecipeError(f"the recipe lacks {', '.join(missing)}: add them to the YAML or pass --{missing[0]} VALUE.")
+    try:
+        return Recipe(**values)
+    except StrictDataclassError as error:
+        raise RecipeError(str(error.__cause__ or error)) from error
+
+
+def parse_yaml(text: str, what: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{what} is no valid YAML: {error}") from error

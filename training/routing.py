@@ -1,0 +1,97 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""The dashboard of the routing: how the experts are used while they are trained, and a warning when they collapse."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+from modeling_pathmoe.paths import adjacent_jaccard, path_counts
+from training.engine import whole
+
+
+SAMPLE = 8192  # tokens of one rank's first micro-batch: enough for shares of a percent, and quick
+
+
+class RoutingMonitor:
+    """Measures the routing of a PathMoE from the router logits of a training step.
+
+    Args:
+        model (`PreTrainedModel`): A PathMoE with a language-modelling head, unwrapped.
+        accelerator (`Accelerator`): The engine.
+    """
+
+    def __init__(self, model, accelerator: Accelerator):
+        self.config, self.routers, self.accelerator = model.config, model.base_model.routers, accelerator
+
+    @torch.no_grad()
+    def measure(self, router_logits: tuple[torch.Tensor, ...]) -> dict:
+        """Statistics of the experts that were chosen; to be called on all ranks after the backward pass.
+
+        Args:
+            router_logits (`tuple[torch.Tensor]`): One `(tokens, E)` tensor for each of the L layers.
+
+        Returns:
+            `dict`: `load`, L lists of E shares of the tokens (each list sums to k); `load_cv`, L coefficients of
+            variation of the load; `dead_experts`, L numbers of experts that no token chose; `effective_experts`, L
+            exponentials of the load's entropy, from k or less (collapsed) to E (balanced); `router_entropy`, L mean
+            entropies of the routers' probabilities, in bits; `router_grad_norm`, one for each block; and of the main
+            process's tokens `sampled_tokens`, `adjacent_jaccard`, `distinct_paths`, `path_coverage_100`.
+        """
+        config = self.config
+        loads, entropies, experts = [], [], []
+        for layer, logits in enumerate(router_logits):
+            logits = logits[:SAMPLE].float()
+            # Where a block shares its decision, all its layers have the logits and the bias of its first one.
+            block = config.router_blocks[config.layer_to_block[layer]]
+            decides = block[0] if config.router_sharing == "decision" else layer
+            _, indices = self.routers[str(config.layer_to_block[layer])].choose(logits, decides)
+            loads.append(torch.bincount(indices.flatten(), minlength=config.num_experts) / len(logits))
+            entropies.append(torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean() / math.log(2))
+            experts.append(indices)
+        load, entropy = torch.stack(loads), torch.stack(entropies)
+        if self.accelerator.num_processes > 1:
+            load, entropy = self.accelerator.reduce((load, entropy), reduction="mean")
+        share = load / load.sum(dim=-1, keepdim=True)
+        experts = torch.stack(experts, dim=1).to("cpu", torch.int16)
+        paths = path_counts(experts)
+        return {
+            "load": rounded(load),
+            "load_cv": rounded(load.std(dim=-1, correction=0) / load.mean(dim=-1)),
+            "dead_experts": (load == 0).sum(dim=-1).tolist(),
+            "effective_experts": rounded(torch.special.entr(share).sum(dim=-1).exp()),
+            "router_entropy": rounded(entropy),
+            "router_grad_norm": [router_gradient_norm(router) for router in self.routers.values()],
+            "sampled_tokens": len(experts),
+            "adjacent_jaccard": round(adjacent_jaccard(experts), 5) if len(router_logits) > 1 else None,
+            "distinct_paths": len(paths),
+            "path_coverage_100": round((paths[:100].sum() / paths.sum()).item(), 5),
+        }
+
+    def find_collapse(self, measured: dict) -> list[str]:
+        """A sentence for each layer that is collapsing, naming its busiest expert.
+
+        A layer counts as collapsing when its load is no broader than that of k + (E - k) / 4 equally busy experts.
+        """
+        experts, top_k = self.config.num_experts, self.config.num_experts_per_tok
+        limit = top_k + (experts - top_k) / 4
+        warnings = []
+        for layer, (load, effective) in enumerate(zip(measured["load"], measured["effective_experts"])):
+            if experts > top_k and effective < limit:
+                busiest = max(range(experts), key=load.__getitem__)
+                warnings.append(
+                    f"routing collapse in layer {layer}: expert {busiest} is chosen by {load[busiest]:.0%} of the "
+                    f"tokens, {measured['dead_experts'][layer]} of {experts} experts by none; the load is that of "
+                    f"{effective:.1f} experts (limit {limit:.1f})."
+                )
+        return warnings
+
+
+def router_gradient_norm(router: torch.nn.Module) -> float | None:
+    """The 2-norm of a router's gradient; `None` where nothing is trained."""
+    gradients = [whole(parameter.grad) for parameter in router.parameters() if parameter.grad is not None]
+    return float(f"{torch.nn.utils.get_total_norm(gradients).item():.6g}") if gradients else None
+
+
+def rounded(values: torch.Tensor) -> list:
+    return [[round(x, 5) for x in row] if isinstance(row, list) else round(row, 5) for row in values.tolist()]
