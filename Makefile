@@ -3,6 +3,8 @@
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
 # make bench-routers times a training step of every router, side by side
+# make bench-memory  runs small models on every engine and compares their memory with the planner's
+# make faults        kills training runs and compares how they end with uninterrupted ones
 # make lint          checks style
 # Each sets up what it needs in .venv; nothing is done twice.
 
@@ -18,7 +20,7 @@ DATA := $(RUN)/data/train.jsonl
 GPU := $(shell $(PYTHON) -c "import torch; print(torch.cuda.is_available() or '')" 2>/dev/null)
 VENV_FLAGS := $(if $(GPU),--system-site-packages)
 
-.PHONY: demo test conformance presets bench-routers lint clean
+.PHONY: demo test conformance presets bench-routers bench-memory faults lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -36,6 +38,12 @@ presets: .venv/.demo
 
 bench-routers: .venv/.demo
 	$(BIN)/python benchmarks/routers.py --json benchmarks/routers.json
+
+bench-memory: .venv/.demo
+	$(BIN)/python benchmarks/memory.py --json benchmarks/memory.json
+
+faults: .venv/.demo
+	$(BIN)/python tests/faults.py | tee tests/faults.log
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

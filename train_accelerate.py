@@ -3,6 +3,7 @@
 
     python train_accelerate.py --config configuration/train/quickstart.yaml --output_dir runs/quickstart
     python train_accelerate.py plot RUN [RUN …]
+    python train_accelerate.py plan --config configuration/train/paper-16b.yaml
     accelerate launch --config_file configuration/accelerate/ddp.yaml train_accelerate.py --config … --output_dir …
 
 Any field of the recipe can be given on the command line: `--learning_rate 1e-3 --model_overrides '{num_experts: 8}'`.
@@ -18,6 +19,7 @@ os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
 import math
+import resource
 import shutil
 import sys
 import time
@@ -31,7 +33,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub.errors import StrictDataclassError
@@ -56,6 +58,7 @@ from modeling_pathmoe.modeling_pathmoe import check_grouped_mm_rows
 from training.checkpoints import CheckpointError, Checkpoints, find_checkpoint, step_of
 from training.engine import StopOnSignal, accumulate, build_accelerator, clip_gradients, gradient_norm, whole
 from training.log import Log, is_spike, plot, read_metrics
+from training.plan import plan
 from training.recipe import Recipe, RecipeError, Source, parse_recipe
 from training.routing import RoutingMonitor
 
@@ -271,6 +274,15 @@ def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+def measure_peak_memory(accelerator: Accelerator) -> int:
+    """The most memory in bytes that any rank has had in use so far: of its GPU's, or of the machine's."""
+    if accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(gather_object([peak]))
+
+
 def inputs_of(tokens: torch.Tensor, recipe: Recipe, end_of_text: int) -> dict[str, torch.Tensor]:
     """What the model is given for a batch of packed sequences of shape `(rows, sequence_length)`."""
     if not recipe.document_mask:
@@ -391,6 +403,9 @@ def train(
                 router_logits = output.router_logits if wanted else router_logits
             norm = gradient_norm(unwrapped)
             loss, norm, stopping = agree(accelerator, loss_sum, norm, stop.signalled)
+            began = time.perf_counter()
+            routing = monitor.measure(router_logits) if monitored else None
+            spent["routing"] += time.perf_counter() - began
 
             if finite := math.isfinite(loss) and math.isfinite(norm):
                 clip_gradients(unwrapped, recipe.max_grad_norm, norm)
@@ -424,17 +439,18 @@ def train(
                     mfu=utilisation,
                     grad_norm=norm,
                     skipped_steps=counters["skipped_steps"],
+                    peak_memory=measure_peak_memory(accelerator),
                     # What the loop costs beside the step, as shares of the time since the last line.
                     data_share=spent["data"] / seconds,
                     log_share=spent["log"] / seconds,
                     routing_share=spent["routing"] / seconds,
                 )
-                clock, steps_timed, spent = time.perf_counter(), 0, Counter()
-                spent["log"] += time.perf_counter() - clock
-            if monitored and finite:
+                written = time.perf_counter()
+                spent, steps_timed, clock = Counter(log=written - clock - seconds), 0, clock + seconds
+            if routing is not None and finite:
                 began = time.perf_counter()
-                report_routing(monitor, router_logits, log, step)
-                spent["routing"] += time.perf_counter() - began
+                report_routing(routing, monitor.find_collapse(routing), log, step)
+                spent["log"] += time.perf_counter() - began
             paused = time.perf_counter()
             if last or (recipe.eval_every and step % recipe.eval_every == 0):
                 metrics = evaluate(model, held_out, recipe, accelerator, end_of_text)
@@ -488,9 +504,8 @@ def skip_bad_step(recipe: Recipe, model, counters: dict, log: Log, step: int, lo
         )
 
 
-def report_routing(monitor: RoutingMonitor, router_logits: tuple[torch.Tensor, ...], log: Log, step: int):
-    measured = monitor.measure(router_logits)
-    collapse, effective = monitor.find_collapse(measured), measured["effective_experts"]
+def report_routing(measured: dict, collapse: list[str], log: Log, step: int):
+    effective = measured["effective_experts"]
     agreement = "" if measured["adjacent_jaccard"] is None else f"agreement {measured['adjacent_jaccard']:.2f}, "
     log.write(
         f"step {step} | routing: {agreement}{measured['distinct_paths']} paths of {measured['sampled_tokens']} "
@@ -590,6 +605,9 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     if args[:1] == ["plot"]:
         print(plot(args[1:]))
+        return 0
+    if args[:1] == ["plan"]:
+        print(plan(args[1:], build_config))
         return 0
     recipe = parse_recipe(args)
     config = build_config(recipe)

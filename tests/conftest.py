@@ -1,12 +1,15 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import json
 import os
 import socket
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; read when the libraries are imported
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 
 from modeling_pathmoe import PathMoEConfig  # noqa: E402
 
@@ -45,3 +48,29 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return str(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A function that writes a recipe for a tiny model and returns the arguments that run it."""
+    folder = tmp_path_factory.mktemp("recipe")
+    model = {
+        "model_type": "pathmoe", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 16,
+        "num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 64, "router_block_size": 2,
+    }  # fmt: skip
+    (folder / "model.json").write_text(json.dumps(model))
+    lines = [f"{i} plus {j} is {i + j}; " * 6 for i in range(20) for j in range(20)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+
+    def make(output_dir, **fields):
+        values = {
+            "model": str(folder / "model.json"), "dataset": str(folder / "text.jsonl"), "sequence_length": 32,
+            "batch_size": 8, "micro_batch_size": 8, "max_steps": 6, "learning_rate": 1e-2, "log_every": 1,
+            "eval_sequences": 10, "output_dir": str(output_dir),
+        } | fields  # fmt: skip
+        file = folder / f"{Path(output_dir).name}-{len(list(folder.iterdir()))}.yaml"
+        file.write_text(yaml.safe_dump(values))
+        return ["--config", str(file)]
+
+    return make

@@ -8,9 +8,14 @@ from collections import defaultdict
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
-from torch.distributed.fsdp import FSDPModule
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from training.recipe import Recipe, RecipeError
@@ -29,16 +34,19 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         log_with=recipe.tracker,
         project_dir=recipe.output_dir,
         # The other processes wait while the first one prepares the text.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # or DDP holds all gradients twice
+        ],
     )
     on_cpu = accelerator.device.type == "cpu"
     asks_for_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     if asks_for_fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.print("Accelerate leaves FSDP out on a CPU; it is put in force here, over gloo.")
         plugin = FullyShardedDataParallelPlugin()
-        if recipe.precision == "bf16":
-            plugin.set_mixed_precision("bf16")
-        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+        # The second state is copied over the first one whenever Accelerate looks at it.
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
     engines = {
         DistributedType.NO: "cpu" if on_cpu else "gpu",
         DistributedType.MULTI_CPU: "ddp",
@@ -73,6 +81,11 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             raise RecipeError(
                 "fsdp_activation_checkpointing of the Accelerate configuration renames parameters: turn it off and "
                 "set gradient_checkpointing of the recipe."
+            )
+        if recipe.precision == "bf16":
+            # Accelerate would also add up the gradients and return the loss in bfloat16.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
     if accelerator.num_processes % recipe.ep_size:
         raise RecipeError(

@@ -26,7 +26,8 @@ class RoutingMonitor:
 
     @torch.no_grad()
     def measure(self, router_logits: tuple[torch.Tensor, ...]) -> dict:
-        """Statistics of the experts that were chosen; to be called on all ranks after the backward pass.
+        """Statistics of the experts that were chosen; to be called on all ranks, between the backward pass
+        and the clipping of the gradients.
 
         Args:
             router_logits (`tuple[torch.Tensor]`): One `(tokens, E)` tensor for each of the L layers.

@@ -1,0 +1,49 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Starts training runs as a user would, and reads what they left."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(args, *launcher, script=(str(ROOT / "train_accelerate.py"),)):
+    """Starts the script as a user would."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, *script, *args],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def accelerate_launch(args, engine, port, **options):
+    """Starts two processes through one of the shipped Accelerate files and waits for them."""
+    file = ROOT / "configuration" / "accelerate" / f"{engine}.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port", port]
+    process = launch(args, *launcher, **options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics(folder, *, key="loss"):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def weights(folder):
+    return load_file(Path(folder) / "final" / "model.safetensors")
+
+
+def assert_same_weights(a, b, **tolerance):
+    torch.testing.assert_close(weights(a), weights(b), **tolerance)

@@ -1,0 +1,110 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Two real processes over gloo against one, through the shipped Accelerate files."""
+
+import json
+
+import pytest
+import torch
+from run_helpers import accelerate_launch, assert_same_weights, metrics, weights
+from transformers import AutoModelForCausalLM
+
+from train_accelerate import main
+
+
+# Ten validation sequences in batches of eight: the second one is uneven.
+FIELDS = {"max_steps": 20, "batch_size": 8, "micro_batch_size": 4, "eval_sequences": 10, "routing_every": 10}
+
+
+@pytest.fixture(scope="module")
+def single(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single") / "run"
+    assert main(recipe(folder, **FIELDS)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "fsdp_ep"])
+def test_two_processes_train_the_model_of_one(single, recipe, tmp_path, free_port, engine):
+    ep_size = 2 if engine == "fsdp_ep" else 1
+    args = recipe(tmp_path / "two", **FIELDS, engine=engine, ep_size=ep_size)
+    output = accelerate_launch(args, "ddp" if engine == "fsdp_ep" else engine, free_port)
+    assert {"ddp": "MULTI_CPU x 2", "fsdp": "FSDP x 2", "fsdp_ep": "FSDP x EP x 2"}[engine] in output
+    tolerance = 1e-4 if engine == "fsdp_ep" else 1e-5
+    assert metrics(tmp_path / "two") == pytest.approx(metrics(single), abs=tolerance)
+    for key in ("eval_loss", "grad_norm"):
+        assert metrics(tmp_path / "two", key=key) == pytest.approx(metrics(single, key=key), rel=1e-3, abs=tolerance)
+    # Half of a run's first micro-batch each, so the routing is measured on other tokens.
+    assert metrics(tmp_path / "two", key="router_grad_norm")[10] == pytest.approx(
+        metrics(single, key="router_grad_norm")[10], rel=1e-2
+    )
+    # The routers are as many as there are blocks, and whole.
+    routers = {name: tensor.shape for name, tensor in weights(tmp_path / "two").items() if "router" in name}
+    assert routers == {"model.routers.0.weight": (8, 32), "model.routers.1.weight": (8, 32)}
+    assert_same_weights(tmp_path / "two", single, rtol=0.05, atol=5e-3)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "final", output_loading_info=True)
+    assert not (info["missing_keys"] or info["unexpected_keys"])
+    assert "distributed_config" not in json.loads((tmp_path / "two" / "final" / "config.json").read_text())
+
+
+def test_sharded_checkpoint_goes_on_in_one_process_and_back(single, recipe, tmp_path, free_port):
+    run, fields = tmp_path / "run", FIELDS | {"engine": "auto"}
+    accelerate_launch([*recipe(run, **fields), "--max_steps", "6"], "fsdp", free_port)
+    assert main([*recipe(run, **fields), "--resume", "auto", "--max_steps", "12"]) == 0
+    output = accelerate_launch([*recipe(run, **fields), "--resume", "auto"], "fsdp", free_port)
+    assert "step-00000012 was written by 1 processes and goes on with 2" in output
+    # The schedules of the shorter runs end lower: only their first steps are the long run's.
+    assert list(metrics(run))[-1] == 20
+    losses, expected = metrics(run), metrics(single)
+    assert losses[1] == pytest.approx(expected[1], abs=1e-5)
+    assert losses[20] < losses[6] < losses[1]
+
+
+WORKER = """
+import os, sys
+import torch
+from train_accelerate import build_accelerator
+from training.engine import whole
+from training.recipe import parse_recipe
+from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM
+
+fields = dict(vocab_size=99, hidden_size=32, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+              head_dim=8, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, max_position_embeddings=64)
+accelerator = build_accelerator(parse_recipe(sys.argv[1:]))
+torch.manual_seed(0)
+shared = PathMoEForCausalLM(PathMoEConfig(**fields, router_block_size=2))
+single = PathMoEForCausalLM(PathMoEConfig(**fields, router_block_size=1))
+state = {name: tensor for name, tensor in shared.state_dict().items() if "router" not in name}
+for layer in range(5):
+    state[f"model.routers.{layer}.weight"] = shared.model.routers[str(layer // 2)].weight.detach().clone()
+single.load_state_dict(state)
+torch.manual_seed(1)
+tokens = torch.randint(0, 99, (2, 3))  # three tokens with two experts each leave experts of a rank without any
+model, optimizer = accelerator.prepare(shared, torch.optim.AdamW(shared.parameters()))
+names = [name for name, _ in model.named_parameters() if "router" in name]
+assert names == ["model.routers.0.weight", "model.routers.1.weight", "model.routers.2.weight"], names
+rank = accelerator.process_index
+output = model(input_ids=tokens[rank : rank + 1], labels=tokens[rank : rank + 1], output_router_logits=True)
+used = torch.stack([logits.topk(2).indices for logits in output.router_logits]).unique()
+accelerator.backward(output.loss)
+single(input_ids=tokens, labels=tokens).loss.backward()
+for block, layers in enumerate(([0, 1], [2, 3], [4])):
+    expected = sum(single.model.routers[str(layer)].weight.grad for layer in layers)
+    torch.testing.assert_close(whole(model.model.routers[str(block)].weight.grad), expected)
+idle = [len(logits.topk(2).indices.unique()) < 8 for logits in output.router_logits]
+assert all(idle)
+optimizer.step()
+print("rank", rank, "is right")
+"""
+
+
+def test_router_gradients_are_summed_over_layers_where_experts_of_a_rank_are_idle(recipe, tmp_path, free_port):
+    (tmp_path / "worker.py").write_text(WORKER)
+    output = accelerate_launch(recipe(tmp_path / "run"), "fsdp", free_port, script=[str(tmp_path / "worker.py")])
+    assert "rank 0 is right" in output and "rank 1 is right" in output
+
+
+def test_bfloat16_shards_run_the_experts_in_bfloat16_over_float32_weights(single, recipe, tmp_path, free_port):
+    fields = FIELDS | {"max_steps": 4, "precision": "bf16", "gradient_checkpointing": True}
+    output = accelerate_launch(recipe(tmp_path / "run", **fields), "fsdp", free_port)
+    assert "experts: grouped_mm in bfloat16" in output
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
+    assert metrics(tmp_path / "run")[1] == pytest.approx(metrics(single)[1], abs=0.01)

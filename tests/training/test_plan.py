@@ -1,0 +1,43 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import json
+from pathlib import Path
+
+import pytest
+
+from modeling_pathmoe.accounting import count_parameters
+from train_accelerate import build_config, main
+from training.plan import plan_memory
+from training.recipe import parse_recipe
+
+
+MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "memory.json").read_text())
+
+
+@pytest.mark.parametrize("run", MEASURED, ids=lambda run: f"{run['engine']} x {run['ranks']}")
+def test_planned_memory_is_within_a_tenth_of_what_runs_took(run):
+    assert run["planned"] == pytest.approx(run["measured"], rel=0.1)
+
+
+def test_planned_states_are_sixteen_bytes_a_parameter_over_the_shards(recipe, tmp_path):
+    parsed = parse_recipe(recipe(tmp_path))
+    config = build_config(parsed)
+    total = count_parameters(config)["total"]
+    assert plan_memory(parsed, config, "cpu", 1).states == 16 * total
+    assert plan_memory(parsed, config, "ddp", 2).states == 16 * total
+    assert plan_memory(parsed, config, "fsdp", 4).states == 4 * total
+
+
+def test_checkpointing_and_smaller_micro_batches_take_less(recipe, tmp_path):
+    def working(**fields):
+        parsed = parse_recipe(recipe(tmp_path, model_overrides={"num_hidden_layers": 6}, **fields))
+        return plan_memory(parsed, build_config(parsed), "fsdp", 2).working
+
+    assert working(gradient_checkpointing=True) < 0.9 * working()
+    assert working(micro_batch_size=2) == pytest.approx(working(micro_batch_size=8) / 4, rel=0.1)
+
+
+def test_plan_is_a_table_of_gpus_and_engines(recipe, tmp_path, capsys):
+    assert main(["plan", *recipe(tmp_path), "--gpus", "2", "8", "--memory", "80"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "fits 80 GB" in lines[2] and any("FSDP2 x EP 8" in line and line.endswith("| yes |") for line in lines)
+    assert len(lines) == 4 + 2 + 4

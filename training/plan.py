@@ -1,0 +1,160 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""How much memory a recipe takes on each GPU, before one is rented.
+
+    python train_accelerate.py plan --config RECIPE.yaml [--gpus 8 16 64] [--memory 80 141] [--field value …]
+
+Parameters, gradients and optimizer state follow from the number of ranks. What a step holds for a while (activations,
+logits, gradients on their way) is counted by torch's memory tracker while two and three layers of the model run with
+fake tensors, which have sizes and no contents, and is linear in the number of layers.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+from unittest import mock
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations import moe
+
+from modeling_pathmoe.accounting import count_parameters
+from training.recipe import Recipe, parse_recipe
+
+
+GB = 1e9
+
+
+@dataclasses.dataclass
+class Memory:
+    """Bytes on each rank at the worst moment of a step.
+
+    Args:
+        states (`float`): float32 parameters, gradients and AdamW moments.
+        gathered (`float`): Copies of sharded weights in use, and their gradients before they are scattered.
+        working (`float`): Activations, logits and temporary tensors.
+    """
+
+    states: float
+    gathered: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        return self.states + self.gathered + self.working
+
+
+def plan_memory(recipe: Recipe, config: PreTrainedConfig, engine: str, ranks: int) -> Memory:
+    """Plans the memory of one rank.
+
+    Args:
+        recipe (`Recipe`): The recipe; its micro-batch, length, precision, checkpointing and `ep_size` count.
+        config (`PreTrainedConfig`): The model's configuration.
+        engine (`str`): `"cpu"`, `"gpu"`, `"ddp"`, `"fsdp"` or `"fsdp_ep"`.
+        ranks (`int`): Number of processes.
+    """
+    sharded = engine.startswith("fsdp")
+    total, half = count_parameters(config)["total"], 2 if recipe.precision == "bf16" else 4
+    states = 16 * total / (ranks if sharded else 1)
+    two, three = (trace_working_memory(recipe, config, layers, cast=sharded) for layers in (2, 3))
+    working = two + (three - two) * (config.num_hidden_layers - 2)
+    gathered = 0.0
+    if sharded and ranks > 1:
+        embeddings = config.vocab_size * config.hidden_size
+        layer = (total - (1 if config.tie_word_embeddings else 2) * embeddings) / config.num_hidden_layers
+        experts = 3 * config.num_experts * config.hidden_size * config.moe_intermediate_size
+        if engine == "fsdp_ep":
+            layer -= experts * (1 - 1 / recipe.ep_size)
+        # The layer at work and the next one; then the float32 buffer in which the layer's gradients are summed up.
+        gathered = half * max(2 * layer, layer + embeddings) + 4 * layer
+        if engine == "fsdp_ep":
+            rows = recipe.micro_batch_size * recipe.sequence_length * config.num_experts_per_tok
+            kept = 1 if recipe.gradient_checkpointing else config.num_hidden_layers
+            # Tokens on their way to the experts of other ranks and back.
+            working += 2 * kept * rows * config.hidden_size * half
+    return Memory(states, gathered, working)
+
+
+def trace_working_memory(recipe: Recipe, config: PreTrainedConfig, layers: int, cast: bool) -> float:
+    """The most bytes that a forward and backward of a model with so many layers holds, its parameters left aside.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+        config (`PreTrainedConfig`): The model's configuration.
+        layers (`int`): Number of layers to run.
+        cast (`bool`): Whether bfloat16 is what the weights are held in (sharded), or what autocast makes of them.
+    """
+    fields = config.to_dict() | {"num_hidden_layers": layers, "router_block_size": 1}
+    names = ("micro_batch_size", "sequence_length", "precision", "gradient_checkpointing")
+    names += ("attn_implementation", "experts_implementation")
+    return _trace(json.dumps(fields), *(getattr(recipe, name) for name in names), cast)
+
+
+@functools.cache
+def _trace(fields, rows, length, precision, checkpointing, attention, experts, cast) -> float:
+    fields, bf16 = json.loads(fields), precision == "bf16"
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    # grouped_mm does not know float32 tensors that are fake; transformers' stand-in for it does.
+    with FakeTensorMode(), mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: bf16):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.bfloat16 if bf16 and cast else torch.float32,
+            **({} if attention is None else {"attn_implementation": attention}),
+            **({} if experts is None else {"experts_implementation": experts}),
+        ).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for parameter in model.parameters():
+            if cast:  # a sharded gradient leaves as soon as it is there
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            else:  # it is counted among the states
+                parameter.grad = torch.zeros_like(parameter)
+        tokens = torch.zeros(rows, length, dtype=torch.int64)
+        positions = torch.arange(length).expand_as(tokens)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not cast):
+                output = model(
+                    input_ids=tokens, labels=tokens, position_ids=positions, num_items_in_batch=1, use_cache=False
+                )
+            output.loss.backward()
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
+        states = sum(p.numel() * p.element_size() * (1 if cast else 2) for p in model.parameters())
+        return peak["Total"] - states
+
+
+def plan(args: list[str], build_config) -> str:
+    """A table of the memory per GPU, for the recipe as it is and with the options that save memory."""
+    parser = argparse.ArgumentParser(prog="train_accelerate.py plan", description=__doc__.split("\n")[0])
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--memory", type=float, nargs="+", default=[80, 141], metavar="GB")
+    options, rest = parser.parse_known_args(args)
+    recipe = parse_recipe(rest)
+    config = build_config(recipe)
+    count = count_parameters(config)
+    lines = [
+        f"{count['total']:,} parameters, {recipe.micro_batch_size} x {recipe.sequence_length:,} tokens in a "
+        f"micro-batch, {recipe.precision}. GB per GPU; a twentieth is left to the allocator and the libraries.",
+        "",
+        "| GPUs | engine | checkpointing | states | gathered | working | total | "
+        + " | ".join(f"fits {size:g} GB" for size in options.memory)
+        + " |",
+        "|--:|---|---|--:|--:|--:|--:|" + "---|" * len(options.memory),
+    ]
+    expert_sizes = sorted({1, 8, recipe.ep_size})
+    for gpus in options.gpus:
+        for ep_size in expert_sizes:
+            if gpus % ep_size or config.num_experts % ep_size:
+                continue
+            for checkpointing in (False, True):
+                variant = dataclasses.replace(recipe, ep_size=ep_size, gradient_checkpointing=checkpointing)
+                memory = plan_memory(variant, config, "fsdp" if ep_size == 1 else "fsdp_ep", gpus)
+                cells = [gpus, "FSDP2" if ep_size == 1 else f"FSDP2 x EP {ep_size}", "yes" if checkpointing else "no"]
+                cells += [f"{part / GB:.1f}" for part in (memory.states, memory.gathered, memory.working)]
+                cells += [f"{memory.total / GB:.1f}"]
+                cells += ["yes" if memory.total < 0.95 * size * GB else "no" for size in options.memory]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
