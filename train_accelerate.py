@@ -49,6 +49,7 @@ from transformers import (
     get_wsd_schedule,
 )
 from transformers.distributed import DistributedConfig
+from transformers.utils.output_capturing import install_all_output_capturing_hooks
 
 from data.batches import Batches, PackedBlocks, PackedStream, Prefetch, document_positions
 from data.text import DataError, load_text, pack, train_tokenizer
@@ -228,6 +229,8 @@ def build_model(
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.compile:
+        if recipe.routing_every:
+            install_all_output_capturing_hooks(model.base_model)  # a compiled forward cannot
         model.compile()
     return model
 

@@ -9,6 +9,7 @@ which leaves out the libraries; the ranks are gloo processes.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,10 @@ def measure(args: list[str], engine: str, output: Path) -> int:
     file = "ddp" if engine == "fsdp_ep" else engine
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "configuration" / "accelerate" / f"{file}.yaml"), "--main_process_port", "29777"]
-    subprocess.run([*command, str(ROOT / "train_accelerate.py"), *args], check=True, cwd=ROOT, capture_output=True)
+    # Freed memory must leave the process, or its size is that of the allocator's stock.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / "train_accelerate.py"), *args]
+    subprocess.run(command, check=True, cwd=ROOT, env=env, capture_output=True)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return max(line["peak_memory"] for line in lines if "peak_memory" in line)
 

@@ -132,7 +132,7 @@ def test_finished_run_is_not_trained_again(trained, recipe):
 def test_bfloat16_run_trains_float32_weights_to_nearly_the_same_losses(recipe, tmp_path, trained):
     process = launch(recipe(tmp_path / "low", precision="bf16"))
     output, _ = process.communicate()
-    assert process.returncode == 0, output
+    assert process.returncode == 0 and "experts: grouped_mm in bfloat16 " in output, output
     assert {tensor.dtype for tensor in weights(tmp_path / "low").values()} == {torch.float32}
     low, full = metrics(tmp_path / "low"), metrics(trained)
     assert low != full and low == pytest.approx(full, abs=0.05)
@@ -178,7 +178,7 @@ def test_step_that_is_not_finite_is_skipped_counted_and_named(recipe, tmp_path):
     main(recipe(tmp_path / "run", model_overrides=FLAKY))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (skipped,) = [line for line in lines if "not_finite" in line]
-    assert skipped["step"] == 3 and "model.routers.1.weight" in skipped["not_finite"]
+    assert skipped["step"] == 3 and "model.embed_tokens.weight" in skipped["not_finite"]
     assert [line["skipped_steps"] for line in lines if "loss" in line] == [0, 0, 1, 1, 1]
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
 

@@ -4,19 +4,22 @@
     python train_accelerate.py plan --config RECIPE.yaml [--gpus 8 16 64] [--memory 80 141] [--field value …]
 
 Parameters, gradients and optimizer state follow from the number of ranks. What a step holds for a while (activations,
-logits, gradients on their way) is counted by torch's memory tracker while two and three layers of the model run with
-fake tensors, which have sizes and no contents, and is linear in the number of layers.
+logits, gradients on their way) is counted while two and three layers of the model run with fake tensors, which have
+sizes and no contents, and is linear in the number of layers.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import weakref
 from unittest import mock
 
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations import moe
 
@@ -57,9 +60,15 @@ def plan_memory(recipe: Recipe, config: PreTrainedConfig, engine: str, ranks: in
     """
     sharded = engine.startswith("fsdp")
     total, half = count_parameters(config)["total"], 2 if recipe.precision == "bf16" else 4
-    states = 16 * total / (ranks if sharded else 1)
+    share = total / (ranks if sharded else 1)
     two, three = (trace_working_memory(recipe, config, layers, cast=sharded) for layers in (2, 3))
     working = two + (three - two) * (config.num_hidden_layers - 2)
+    states = 16 * share
+    if engine != "ddp" and recipe.batch_size <= recipe.micro_batch_size * ranks:
+        # One micro-batch a step: when its activations are most, there are no gradients yet; when all gradients are
+        # there, only the first layer is left. (DDP holds the gradients all the time.)
+        late = 4 * share + trace_working_memory(recipe, config, 0, cast=sharded)
+        states, working = 12 * share, max(working, late)
     gathered = 0.0
     if sharded and ranks > 1:
         embeddings = config.vocab_size * config.hidden_size
@@ -83,17 +92,17 @@ def trace_working_memory(recipe: Recipe, config: PreTrainedConfig, layers: int, 
     Args:
         recipe (`Recipe`): The recipe.
         config (`PreTrainedConfig`): The model's configuration.
-        layers (`int`): Number of layers to run.
+        layers (`int`): Number of layers to run; 0 stands for a single one without the head and the loss.
         cast (`bool`): Whether bfloat16 is what the weights are held in (sharded), or what autocast makes of them.
     """
-    fields = config.to_dict() | {"num_hidden_layers": layers, "router_block_size": 1}
+    fields = config.to_dict() | {"num_hidden_layers": layers or 1, "router_block_size": 1}
     names = ("micro_batch_size", "sequence_length", "precision", "gradient_checkpointing")
     names += ("attn_implementation", "experts_implementation")
-    return _trace(json.dumps(fields), *(getattr(recipe, name) for name in names), cast)
+    return _trace(json.dumps(fields), *(getattr(recipe, name) for name in names), cast, layers > 0)
 
 
 @functools.cache
-def _trace(fields, rows, length, precision, checkpointing, attention, experts, cast) -> float:
+def _trace(fields, rows, length, precision, checkpointing, attention, experts, cast, head) -> float:
     fields, bf16 = json.loads(fields), precision == "bf16"
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     # grouped_mm does not know float32 tensors that are fake; transformers' stand-in for it does.
@@ -106,24 +115,49 @@ def _trace(fields, rows, length, precision, checkpointing, attention, experts, c
         ).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for parameter in model.parameters():
-            if cast:  # a sharded gradient leaves as soon as it is there
-                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-            else:  # it is counted among the states
-                parameter.grad = torch.zeros_like(parameter)
+        for parameter in model.parameters():  # gradients that stay are counted among the states
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         tokens = torch.zeros(rows, length, dtype=torch.int64)
         positions = torch.arange(length).expand_as(tokens)
-        tracker = MemTracker()
-        tracker.track_external(model)
-        with tracker:
+        with PeakMemory(known=list(model.parameters())) as memory:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not cast):
-                output = model(
-                    input_ids=tokens, labels=tokens, position_ids=positions, num_items_in_batch=1, use_cache=False
-                )
-            output.loss.backward()
-        (peak,) = tracker.get_tracker_snapshot("peak").values()
-        states = sum(p.numel() * p.element_size() * (1 if cast else 2) for p in model.parameters())
-        return peak["Total"] - states
+                inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+                if head:
+                    loss = model(**inputs, labels=tokens, num_items_in_batch=1).loss
+                else:
+                    loss = model.base_model(**inputs).last_hidden_state.sum()
+            loss.backward()
+        return memory.peak
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that come into being and pass away, but for the known ones. (torch's own memory
+    tracker cannot follow modules whose parameters are replaced for a call, as those of the experts are in autocast.)
+
+    Args:
+        known (`list[torch.Tensor]`): Tensors that do not count.
+    """
+
+    def __init__(self, known: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages = WeakIdKeyDictionary()
+        for tensor in known:
+            self.storages[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.storages:
+                storage = tensor.untyped_storage()
+                self.storages[storage] = True
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, size: int):
+        self.now -= size
 
 
 def plan(args: list[str], build_config) -> str:

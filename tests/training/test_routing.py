@@ -87,8 +87,8 @@ class CollapsingRouter(LinearRouter):
         if layer_idx == 2 and self.training and logits.device.type != "meta":
             CollapsingRouter.steps += 1
         if layer_idx == 2:
-            favour = torch.zeros(8)
-            favour[5], favour[6] = 2.0, 1.0
+            favour = torch.zeros_like(logits[0])
+            favour[5:7] = torch.tensor([2.0, 1.0])
             logits = logits + CollapsingRouter.steps * favour / 10
         return logits, state
 
