@@ -62,8 +62,10 @@ def measure(args: list[str], engine: str, output: Path) -> int:
     file = "ddp" if engine == "fsdp_ep" else engine
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "configuration" / "accelerate" / f"{file}.yaml"), "--main_process_port", "29777"]
-    # Freed memory must leave the process, or its size is that of the allocator's stock.
+    # Freed memory must leave the process, or its size is that of the allocator's stock; and oneDNN keeps a thousand
+    # bfloat16 kernels, one for each number of tokens that an expert had: half a gigabyte that no GPU knows.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    env["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "1"
     command += [str(ROOT / "train_accelerate.py"), *args]
     subprocess.run(command, check=True, cwd=ROOT, env=env, capture_output=True)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -20,9 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 
 ROOT = Path(__file__).parents[1]
-TIMINGS = {"tokens_per_s", "mfu", "data_share", "log_share", "routing_share"}
+TIMINGS = {"tokens_per_s", "mfu", "data_share", "log_share", "routing_share", "peak_memory"}
 ENGINES = {"one process": None, "two processes, DDP": "ddp", "two processes, FSDP2": "fsdp"}
 
 
@@ -66,11 +68,11 @@ def wait_for_a_moment(process: subprocess.Popen, run: Path, rng: random.Random) 
     before = lines(run)
     seen = set()
     while process.poll() is None:
-        if moment == "step" and lines(run) >= before + 1 + amount:
+        if moment == "step" and lines(run) >= before + 5 * amount:
             time.sleep(delay)
             return {"during": "step", "after lines of metrics": lines(run)}
         seen |= {path.name for path in (run / "checkpoints").glob("step-*.partial")}
-        if moment == "save" and seen:
+        if moment == "save" and len(seen) >= amount:
             time.sleep(delay)
             return {"during": "save", "after lines of metrics": lines(run)}
         time.sleep(0.0005)
@@ -90,14 +92,24 @@ def fingerprint(run: Path) -> dict[str, str]:
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [{name: value for name, value in line.items() if name not in TIMINGS} for line in metrics]
     checkpoint = sorted((run / "checkpoints").iterdir())[-1]
-    files = {
-        "final weights": [run / "final" / "model.safetensors"],
-        "weights and optimizer": sorted(checkpoint.glob("*.safetensors")),
-        "schedule and counters": [checkpoint / "state.json"],
-        "data order and random state": sorted(checkpoint.glob("rank-*.json")),
+    return {
+        "final weights": hash_tensors([run / "final" / "model.safetensors"]),
+        "weights and optimizer": hash_tensors(sorted(checkpoint.glob("*.safetensors"))),
+        "schedule and counters": hashlib.sha256((checkpoint / "state.json").read_bytes()).hexdigest(),
+        "data order and random state": hashlib.sha256(
+            b"".join(file.read_bytes() for file in sorted(checkpoint.glob("rank-*.json")))
+        ).hexdigest(),
+        "metrics": hashlib.sha256(json.dumps(metrics).encode()).hexdigest(),
     }
-    hashes = {name: hashlib.sha256(b"".join(f.read_bytes() for f in its)).hexdigest() for name, its in files.items()}
-    return hashes | {"metrics": hashlib.sha256(json.dumps(metrics).encode()).hexdigest()}
+
+
+def hash_tensors(files: list[Path]) -> str:
+    """A hash of all tensors by name; their order in the files is no part of it."""
+    found = {}
+    for number, file in enumerate(files):
+        for name, tensor in load_file(file).items():
+            found[name, number if len(files) > 1 else 0] = tensor.numpy().tobytes()
+    return hashlib.sha256(b"".join(str(name).encode() + found[name] for name in sorted(found))).hexdigest()
 
 
 def write_recipe(folder: Path, **fields) -> list[str]:
@@ -114,7 +126,7 @@ def write_recipe(folder: Path, **fields) -> list[str]:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     recipe = {
         "model": str(folder / "model.json"), "dataset": str(folder / "text.jsonl"), "streaming": True,
-        "sequence_length": 64, "batch_size": 8, "micro_batch_size": 4, "max_steps": 120, "learning_rate": 3e-3,
+        "sequence_length": 64, "batch_size": 8, "micro_batch_size": 4, "max_steps": 300, "learning_rate": 3e-3,
         "log_every": 1, "routing_every": 10, "checkpoint_every": 4, "keep_every": 40, "eval_every": 40,
         "eval_sequences": 8, "shuffle_window": 50,
     } | fields  # fmt: skip
