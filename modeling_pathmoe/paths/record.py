@@ -14,6 +14,17 @@ class PathTrace:
     Attributes:
         experts (`torch.Tensor` of shape `(tokens, layers, k)`, int16): The experts of each token, best first.
         token_ids (`torch.Tensor` of shape `(tokens,)`, int64): The token ids; -1 where the model was given embeddings.
+        sequence_ids (`torch.Tensor` of shape `(tokens,)`, int64): To come. Number of the sequence (batch row) in the
+            order in which sequences began.
+        positions (`torch.Tensor` of shape `(tokens,)`, int64): To come. Position in the sequence.
+        offsets (`torch.Tensor` of shape `(tokens, 2)`, int64): To come. Character span in the text, from an
+            `offset_mapping` that is passed to the model inside `record_paths`; -1 where none was.
+        weights (`torch.Tensor` of shape `(tokens, layers, k)`, float16): To come; `record_paths(model, weights=True)`.
+        probabilities (`torch.Tensor` of shape `(tokens, layers, experts)`, float16): To come;
+            `record_paths(model, probabilities=True)`.
+        model: To come. `model_type, num_layers, num_experts, top_k, layer_to_block` of the model.
+
+    To come: `len(trace)`, `trace.save(path)`, `PathTrace.load(path)`, `trace.replace(experts)`.
     """
 
     def __init__(self):
@@ -88,37 +99,24 @@ def record_paths(model: PreTrainedModel) -> Iterator[PathTrace]:
             handle.remove()
 
 
-def path_counts(experts: torch.Tensor) -> torch.Tensor:
-    """How many tokens take each distinct path, the most frequent first. A path is the top-1 expert of every layer.
+@contextmanager
+def edit_paths(model, edit_indices=None, *, edit_logits=None, edit_hidden_states=None, keep_weights=False):
+    """Lets functions edit what each layer's router sees, scores or chooses, in any forward or `generate`.
 
     Args:
-        experts (`torch.Tensor` of shape `(tokens, layers, k)`): Expert indices, best first.
-
-    Returns:
-        `torch.Tensor` of shape `(distinct paths,)`, int64: Its length is the number of distinct paths.
+        model: A model as [`record_paths`] takes it.
+        edit_indices: `(layer_idx, logits (T, E), indices (T, k)) -> indices (T, k)`; weights are recomputed from the
+            logits at the new indices in the architecture's own way, unless `keep_weights`.
+        edit_logits: `(layer_idx, logits (T, E)) -> logits (T, E)`.
+        edit_hidden_states: `(layer_idx, hidden_states) -> hidden_states`, seen by the router only.
+        keep_weights: Whether the i-th new expert keeps the weight of the i-th expert of the router.
     """
-    _, counts = experts[:, :, 0].unique(dim=0, return_counts=True)
-    return counts.sort(descending=True).values
+    raise NotImplementedError
+    yield
 
 
-def path_coverage(experts: torch.Tensor, top: int) -> float:
-    """The share of tokens that take one of the `top` most frequent paths.
-
-    Args:
-        experts (`torch.Tensor` of shape `(tokens, layers, k)`): Expert indices, best first.
-        top (`int`): Number of paths.
-    """
-    counts = path_counts(experts)
-    return (counts[:top].sum() / counts.sum()).item()
-
-
-def adjacent_jaccard(experts: torch.Tensor) -> float:
-    """Agreement of neighbouring layers: the mean Jaccard similarity |A ∩ B| / |A ∪ B| of a token's two expert sets.
-
-    Two sets of k experts out of E that are drawn at random have about k / (2E - k).
-
-    Args:
-        experts (`torch.Tensor` of shape `(tokens, layers, k)`): Expert indices; k different ones in each layer.
-    """
-    shared = (experts[:, :-1, :, None] == experts[:, 1:, None, :]).sum(dim=(-2, -1))
-    return (shared / (2 * experts.shape[-1] - shared)).double().mean().item()
+@contextmanager
+def replay_paths(model, trace: PathTrace):
+    """Forces the experts of a recorded or edited trace through the model, token by token in the recorded order."""
+    raise NotImplementedError
+    yield
