@@ -31,13 +31,15 @@ from .perturb import (
     restrict_paths,
     shuffle_experts,
 )
-from .record import PathTrace, edit_paths, record_paths, replay_paths
+from .record import PathTrace, record_paths, replay_paths
+from .routers import RoutedModel, edit_paths
 
 
 __all__ = [
     "Interval",
     "PathTrace",
     "PerturbationCurve",
+    "RoutedModel",
     "adjacent_jaccard",
     "bootstrap",
     "cluster_purity",
