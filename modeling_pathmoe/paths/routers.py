@@ -2,13 +2,14 @@
 """Where a model routes, and how to make it route otherwise."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 
@@ -144,26 +145,34 @@ def check_indices(what: str, indices: torch.Tensor, shape: tuple[int, ...], num_
 
 
 class _Calls(TorchFunctionMode):
-    """Numbers the torch calls that are made under it, and lets `answers` change what some of them return."""
+    """Keeps the results of the torch calls that are made under it, replaces some, and follows what comes of these.
 
-    def __init__(self, answers: dict[int, Callable] | None = None):
+    Args:
+        answer (`Callable`): Makes what a call returns of its number, its result and its positional arguments.
+        followed (`Iterable[int]`): Numbers of the calls that are followed.
+    """
+
+    def __init__(self, answer: Callable = lambda number, result, args: result, followed: Iterable[int] = ()):
         super().__init__()
-        self.answers = answers or {}
-        self.results = []
+        self.answer, self.followed = answer, followed
+        self.results = []  # all of them, so that an id is one tensor's
+        self.following = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if answer := self.answers.get(len(self.results)):
-            result = answer(result, *args)
+        number = len(self.results)
+        result = self.answer(number, func(*args, **(kwargs or {})), args)
         self.results.append(result)
+        if number in self.followed or any(id(tensor) in self.following for tensor in _tensors((args, kwargs))):
+            self.following.update(id(tensor) for tensor in _tensors(result))
         return result
 
-    def number_of(self, tensor: torch.Tensor) -> int | None:
-        """The last call that returned this very tensor, alone or in a tuple."""
-        for number, result in reversed(list(enumerate(self.results))):
-            if any(part is tensor for part in (result if isinstance(result, tuple) else (result,))):
-                return number
-        return None
+    def that_return(self, tensor: torch.Tensor) -> list[int]:
+        """Numbers of the calls that returned this very tensor, alone or with others."""
+        return [n for n, result in enumerate(self.results) if any(part is tensor for part in _tensors(result))]
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _decide(
@@ -182,34 +191,31 @@ def _decide(
         indices (`torch.Tensor`, *optional*): Instead of the router's.
 
     Raises:
-        TypeError: If what is to be replaced is not what a torch call returned.
+        TypeError: If what is to be replaced is not what a torch call returned, or the weights do not follow from it.
     """
     with _Calls() as calls:
         old_logits, _, old_indices, *_ = decision()
+    # More than one call may return the same tensor: `.float()` of what is float32 already does.
+    of_logits = calls.that_return(old_logits) if logits is not None else []
+    of_indices = calls.that_return(old_indices) if indices is not None else []
 
-    def with_logits(result, *args):
-        return logits.to(result.dtype)
+    def answer(number, result, args):
+        if number in of_logits:
+            return logits.to(result.dtype, copy=True)
+        if number in of_indices:
+            chosen = indices.to(old_indices, copy=True)
+            # A top-k returns the scores of what it chose, too.
+            return (args[0].gather(-1, chosen), chosen) if isinstance(result, tuple) else chosen
+        return result
 
-    def with_indices(result, *args):
-        chosen = indices.to(old_indices)
-        # A top-k returns the scores of what it chose, too.
-        return (args[0].gather(-1, chosen), chosen) if isinstance(result, tuple) else chosen
-
-    answers = {}
-    for new, old, answer in ((logits, old_logits, with_logits), (indices, old_indices, with_indices)):
-        if new is not None:
-            if (number := calls.number_of(old)) is None:
-                raise _not_editable(router)
-            answers[number] = answer
-    with _Calls(answers):
-        return decision()[:3]
-
-
-def _not_editable(router: nn.Module) -> TypeError:
-    return TypeError(
-        f"The router {type(router).__name__} does not compute its weights from its logits and top-k indices in a way "
-        "that can be repeated with others: its paths can be recorded, but not edited or replayed."
-    )
+    with _Calls(answer, followed=of_logits if indices is None else of_indices) as calls:
+        decided = decision()[:3]
+    if (logits is not None or indices is not None) and id(decided[1]) not in calls.following:
+        raise TypeError(
+            f"The router {type(router).__name__} does not compute its weights from its logits and top-k indices in a "
+            "way that can be repeated with others: its paths can be recorded, but not edited or replayed."
+        )
+    return decided
 
 
 @contextmanager
@@ -250,7 +256,6 @@ def edit_paths(
     ```
     """
     routing = Routing(model)
-    checked = set()
 
     def on_hidden_states(router, args, kwargs):
         layer_idx = routing.layer_of(router, args, kwargs)
@@ -275,12 +280,6 @@ def edit_paths(
         if edit_indices is not None:
             edited = edit_indices(layer_idx, logits, indices)
             check_indices(f"What edit_indices returned for layer {layer_idx}", edited, indices.shape, logits.shape[-1])
-            if not keep_weights and type(router) not in checked:
-                # Turning the indices round must turn the weights round.
-                turned = decide(None, output[2].roll(1, dims=-1))
-                if not torch.allclose(turned[1].float(), output[1].roll(1, dims=-1).float(), rtol=1e-2, atol=1e-6):
-                    raise _not_editable(router)
-                checked.add(type(router))
             indices = edited
             if not keep_weights:
                 logits, weights, indices = decide(new_logits, edited)
