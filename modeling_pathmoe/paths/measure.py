@@ -355,7 +355,7 @@ def permutation_baseline(
     """
     generator = torch.Generator().manual_seed(seed)
     values = [measure(clusters, labels[torch.randperm(len(labels), generator=generator)]) for _ in range(permutations)]
-    return Interval(float(np.mean(values)), *_central(values, confidence))
+    return Interval(float(np.mean(values)), *central(values, confidence))
 
 
 def bootstrap(
@@ -398,7 +398,7 @@ def bootstrap(
         drawn = torch.randint(len(documents), (len(documents),), generator=generator)
         tokens = torch.cat([documents[i] for i in drawn.tolist()])
         estimates.append(measure(*(value[tokens] for value in values)))
-    return Interval(float(measure(*values)), *_central(estimates, confidence))
+    return Interval(float(measure(*values)), *central(estimates, confidence))
 
 
 def subsample_documents(document_ids: torch.Tensor, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -428,7 +428,7 @@ def _tokens_of_documents(document_ids: torch.Tensor) -> list[torch.Tensor]:
     return list(document_ids.argsort(stable=True).split(counts.tolist()))
 
 
-def _central(values, confidence: float) -> tuple[float, float]:
+def central(values, confidence: float) -> tuple[float, float]:
     """The ends of the central share `confidence` of the values."""
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

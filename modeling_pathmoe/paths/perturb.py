@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .measure import Interval, _central, path_ids
+from .measure import Interval, central, path_ids
 from .record import PathTrace
 from .routers import Routing, edit_paths
 
@@ -117,7 +117,7 @@ def _curve(
     log_perplexity = (weights @ loss) / (weights @ count.double())
 
     def interval(samples: torch.Tensor) -> Interval:
-        return Interval(samples[0].item(), *_central(samples[1:].numpy(), confidence=0.95))
+        return Interval(samples[0].item(), *central(samples[1:].numpy(), confidence=0.95))
 
     perplexity, rise = [], []
     for value in values:
@@ -132,7 +132,7 @@ def _curve(
 
 def _generator(seed: int, document: int) -> torch.Generator:
     """Random numbers of a document: on the CPU, so that they are the same on every device."""
-    return torch.Generator().manual_seed(seed * 2**32 + document)
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, document]).generate_state(1)[0]))
 
 
 def shuffle_experts(
@@ -308,8 +308,8 @@ def restrict_paths(
         raise ValueError(f"others={others!r} must be 'allowed' or 'any'.")
     if not all(top is None or top >= 1 for top in tops):
         raise ValueError(f"tops={tops} must be at least 1, or None for all paths.")
-    trace.model.check_same(Routing(model).describe(trace.model.num_experts, trace.model.top_k))
     paths, counts = trace.experts[:, :, 0].long().unique(dim=0, return_counts=True)
+    trace.model.check_same(Routing(model).describe(trace.model.num_experts, trace.model.top_k))
     paths = paths[counts.argsort(descending=True, stable=True)]
     tries = {top: _PathTrie(paths[:top], trace.model.num_experts).to(model.device) for top in tops}
 
