@@ -19,6 +19,7 @@ import shlex
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ from modeling_pathmoe.paths.routers import Routing
 TEMPLATE = Path(__file__).with_suffix(".html")
 COVERED = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 PATHS_SHOWN = 20
+PERTURBED_LENGTH = 256  # tokens of a perturbed document, at least, where it has as many
 MAX_LENGTH = 1024
 FLOW_KEPT = 0.0005  # share of the tokens
 TOKENS_SHOWN = 600
@@ -179,6 +181,21 @@ def permuted(experts: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.stack(shuffled, dim=1)
 
 
+def path_ranks(experts: torch.Tensor) -> torch.Tensor:
+    """Place of each token's path among the paths in order of frequency, from 0: `(T,)`."""
+    ids = paths.path_ids(experts)
+    return ids.bincount().argsort(descending=True, stable=True).argsort()[ids]
+
+
+def coverage(ranks: torch.Tensor, top: int) -> float:
+    """The share of tokens on the `top` most frequent paths.
+
+    Of all tokens this is `path_coverage`. In a bootstrap, the most frequent paths stay those of all tokens: a
+    resample's own would cover more of it, as it repeats documents.
+    """
+    return (ranks < top).double().mean().item()
+
+
 def measure(reading: Reading, tags: list[str | None], resamples: int, seed: int) -> list[dict]:
     """The table of measures: `key`, `name`, `note`, `unit`, `value`, the interval's `low` and `high`, and `baseline`.
 
@@ -198,27 +215,26 @@ def measure(reading: Reading, tags: list[str | None], resamples: int, seed: int)
 
     rows = []
     possible = f"of {shape.num_experts}^{shape.num_layers} possible ones, taken by {len(experts):,} tokens"
-    for key, name, note, unit, function, has_interval, has_baseline in (
-        ("distinct_paths", "distinct paths", possible, "count", paths.distinct_paths, False, True),
+    both = (experts, shuffled)
+    for key, name, note, unit, function, has_interval, (real, chance) in (
+        ("distinct_paths", "distinct paths", possible, "count", paths.distinct_paths, False, both),
         ("perplexity", "perplexity of the paths", "how many equally frequent paths would be as spread", "count",
-         paths.path_perplexity, False, True),
-        ("coverage_10", "tokens on the 10 most frequent paths", "", "share",
-         lambda e: paths.path_coverage(e, 10), True, True),
-        ("coverage_100", "tokens on the 100 most frequent paths", "", "share",
-         lambda e: paths.path_coverage(e, 100), True, True),
+         paths.path_perplexity, False, both),
+        ("coverage_10", "tokens on the 10 most frequent paths", "", "share", partial(coverage, top=10), True,
+         (path_ranks(experts), path_ranks(shuffled))),
         ("agreement", "agreement of neighbouring layers", "Jaccard similarity of a token's expert sets", "number",
-         paths.adjacent_jaccard, True, True),
+         paths.adjacent_jaccard, True, both),
         ("load_variation", "variation of the load", "standard deviation over mean of the experts' loads, per layer",
-         "number", lambda e: load(paths.load_variation, e), True, False),
+         "number", partial(load, paths.load_variation), True, (experts, None)),
         ("load_entropy", "entropy of the load", "over that of an even load, per layer", "share",
-         lambda e: load(paths.load_entropy, e) / undecided, True, False),
+         lambda e: load(paths.load_entropy, e) / undecided, True, (experts, None)),
     ):  # fmt: skip
         if has_interval:
-            interval = paths.bootstrap(function, reading.document_ids, experts, resamples=resamples, seed=seed)
+            interval = paths.bootstrap(function, reading.document_ids, real, resamples=resamples, seed=seed)
             value, low, high = interval.estimate, interval.low, interval.high
         else:
-            value, low, high = function(experts), None, None
-        rows.append(row(key, name, note, unit, value, function(shuffled) if has_baseline else None, low, high))
+            value, low, high = function(real), None, None
+        rows.append(row(key, name, note, unit, value, None if chance is None else function(chance), low, high))
     entropy = paths.routing_entropy(reading.trace.probabilities).mean().item() / undecided
     note = "of a token's router probabilities, over that of an undecided router, per layer"
     rows.append(row("routing_entropy", "routing entropy", note, "share", entropy))
@@ -322,14 +338,12 @@ def curves(reading: Reading, resamples: int, seed: int) -> dict:
                 "baseline": function(chance, place),
             }
 
-    # A path's number stands for the path: one layer to compare instead of all.
-    real, chance = (paths.path_ids(e)[:, None, None] for e in (experts, shuffled))
-    covered = [top for top in COVERED if top <= paths.distinct_paths(experts)]
+    ranks, shuffled_ranks = path_ranks(experts), path_ranks(shuffled)
+    tops = [top for top in COVERED if top <= paths.distinct_paths(experts)]
+    runs = range(1, experts.shape[1] + 1)
     return {
-        "coverage": list(points("paths", covered, paths.path_coverage, real, chance)),
-        "engagement": list(
-            points("layers", range(1, experts.shape[1] + 1), paths.sustained_engagement, experts, shuffled)
-        ),
+        "coverage": list(points("paths", tops, coverage, ranks, shuffled_ranks)),
+        "engagement": list(points("layers", runs, paths.sustained_engagement, experts, shuffled)),
     }
 
 
@@ -355,13 +369,9 @@ def perturb(model: PreTrainedModel, reading: Reading, max_tokens: int, max_lengt
         `PerturbationCurve` each. The most frequent paths are those of the other documents.
     """
     order = torch.randperm(len(reading.documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    pieces, chosen = [], set()
-    for document in order[: len(order) // 2]:
-        piece = reading.pieces[reading.piece_documents.index(document)][:max_tokens]
-        if len(piece) > 1:
-            pieces.append(piece)
-            chosen.add(document)
-            max_tokens -= len(piece)
+    chosen = order[: max(2, min(len(order) // 2, max_tokens // PERTURBED_LENGTH))]
+    firsts = [reading.pieces[reading.piece_documents.index(document)] for document in chosen]
+    pieces = [piece[: max_tokens // len(chosen)] for piece in firsts if len(piece) > 1]
     others = [piece for piece, document in zip(reading.pieces, reading.piece_documents) if document not in chosen]
     common = {"model": model, "documents": pieces, "max_length": max_length, "seed": seed}
     layers = reading.trace.model.num_layers
