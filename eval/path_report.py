@@ -5,8 +5,9 @@
     python eval/path_report.py --model A --model B --data validation.jsonl runs/brown/brown.jsonl --output out
 
 Takes any causal language model that `record_paths` takes: PathMoE, OLMoE, Qwen2-MoE, Qwen3-MoE, Mixtral and more. Of
-each data file, equally many tokens are read, document by document. Rows hold `text`, and may hold its `source`, and
-gold tags of its words as `data/brown.py` writes them. Writes OUTPUT/paths.json, every figure, and OUTPUT/report.html.
+each data file, equally many tokens are read, of documents in random order. Rows hold `text`, and may hold its
+`source`, and gold tags of its words as `data/brown.py` writes them. Writes OUTPUT/paths.json, every figure, and
+OUTPUT/report.html.
 
 In paths.json a path is a list with the first choice of every routed layer, shares are of tokens, `load` is of choices,
 entropies are in nats, and an interval is `{estimate, low, high}`: 95 %, by bootstrap over documents.
@@ -15,6 +16,7 @@ entropies are in nats, and an interval is `{estimate, low, high}`: 95 %, by boot
 import argparse
 import json
 import math
+import random
 import shlex
 import sys
 from collections import Counter
@@ -43,7 +45,9 @@ from modeling_pathmoe.paths.routers import Routing
 TEMPLATE = Path(__file__).with_suffix(".html")
 COVERED = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 PATHS_SHOWN = 20
-PERTURBED_LENGTH = 256  # tokens of a perturbed document, at least, where it has as many
+# Of a document that has as many, at least so many tokens are read, and perturbed: few of many documents tell more.
+DOCUMENT_TOKENS = 512
+PERTURBED_TOKENS = 256
 MAX_LENGTH = 1024
 FLOW_KEPT = 0.0005  # share of the tokens
 TOKENS_SHOWN = 600
@@ -105,8 +109,10 @@ def read_documents(files: list[Path]) -> list[list[dict]]:
     return result
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, documents: list[dict], max_tokens: int) -> list[tuple]:
-    """The first tokens of some documents: `(document, token ids, offsets)` of each that is reached.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, documents: list[dict], max_tokens: int, each: int
+) -> list[tuple[dict, list[int], list[tuple[int, int]]]]:
+    """The first tokens of some documents, at most `each` of each: `(document, token ids, offsets)` of those reached.
 
     Raises:
         ValueError: If the tokenizer is not a fast one.
@@ -118,7 +124,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: list[dict], max_tokens
         if max_tokens == 0:
             break
         encoded = tokenizer(document["text"], return_offsets_mapping=True, verbose=False)
-        ids, offsets = (encoded[key][:max_tokens] for key in ("input_ids", "offset_mapping"))
+        ids, offsets = (encoded[key][: min(each, max_tokens)] for key in ("input_ids", "offset_mapping"))
         max_tokens -= len(ids)
         result.append((document, ids, offsets))
     return result
@@ -369,7 +375,7 @@ def perturb(model: PreTrainedModel, reading: Reading, max_tokens: int, max_lengt
         `PerturbationCurve` each. The most frequent paths are those of the other documents.
     """
     order = torch.randperm(len(reading.documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = order[: max(2, min(len(order) // 2, max_tokens // PERTURBED_LENGTH))]
+    chosen = order[: max(2, min(len(order) // 2, max_tokens // PERTURBED_TOKENS))]
     firsts = [reading.pieces[reading.piece_documents.index(document)] for document in chosen]
     pieces = [piece[: max_tokens // len(chosen)] for piece in firsts if len(piece) > 1]
     others = [piece for piece, document in zip(reading.pieces, reading.piece_documents) if document not in chosen]
@@ -446,7 +452,7 @@ def main(args: list[str] | None = None):
     parser.add_argument("--max_length", type=int, help="most tokens in a piece; the model's longest, or 1024")
     parser.add_argument("--perturbed_tokens", type=int, default=8_000, help="tokens under perturbation; 0 for none")
     parser.add_argument("--resamples", type=int, default=100, help="of each bootstrap")
-    parser.add_argument("--seed", type=int, default=0, help="of resamples, permutations and perturbations")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of documents, and of all that is random")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", help="such as bfloat16; that of the checkpoint when unset")
     options = parser.parse_args(args)
@@ -456,6 +462,8 @@ def main(args: list[str] | None = None):
         parser.error("--max_tokens and --resamples must be at least 1, --perturbed_tokens at least 0.")
 
     files = read_documents(options.data)
+    for rows in files:
+        random.Random(options.seed).shuffle(rows)
     for folder in options.model:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"--model {folder}: there is no such folder. Download a model from the Hub first.")
@@ -464,7 +472,11 @@ def main(args: list[str] | None = None):
     # Models are compared on equally many tokens of each file.
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in options.model]
     share = options.max_tokens // len(files)
-    counts = [min(sum(len(ids) for _, ids, _ in encode(t, rows, share)) for t in tokenizers) for rows in files]
+    limits = [(rows, max(DOCUMENT_TOKENS, -(-share // len(rows)))) for rows in files]
+    counts = [
+        min(sum(len(ids) for _, ids, _ in encode(tokenizer, rows, share, each)) for tokenizer in tokenizers)
+        for rows, each in limits
+    ]
     models = []
     for folder, tokenizer in zip(options.model, tokenizers):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype).to(options.device).eval()
@@ -472,7 +484,9 @@ def main(args: list[str] | None = None):
         max_length = options.max_length or min(longest, MAX_LENGTH)
         if not 1 < max_length <= longest:
             raise ValueError(f"--max_length {max_length} must be from 2 to the {longest} that {folder} reads at once.")
-        encoded = [entry for rows, count in zip(files, counts) for entry in encode(tokenizer, rows, count)]
+        encoded = [
+            entry for (rows, each), count in zip(limits, counts) for entry in encode(tokenizer, rows, count, each)
+        ]
         if len(encoded) < 4:
             raise ValueError(
                 f"--max_tokens {options.max_tokens} reaches {len(encoded)} documents, but intervals need at least 4: "
