@@ -206,6 +206,13 @@ def _expert_sets(experts: torch.Tensor) -> np.ndarray:
     return sets
 
 
+def _mean_jaccard(first: np.ndarray, second: np.ndarray, k: int) -> float:
+    """Mean over tokens of the Jaccard similarity of two sets of k experts, given as bit masks `(T, words)`."""
+    shared = np.bitwise_count(first & second).sum(axis=-1, dtype=np.int64)
+    sizes = np.arange(k + 1)
+    return float(np.bincount(shared, minlength=k + 1) @ (sizes / (2 * k - sizes)) / len(shared))
+
+
 def jaccard_matrix(experts: torch.Tensor) -> torch.Tensor:
     """Agreement of each pair of layers: the mean over tokens of |A ∩ B| / |A ∪ B| of the token's two expert sets.
 
@@ -220,26 +227,27 @@ def jaccard_matrix(experts: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If there are no tokens.
     """
-    sets, k = _expert_sets(experts), experts.shape[-1]
-    similarity = np.arange(k + 1) / (2 * k - np.arange(k + 1))
+    sets = _expert_sets(experts)
     matrix = torch.eye(len(sets), dtype=torch.float64)
     for i in range(len(sets)):
         for j in range(i):
-            shared = np.bitwise_count(sets[i] & sets[j]).sum(axis=-1, dtype=np.int64)
-            matrix[i, j] = matrix[j, i] = np.bincount(shared, minlength=k + 1) @ similarity / len(shared)
+            matrix[i, j] = matrix[j, i] = _mean_jaccard(sets[i], sets[j], experts.shape[-1])
     return matrix
 
 
 def adjacent_jaccard(experts: torch.Tensor) -> float:
-    """Agreement of neighbouring layers: the mean Jaccard similarity |A ∩ B| / |A ∪ B| of a token's two expert sets.
-
-    Two sets of k experts out of E that are drawn at random have about k / (2E - k).
+    """Agreement of neighbouring layers: the mean of the entries of `jaccard_matrix` beside its diagonal.
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices; k different ones in each layer.
+
+    Raises:
+        ValueError: If there are no tokens, or fewer than two layers.
     """
-    shared = (experts[:, :-1, :, None] == experts[:, 1:, None, :]).sum(dim=(-2, -1))
-    return (shared / (2 * experts.shape[-1] - shared)).double().mean().item()
+    sets = _expert_sets(experts)
+    if len(sets) < 2:
+        raise ValueError(f"experts has {len(sets)} layer; agreement needs at least 2.")
+    return float(np.mean([_mean_jaccard(a, b, experts.shape[-1]) for a, b in zip(sets, sets[1:])]))
 
 
 def sustained_engagement(experts: torch.Tensor, length: int) -> float:

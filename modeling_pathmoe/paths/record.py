@@ -89,10 +89,7 @@ class PathTrace:
                     yield {name: _to_numpy(batch[name], name, self.model) for name in batch.schema.names}
         yield from self._pending
 
-    def _append(self, batch: dict[str, np.ndarray], model: RoutedModel):
-        if self.model not in (None, model):
-            raise ValueError(f"One trace cannot hold paths of {self.model} and of {model}.")
-        self.model = model
+    def _append(self, batch: dict[str, np.ndarray]):
         self._pending.append(batch)
         self._pending_bytes += sum(array.nbytes for array in batch.values())
         if self._pending_bytes > self._memory_limit:
@@ -159,8 +156,8 @@ class PathTrace:
         shape = (len(tokens["token_ids"]), self.model.num_layers, self.model.top_k)
         check_indices("experts", experts, shape, self.model.num_experts)
         trace = PathTrace()
-        dtype = _index_dtype(self.model.num_experts)
-        trace._append({"experts": experts.cpu().to(dtype).numpy(), **tokens}, self.model)
+        trace.model = self.model
+        trace._append({"experts": experts.cpu().to(_index_dtype(self.model.num_experts)).numpy(), **tokens})
         return trace
 
 
@@ -242,8 +239,17 @@ def record_paths(
     def on_route(router, args, kwargs, output):
         if tokens is None:  # a backward pass computes a layer again
             return
-        routing.check_output(router, output)
-        layers[routing.layer_of(router, args, kwargs)] = [tensor.detach() for tensor in output[:3]]
+        if trace.model is None:
+            routing.check_output(router, output)
+            trace.model = routing.describe(output[0].shape[-1], output[2].shape[-1])
+        logits, chosen_weights, indices = output[:3]
+        # Kept until the forward ends, so nothing but what is asked for.
+        kept = {"experts": indices}
+        if weights:
+            kept["weights"] = chosen_weights
+        if probabilities:
+            kept["probabilities"] = logits
+        layers[routing.layer_of(router, args, kwargs)] = kept
 
     def on_forward(decoder, args, output):
         nonlocal tokens, offsets
@@ -252,14 +258,14 @@ def record_paths(
                 f"{routing.name} has {len(routing.layer_to_block)} routed layers, but this forward passed through "
                 f"{len(layers)}: its paths cannot be recorded."
             )
-        logits, chosen_weights, indices = zip(*(layers[layer] for layer in sorted(layers)))
-        described = routing.describe(logits[0].shape[-1], indices[0].shape[-1])
+        batch = {}
+        for name in layers[0]:
+            values = _stack([layers[layer][name] for layer in sorted(layers)])
+            if name == "probabilities":
+                values = values.float().softmax(dim=-1)
+            dtype = _index_dtype(trace.model.num_experts) if name == "experts" else torch.float16
+            batch[name] = values.to(dtype).cpu().numpy()
         real = tokens.real.reshape(-1)
-        batch = {"experts": _stack(indices, _index_dtype(described.num_experts))}
-        if weights:
-            batch["weights"] = _stack(chosen_weights, torch.float16)
-        if probabilities:
-            batch["probabilities"] = _stack([layer.float().softmax(dim=-1) for layer in logits], torch.float16)
         sequence_ids, positions = sequences.number(tokens)
         ids = np.full(real.shape, -1) if tokens.input_ids is None else tokens.input_ids.reshape(-1).cpu().numpy()
         spans = np.full((len(real), 2), -1) if offsets is None else offsets.reshape(-1, 2).cpu().numpy()
@@ -268,7 +274,7 @@ def record_paths(
         batch |= {"token_ids": ids, "sequence_ids": sequence_ids, "positions": positions, "offsets": spans}
         for name in _TOKEN_FIELDS:
             batch[name] = batch[name].astype(np.int32)
-        trace._append({name: values if real.all() else values[real] for name, values in batch.items()}, described)
+        trace._append({name: values if real.all() else values[real] for name, values in batch.items()})
         layers.clear()
         tokens = offsets = None
 
@@ -283,11 +289,10 @@ def record_paths(
             handle.remove()
 
 
-def _stack(layers: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:
-    """`(T, L, …)` in host memory, by one copy from the device."""
+def _stack(layers: list[torch.Tensor]) -> torch.Tensor:
+    """`(T, L, …)` on the device of the first layer, so that the host waits for it once."""
     device = layers[0].device
-    stacked = torch.stack([layer.to(device, dtype).flatten(0, -2) for layer in layers], dim=1)
-    return stacked.cpu().numpy()
+    return torch.stack([layer.detach().flatten(0, -2).to(device) for layer in layers], dim=1)
 
 
 class ForwardTokens:
@@ -334,19 +339,21 @@ class _Sequences:
 
     def number(self, tokens: ForwardTokens) -> tuple[np.ndarray, np.ndarray]:
         """The sequence and the position of each token, both `(batch · sequence,)`; of padding, anything."""
-        rows = len(tokens.real)
         count = tokens.real.cumsum(axis=1)
-        goes_on = tokens.past > 0 and len(self.last_ids) == rows
-        position = count - 1 + (self.next_positions[:, None] if goes_on else tokens.past)
-        restarts = tokens.real & tokens.starts
-        starts = restarts if goes_on else tokens.real & (restarts | (count == 1))
-        position = position - np.maximum.accumulate(np.where(restarts, position, 0), axis=1)
-        ids = self.begun - 1 + starts.cumsum().reshape(starts.shape)
+        goes_on = tokens.past > 0 and len(self.last_ids) == len(count)
+        positions = count - 1 + (self.next_positions[:, None] if goes_on else tokens.past)
+        starts = tokens.real & tokens.starts
+        if starts.any():
+            positions -= np.maximum.accumulate(np.where(starts, positions, 0), axis=1)
+        if not goes_on:
+            starts |= tokens.real & (count == 1)
+        started = starts.cumsum().reshape(starts.shape)
+        ids = self.begun - 1 + started
         if goes_on:
             ids = np.where(starts.cumsum(axis=1) == 0, self.last_ids[:, None], ids)
-        self.begun += int(starts.sum())
-        self.last_ids, self.next_positions = ids[:, -1], position[:, -1] + 1
-        return ids.reshape(-1), position.reshape(-1)
+        self.begun += int(started[-1, -1])
+        self.last_ids, self.next_positions = ids[:, -1], positions[:, -1] + 1
+        return ids.reshape(-1), positions.reshape(-1)
 
 
 @contextmanager
