@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 from perplexity import BUILDERS
-from prefetch import prefetch_estimate
+from prefetch import AHEAD, prefetch_estimate
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -404,7 +404,8 @@ def analyse(model: PreTrainedModel, name: str, reading: Reading, max_length: int
         offsets = [reading.offsets[i] for i in (reading.document_ids == number).nonzero()[:, 0].tolist()]
         tags += align_tags(offsets, document) if document.get("tags") is not None else [None] * len(offsets)
     load = paths.expert_load(experts, shape.num_experts)
-    shown = (reading.document_ids == 0).sum().clamp(max=TOKENS_SHOWN)
+    longest = reading.document_ids.bincount().argmax()
+    shown = (reading.document_ids == longest).nonzero()[:TOKENS_SHOWN, 0].tolist()
     return {
         "name": name,
         "architecture": type(model).__name__,
@@ -424,14 +425,19 @@ def analyse(model: PreTrainedModel, name: str, reading: Reading, max_length: int
         "jaccard_chance": shape.top_k / (2 * shape.num_experts - shape.top_k),
         "paths": frequent_paths(reading, tags),
         "text": [
-            {"token": text, "path": chosen[:, 0].tolist(), "experts": chosen.tolist()}
-            for text, chosen in zip(reading.texts[:shown], experts[:shown])
+            {"token": reading.texts[i], "path": experts[i, :, 0].tolist(), "experts": experts[i].tolist()}
+            for i in shown
         ],
         "perturbations": perturb(model, reading, options.perturbed_tokens, max_length, options.seed)
         if options.perturbed_tokens
         else None,
         "prefetch": prefetch_estimate(
-            model, reading.pieces, reading.piece_documents, resamples=options.resamples, seed=options.seed
+            model,
+            reading.pieces,
+            reading.piece_documents,
+            ahead=[distance for distance in AHEAD if distance < shape.num_layers],
+            resamples=options.resamples,
+            seed=options.seed,
         ),
     }
 
@@ -464,12 +470,20 @@ def main(args: list[str] | None = None):
     files = read_documents(options.data)
     for rows in files:
         random.Random(options.seed).shuffle(rows)
+    longest = []
     for folder in options.model:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"--model {folder}: there is no such folder. Download a model from the Hub first.")
-        with torch.device("meta"):  # what is no mixture of experts is refused before anything is measured
-            Routing(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
-    # Models are compared on equally many tokens of each file.
+        config = AutoConfig.from_pretrained(folder)
+        longest.append(getattr(config, "max_position_embeddings", None) or MAX_LENGTH)
+        with torch.device("meta"):  # what has no paths is refused before anything is measured
+            routing = Routing(AutoModelForCausalLM.from_config(config))
+        if len(routing.layer_to_block) < 2:
+            raise ValueError(f"--model {folder} has one routed layer: a path needs at least two.")
+    # Models are compared on equally many tokens of each file, in pieces of the same length.
+    max_length = options.max_length or min(*longest, MAX_LENGTH)
+    if not 1 < max_length <= min(longest):
+        raise ValueError(f"--max_length {max_length} must be from 2 to the {min(longest)} that a model reads at once.")
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in options.model]
     share = options.max_tokens // len(files)
     limits = [(rows, max(DOCUMENT_TOKENS, -(-share // len(rows)))) for rows in files]
@@ -477,22 +491,19 @@ def main(args: list[str] | None = None):
         min(sum(len(ids) for _, ids, _ in encode(tokenizer, rows, share, each)) for tokenizer in tokenizers)
         for rows, each in limits
     ]
+    encoded = [
+        [entry for (rows, each), count in zip(limits, counts) for entry in encode(tokenizer, rows, count, each)]
+        for tokenizer in tokenizers
+    ]
+    if (reached := min(map(len, encoded))) < 4:
+        raise ValueError(
+            f"--max_tokens {options.max_tokens} reaches {reached} documents, but intervals need at least 4: give more "
+            "documents, or take more tokens."
+        )
     models = []
-    for folder, tokenizer in zip(options.model, tokenizers):
+    for folder, entries in zip(options.model, encoded):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype).to(options.device).eval()
-        longest = getattr(model.config, "max_position_embeddings", None) or MAX_LENGTH
-        max_length = options.max_length or min(longest, MAX_LENGTH)
-        if not 1 < max_length <= longest:
-            raise ValueError(f"--max_length {max_length} must be from 2 to the {longest} that {folder} reads at once.")
-        encoded = [
-            entry for (rows, each), count in zip(limits, counts) for entry in encode(tokenizer, rows, count, each)
-        ]
-        if len(encoded) < 4:
-            raise ValueError(
-                f"--max_tokens {options.max_tokens} reaches {len(encoded)} documents, but intervals need at least 4: "
-                "give more documents, or take more tokens."
-            )
-        reading = read_text(model, encoded, max_length)
+        reading = read_text(model, entries, max_length)
         models.append(analyse(model, "/".join(Path(folder).parts[-2:]), reading, max_length, options))
         del model
     figures = {

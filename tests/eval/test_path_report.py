@@ -54,14 +54,14 @@ def qwen_folder(texts, tmp_path_factory):
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
-        num_hidden_layers=5,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         moe_intermediate_size=16,
         num_experts=6,
         num_experts_per_tok=2,
-        max_position_embeddings=64,
+        max_position_embeddings=256,
         initializer_range=0.3,
     )
     folder = tmp_path_factory.mktemp("qwen")
@@ -145,7 +145,7 @@ def test_models_are_compared_on_equally_many_tokens(figures, tokenizer):
     total = sum(len(ids) for ids in tokenizer([document["text"] for document in documents()]).input_ids)
     assert [model["tokens"] for model in figures["models"]] == [figures["data"]["tokens"]] * 2 == [total] * 2
     assert [model["architecture"] for model in figures["models"]] == ["PathMoEForCausalLM", "Qwen3MoeForCausalLM"]
-    assert [model["layer_to_block"] for model in figures["models"]] == [[0, 0, 1, 1], [0, 1, 2, 3, 4]]
+    assert [model["layer_to_block"] for model in figures["models"]] == [[0, 0, 1, 1], [0, 1, 2]]
 
 
 def test_figures_are_those_of_a_trace_of_its_own(figures, model, tokenizer):
@@ -220,12 +220,15 @@ def test_data_that_cannot_be_read_is_named(model_folder, tmp_path, name, content
     refused(ValueError, message, tmp_path, [model_folder], tmp_path / name)
 
 
-def test_missing_data_and_lengths_that_do_not_fit_are_named(model_folder, data, tmp_path):
+def test_missing_data_is_named(model_folder, tmp_path):
     refused(
         FileNotFoundError, "absent.jsonl: there is no such file", tmp_path, [model_folder], tmp_path / "absent.jsonl"
     )
-    refused(ValueError, "--max_length 513 must be from 2 to the 512", tmp_path, [model_folder], data,
-            "--max_length", "513")  # fmt: skip
+
+
+def test_a_length_must_suit_both_models(model_folder, qwen_folder, data, tmp_path):
+    message = "--max_length 257 must be from 2 to the 256 that a model reads"
+    refused(ValueError, message, tmp_path, [model_folder, qwen_folder], data, "--max_length", "257")
 
 
 @pytest.fixture(scope="module")
