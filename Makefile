@@ -5,6 +5,7 @@
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
 # make bench-routers times a training step of every router, side by side
+# make bench-paths   times the measures of expert paths, and recording beside a bare forward
 # make lint          checks style
 # Each sets up what it needs in .venv; nothing is done twice.
 
@@ -20,7 +21,7 @@ DATA := $(RUN)/data/train.jsonl
 GPU := $(shell $(PYTHON) -c "import torch; print(torch.cuda.is_available() or '')" 2>/dev/null)
 VENV_FLAGS := $(if $(GPU),--system-site-packages)
 
-.PHONY: demo test path-report browser-test conformance presets bench-routers lint clean
+.PHONY: demo test path-report browser-test conformance presets bench-routers bench-paths lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -45,6 +46,9 @@ presets: .venv/.demo
 
 bench-routers: .venv/.demo
 	$(BIN)/python benchmarks/routers.py --json benchmarks/routers.json
+
+bench-paths: .venv/.demo
+	$(BIN)/python benchmarks/paths.py --json benchmarks/paths.json
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -47,10 +47,10 @@ def path_ids(experts: torch.Tensor) -> torch.Tensor:
         ValueError: If there are no tokens.
     """
     _refuse_empty("experts", experts)
-    top1 = experts[:, :, 0].long()
-    base = int(top1.max()) + 1
-    ids, size = top1[:, 0], base
-    for layer in top1[:, 1:].unbind(dim=1):
+    first, *rest = experts[:, :, 0].T.contiguous()  # layer by layer in memory, which is faster
+    base = int(experts.max()) + 1
+    ids, size = first.long(), base
+    for layer in rest:
         if size * base >= 2**63:  # renumber before int64 overflows
             ids = ids.unique(return_inverse=True)[1]
             size = int(ids.max()) + 1
@@ -191,24 +191,24 @@ def routing_entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 def _expert_sets(experts: torch.Tensor) -> np.ndarray:
-    """The expert sets as bit masks `(L, T, words)`, in the smallest unsigned dtype that has a bit for each expert."""
+    """The expert sets as bit masks `(L, words, T)`, in the smallest unsigned dtype that has a bit for each expert."""
     _refuse_empty("experts", experts)
-    experts = experts.cpu().numpy()
+    experts = np.ascontiguousarray(experts.cpu().numpy().transpose(1, 2, 0))
     size = int(experts.max()) + 1
     bits = next((bits for bits in (8, 16, 32) if size <= bits), 64)
     dtype = np.dtype(f"uint{bits}")
-    sets = np.zeros((experts.shape[1], len(experts), -(-size // bits)), dtype)
-    for layer in range(experts.shape[1]):
-        for choice in experts[:, layer].T:
+    sets = np.zeros((len(experts), -(-size // bits), experts.shape[-1]), dtype)
+    for layer, choices in zip(sets, experts):
+        for choice in choices:
             bit = np.left_shift(dtype.type(1), (choice % bits).astype(dtype))
-            for word in range(sets.shape[-1]):
-                sets[layer, :, word] |= np.where(choice // bits == word, bit, 0) if sets.shape[-1] > 1 else bit
+            for number, word in enumerate(layer):
+                word |= bit if len(layer) == 1 else np.where(choice // bits == number, bit, 0)
     return sets
 
 
 def _mean_jaccard(first: np.ndarray, second: np.ndarray, k: int) -> float:
-    """Mean over tokens of the Jaccard similarity of two sets of k experts, given as bit masks `(T, words)`."""
-    shared = np.bitwise_count(first & second).sum(axis=-1, dtype=np.int64)
+    """Mean over tokens of the Jaccard similarity of two sets of k experts, given as bit masks `(words, T)`."""
+    shared = np.bitwise_count(first & second).sum(axis=0, dtype=np.int16)
     sizes = np.arange(k + 1)
     return float(np.bincount(shared, minlength=k + 1) @ (sizes / (2 * k - sizes)) / len(shared))
 
@@ -264,9 +264,9 @@ def sustained_engagement(experts: torch.Tensor, length: int) -> float:
     if not 1 <= length <= layers:
         raise ValueError(f"length={length} must be between 1 and the number of layers, {layers}.")
     sets = _expert_sets(experts)
-    kept = np.zeros(sets.shape[1], dtype=bool)
+    kept = np.zeros(len(experts), dtype=bool)
     for first in range(layers - length + 1):
-        kept |= np.bitwise_and.reduce(sets[first : first + length]).any(axis=-1)
+        kept |= np.bitwise_and.reduce(sets[first : first + length]).any(axis=0)
     return float(kept.mean())
 
 
