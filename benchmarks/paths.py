@@ -1,0 +1,170 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""What looking at expert paths costs: all measures on a million tokens, and recording beside a bare forward.
+
+    python benchmarks/paths.py --json benchmarks/paths.json
+
+The measured paths are drawn: tokens follow one of 20,000 paths, the frequent ones more often by Zipf's law, and stray
+from it in one layer out of ten. The overhead of recording is the median over rounds of the time of a forward that is
+recorded over that of one that is not, in the same round and in random order, with the quartiles.
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM, record_paths
+from modeling_pathmoe.paths import (
+    adjacent_jaccard,
+    cluster_purity,
+    distinct_paths,
+    expert_load,
+    jaccard_matrix,
+    load_entropy,
+    load_variation,
+    mutual_information,
+    normalized_mutual_information,
+    path_coverage,
+    path_entropy,
+    path_ids,
+    path_perplexity,
+    routing_entropy,
+    sustained_engagement,
+)
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def draw_trace(tokens: int, layers: int, num_experts: int, top_k: int, paths: int = 20_000):
+    """Experts (T, L, k) and probabilities (T, L, E) of tokens, and labels of four kinds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def zipf(size):
+        return torch.rand(tokens, generator=generator).mul(torch.tensor(size).log()).exp().long()
+
+    kinds = torch.randint(num_experts, (paths, layers), generator=generator, dtype=torch.uint8)
+    first = kinds[zipf(paths) - 1]
+    strays = torch.rand(tokens, layers, generator=generator) < 0.1
+    first[strays] = torch.randint(num_experts, (int(strays.sum()),), generator=generator, dtype=torch.uint8)
+    # Experts at fixed distances from the first are all different.
+    experts = (first[..., None] + 3 * torch.arange(top_k, dtype=torch.uint8)) % num_experts
+    probabilities = torch.rand(tokens, layers, num_experts, generator=generator, dtype=torch.float16)
+    labels = {"token id": zipf(50_000), "part of speech": zipf(13), "position": torch.arange(tokens) % 1024,
+              "source": zipf(9)}  # fmt: skip
+    return experts, probabilities, labels
+
+
+def measure_seconds(tokens: int, layers: int, num_experts: int, top_k: int) -> dict[str, list[float]]:
+    """Seconds of each measure, as a report would ask for it: by the clock, and of all threads together."""
+    experts, probabilities, labels = draw_trace(tokens, layers, num_experts, top_k)
+    layer_to_block = [layer // 4 for layer in range(layers)]
+
+    def load(layer_to_block=None):
+        shares = expert_load(experts, num_experts, layer_to_block)
+        return load_variation(shares), load_entropy(shares)
+
+    measures = {
+        "distinct paths": lambda: distinct_paths(experts),
+        "coverage of the 10 most frequent": lambda: path_coverage(experts, 10),
+        "path entropy": lambda: path_entropy(experts),
+        "path perplexity": lambda: path_perplexity(experts),
+        "load per layer, its variation and entropy": load,
+        "load per block, its variation and entropy": lambda: load(layer_to_block),
+        "entropy of the probabilities": lambda: routing_entropy(probabilities),
+        "adjacent-layer Jaccard": lambda: adjacent_jaccard(experts),
+        "Jaccard of all pairs of layers": lambda: jaccard_matrix(experts),
+        "sustained engagement, 4 layers": lambda: sustained_engagement(experts, 4),
+    }
+    for name, values in labels.items():
+        measures[f"mutual information with {name}"] = lambda v=values: mutual_information(path_ids(experts), v)
+    gold = labels["part of speech"]
+    measures["purity"] = lambda: cluster_purity(path_ids(experts), gold)
+    measures["NMI"] = lambda: normalized_mutual_information(path_ids(experts), gold)
+    seconds = {}
+    for name, measure in tqdm(measures.items(), desc="measures", disable=None):
+        start = time.perf_counter(), time.process_time()
+        measure()
+        seconds[name] = [time.perf_counter() - start[0], time.process_time() - start[1]]
+    return seconds
+
+
+def record_overhead(rounds: int, batch: int, length: int, device: str) -> dict[str, list[float]]:
+    """Time of a recorded forward over that of a bare one: lower quartile, median, upper quartile."""
+    config = PathMoEConfig.from_json_file(ROOT / "configuration" / "model" / "quickstart.json")
+    model = PathMoEForCausalLM(config).to(device).eval()
+    ids = torch.randint(config.vocab_size, (batch, length), device=device)
+
+    def seconds(**options) -> float:
+        # On a CPU the time that the process itself computes, which a busy machine does not stretch.
+        clock = time.perf_counter if ids.is_cuda else time.process_time
+        synchronize = torch.cuda.synchronize if ids.is_cuda else lambda: None
+        synchronize()
+        start = clock()
+        if options:
+            with record_paths(model, **options):
+                model(ids, use_cache=False)
+        else:
+            model(ids, use_cache=False)
+        synchronize()
+        return clock() - start
+
+    variants = {
+        "bare": {},
+        "experts": {"weights": False},
+        "experts, weights and probabilities": {"weights": True, "probabilities": True},
+    }
+    ratios = {name: [] for name in variants}
+    order = random.Random(0)
+    with torch.no_grad():
+        seconds(weights=True)
+        for _ in tqdm(range(rounds), desc="rounds", disable=None):
+            taken = {name: seconds(**options) for name, options in order.sample(list(variants.items()), len(variants))}
+            for name in variants:
+                ratios[name].append(taken[name] / taken["bare"])
+    return {name: statistics.quantiles(values, n=4) for name, values in ratios.items() if name != "bare"}
+
+
+def main(args: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--top_k", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args(args)
+    overhead = record_overhead(options.rounds, options.batch_size, options.length, options.device)
+    seconds = measure_seconds(options.tokens, options.layers, options.experts, options.top_k)
+    seconds["all together"] = [sum(column) for column in zip(*seconds.values())]
+    print(f"{options.tokens:,} tokens, {options.layers} layers, {options.top_k} of {options.experts} experts:")
+    print("seconds by the clock, and of all threads together, which other work on the machine hardly stretches")
+    for name, (wall, threads) in seconds.items():
+        print(f"  {name:45} {wall:6.2f} {threads:6.2f}")
+    print(f"A recorded forward of {options.batch_size} x {options.length} tokens over a bare one:")
+    for name, (low, median, high) in overhead.items():
+        print(f"  {name:45} {median:6.3f} ({low:.3f} to {high:.3f})")
+    if options.json:
+        figures = {
+            "settings": {name: value for name, value in vars(options).items() if name != "json"},
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "measure_seconds": seconds,
+            "record_overhead": overhead,
+        }
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Where a model routes, and how to make it route otherwise."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class RoutedModel:
+    """What of a model's shape decides whether the paths of one model mean anything in another.
+
+    Attributes:
+        model_type (`str`): The configuration's `model_type`.
+        num_layers (`int`): Number of routed layers; dense ones are not counted.
+        num_experts (`int`): Experts per layer.
+        top_k (`int`): Experts per token and layer.
+        layer_to_block (`tuple[int, ...]`): The router of each layer; 0, 1, 2, … where each layer has its own.
+    """
+
+    model_type: str
+    num_layers: int
+    num_experts: int
+    top_k: int
+    layer_to_block: tuple[int, ...]
+
+    def check_same(self, other: "RoutedModel"):
+        """Refuses a trace (`self`) of a model of another shape than `other`.
+
+        Raises:
+            ValueError: With all fields that differ.
+        """
+        differences = [
+            f"{name} is {value!r} in the trace and {getattr(other, name)!r} in the model"
+            for name, value in vars(self).items()
+            if value != getattr(other, name)
+        ]
+        if differences:
+            raise ValueError(
+                f"This trace belongs to another model: {'; '.join(differences)}. Record this model's own."
+            )
+
+
+class Routing:
+    """The routers of a model, and the module whose forward routes each token once.
+
+    Args:
+        model (`torch.nn.Module`): A mixture-of-experts model of transformers, or something wrapped around one.
+
+    Attributes:
+        decoder (`PreTrainedModel`): The smallest model that holds all routers.
+        routers (`list[torch.nn.Module]`): In the order of their layers.
+        layer_to_block (`tuple[int, ...]`): Which of `routers` serves each routed layer.
+
+    Raises:
+        TypeError: If the model names no routers that return `(logits, weights, indices)`.
+    """
+
+    def __init__(self, model: nn.Module):
+        routers = {}
+        for part in model.modules():
+            recorders = getattr(part, "_can_record_outputs", None) or {} if isinstance(part, PreTrainedModel) else {}
+            recorder = recorders.get("router_logits")
+            # transformers records the logits of such routers from the first place of what they return.
+            if recorder is None or getattr(recorder, "index", None) != 0:
+                continue
+            for name, module in part.named_modules():
+                in_place = f".{recorder.layer_name.strip('.')}." in f".{name}." if recorder.layer_name else True
+                if in_place and recorder.target_class and isinstance(module, recorder.target_class):
+                    routers[module] = None
+        if not routers:
+            raise TypeError(
+                f"{type(model).__name__} has no routers that are recognised: a mixture-of-experts model is needed "
+                "whose _can_record_outputs['router_logits'] names, with index 0, a router module that returns "
+                "(logits, weights, indices), such as PathMoE, OLMoE, Qwen2-MoE, Qwen3-MoE and Mixtral have."
+            )
+        self.name = type(model).__name__
+        self.routers = list(routers)
+        self.decoder = [
+            part
+            for part in model.modules()
+            if isinstance(part, PreTrainedModel) and routers.keys() <= set(part.modules())
+        ][-1]
+        # A PathMoE router says which layers share it; others serve their own layer.
+        self._layers = {router: getattr(router, "layers", [i]) for i, router in enumerate(self.routers)}
+        blocks = {layer: block for block, layers in enumerate(self._layers.values()) for layer in layers}
+        self.layer_to_block = tuple(blocks[layer] for layer in sorted(blocks))
+        self._parameters = inspect.signature(self.decoder.forward)
+
+    def layer_of(self, router: nn.Module, args: tuple, kwargs: dict) -> int:
+        """The layer that calls the router with these arguments."""
+        layers = self._layers[router]
+        if len(layers) == 1:
+            return layers[0]
+        return kwargs["layer_idx"] if "layer_idx" in kwargs else args[1]
+
+    def arguments(self, args: tuple, kwargs: dict) -> dict:
+        """The arguments of a forward of the decoder, by name."""
+        return self._parameters.bind(*args, **kwargs).arguments
+
+    def check_output(self, router: nn.Module, output):
+        """Refuses a router that returns something else than `(logits, weights, indices)`.
+
+        Raises:
+            TypeError: With the names of the model and of the router.
+        """
+        if not (
+            isinstance(output, tuple)
+            and len(output) >= 3
+            and all(isinstance(tensor, torch.Tensor) for tensor in output[:3])
+            and output[1].shape == output[2].shape
+            and not output[2].is_floating_point()
+        ):
+            raise TypeError(
+                f"The router {type(router).__name__} of {self.name} does not return (logits, weights, indices): its "
+                "paths cannot be recorded or edited."
+            )
+
+    def describe(self, num_experts: int, top_k: int) -> RoutedModel:
+        """The model's shape. Configurations name experts and k differently; what a router returns shows them."""
+        layers = len(self.layer_to_block)
+        return RoutedModel(self.decoder.config.model_type, layers, num_experts, top_k, self.layer_to_block)
+
+
+def check_indices(what: str, indices: torch.Tensor, shape: tuple[int, ...], num_experts: int):
+    """Refuses expert indices of another shape than `shape`, or that name no expert.
+
+    Raises:
+        ValueError: That begins with `what`.
+    """
+    if indices.shape != shape:
+        raise ValueError(f"{what} has shape {tuple(indices.shape)}, where {tuple(shape)} is needed.")
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < num_experts:
+        raise ValueError(
+            f"{what} has indices from {int(indices.min())} to {int(indices.max())}, but experts are 0 to "
+            f"{num_experts - 1}."
+        )
+
+
+class _Calls(TorchFunctionMode):
+    """Keeps the results of the torch calls that are made under it, replaces some, and follows what comes of these.
+
+    Args:
+        answer (`Callable`): Makes what a call returns of its number, its result and its positional arguments.
+        followed (`Iterable[int]`): Numbers of the calls that are followed.
+    """
+
+    def __init__(self, answer: Callable = lambda number, result, args: result, followed: Iterable[int] = ()):
+        super().__init__()
+        self.answer, self.followed = answer, followed
+        self.results = []  # all of them, so that an id is one tensor's
+        self.following = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        number = len(self.results)
+        result = self.answer(number, func(*args, **(kwargs or {})), args)
+        self.results.append(result)
+        if number in self.followed or any(id(tensor) in self.following for tensor in _tensors((args, kwargs))):
+            self.following.update(id(tensor) for tensor in _tensors(result))
+        return result
+
+    def that_return(self, tensor: torch.Tensor) -> list[int]:
+        """Numbers of the calls that returned this very tensor, alone or with others."""
+        return [n for n, result in enumerate(self.results) if any(part is tensor for part in _tensors(result))]
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _decide(
+    router: nn.Module, decision: Callable[[], tuple], logits: torch.Tensor | None, indices: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Makes a router's decision with other logits or other indices, and everything else in the router's own way.
+
+    What an architecture does between logits and weights (softmax before or after the choice, sigmoid, a bias,
+    renormalisation, scaling) is not known here. So the decision is made twice: once to see which torch calls returned
+    its logits and its indices, and once with the results of those calls replaced.
+
+    Args:
+        router (`torch.nn.Module`): Whose decision it is.
+        decision (`Callable`): Without arguments, to `(logits, weights, indices, …)`.
+        logits (`torch.Tensor`, *optional*): Instead of the router's.
+        indices (`torch.Tensor`, *optional*): Instead of the router's.
+
+    Raises:
+        TypeError: If what is to be replaced is not what a torch call returned, or the weights do not follow from it.
+    """
+    with _Calls() as calls:
+        old_logits, _, old_indices, *_ = decision()
+    # More than one call may return the same tensor: `.float()` of what is float32 already does.
+    of_logits = calls.that_return(old_logits) if logits is not None else []
+    of_indices = calls.that_return(old_indices) if indices is not None else []
+
+    def answer(number, result, args):
+        if number in of_logits:
+            return logits.to(result.dtype, copy=True)
+        if number in of_indices:
+            chosen = indices.to(old_indices, copy=True)
+            # A top-k returns the scores of what it chose, too.
+            return (args[0].gather(-1, chosen), chosen) if isinstance(result, tuple) else chosen
+        return result
+
+    with _Calls(answer, followed=of_logits if indices is None else of_indices) as calls:
+        decided = decision()[:3]
+    if (logits is not None or indices is not None) and id(decided[1]) not in calls.following:
+        raise TypeError(
+            f"The router {type(router).__name__} does not compute its weights from its logits and top-k indices in a "
+            "way that can be repeated with others: its paths can be recorded, but not edited or replayed."
+        )
+    return decided
+
+
+@contextmanager
+def edit_paths(
+    model: nn.Module,
+    edit_indices: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    *,
+    edit_logits: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+    edit_hidden_states: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+    keep_weights: bool = False,
+) -> Iterator[None]:
+    """Lets functions change what each layer's router sees, scores or chooses, in any forward or `generate`.
+
+    Each function gets the index of the routed layer first. Within T are the padding tokens. Where a block shares one
+    decision, a layer's edit stays that layer's: the block goes on to repeat the unedited decision. Layers that are
+    computed again for gradient checkpointing are edited again, so a function must then answer the same.
+
+    Args:
+        model (`torch.nn.Module`): A model as [`record_paths`] takes it.
+        edit_indices (`Callable`, *optional*): `(layer_idx, logits (T, E), indices (T, k)) -> indices (T, k)`. The
+            weights of the new experts come from the logits in the architecture's own way.
+        edit_logits (`Callable`, *optional*): `(layer_idx, logits (T, E)) -> logits (T, E)`, from which the router
+            then chooses.
+        edit_hidden_states (`Callable`, *optional*): `(layer_idx, hidden_states) -> hidden_states`, which only the
+            router sees.
+        keep_weights (`bool`, defaults to `False`): Whether the i-th new expert keeps the weight of the router's i-th.
+
+    Raises:
+        TypeError: If the model has no routers that are recognised, or computes weights in a way that edits cannot
+            follow.
+        ValueError: If `edit_indices` returns indices of another shape or outside of 0 … E - 1.
+
+    Example:
+
+    ```python
+    >>> with edit_paths(model, lambda layer_idx, logits, indices: (indices + 1) % logits.shape[-1]):
+    ...     model(**tokenizer("The quick brown fox", return_tensors="pt"))
+    ```
+    """
+    routing = Routing(model)
+
+    def on_hidden_states(router, args, kwargs):
+        layer_idx = routing.layer_of(router, args, kwargs)
+        return (edit_hidden_states(layer_idx, args[0]), *args[1:]), kwargs
+
+    def on_route(router, args, kwargs, output):
+        routing.check_output(router, output)
+        layer_idx = routing.layer_of(router, args, kwargs)
+        logits, weights, indices, *rest = output
+
+        def decide(new_logits, new_indices):
+            if not hasattr(router, "choose"):
+                return _decide(router, lambda: router.forward(*args, **kwargs), new_logits, new_indices)
+            # PathMoE chooses apart from scoring. A later layer of a block that shares its decision makes none itself.
+            scores = logits if new_logits is None else new_logits
+            return _decide(router, lambda: (scores, *router.choose(scores, layer_idx)), None, new_indices)
+
+        new_logits = None
+        if edit_logits is not None:
+            new_logits = edit_logits(layer_idx, logits)
+            logits, weights, indices = decide(new_logits, None)
+        if edit_indices is not None:
+            edited = edit_indices(layer_idx, logits, indices)
+            check_indices(f"What edit_indices returned for layer {layer_idx}", edited, indices.shape, logits.shape[-1])
+            indices = edited
+            if not keep_weights:
+                logits, weights, indices = decide(new_logits, edited)
+        return logits, weights.to(output[1].dtype), indices.to(output[2].dtype), *rest
+
+    handles = []
+    for router in routing.routers:
+        if edit_hidden_states is not None:
+            handles.append(router.register_forward_pre_hook(on_hidden_states, with_kwargs=True))
+        if edit_indices is not None or edit_logits is not None:
+            # Before all other hooks, so that whatever records the router records the edited decision.
+            handles.append(router.register_forward_hook(on_route, with_kwargs=True, prepend=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,171 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+
+from modeling_pathmoe import PathTrace, record_paths, replay_paths
+from modeling_pathmoe.paths import edit_paths
+
+
+def other_experts(trace, seed=0):
+    """Distinct random experts for every token and layer."""
+    scores = torch.rand(*trace.experts.shape[:2], trace.model.num_experts, generator=torch.manual_seed(seed))
+    return trace.replace(scores.topk(trace.model.top_k).indices)
+
+
+def test_replaying_the_recorded_trace_gives_the_same_logits(any_model, kind):
+    model = any_model(kind)
+    ids = torch.randint(1, 99, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    with record_paths(model) as trace:
+        expected = [model(ids, attention_mask=mask).logits, model(ids).logits]
+    with replay_paths(model, trace):
+        replayed = [model(ids, attention_mask=mask).logits, model(ids).logits]
+    torch.testing.assert_close(replayed[0][mask.bool()], expected[0][mask.bool()], rtol=0, atol=1e-6)
+    torch.testing.assert_close(replayed[1], expected[1], rtol=0, atol=1e-6)
+
+
+def weights_by_hand(kind, model, logits, experts):
+    """The weights of `experts` (T, L, k) from `logits` (T, L, E), as each architecture's paper or code has them."""
+    chosen = logits.gather(-1, experts)
+    if kind == "gpt_oss":  # softmax of the chosen
+        return chosen.softmax(dim=-1)
+    if kind == "deepseek_v3":  # sigmoid, renormalised, scaled
+        weights = chosen.sigmoid()
+        return model.config.routed_scaling_factor * weights / weights.sum(dim=-1, keepdim=True)
+    weights = logits.softmax(dim=-1).gather(-1, experts)
+    if getattr(model.config, "norm_topk_prob", True):
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights
+
+
+def test_edited_trace_is_taken_with_the_weights_of_the_architecture(any_model, tokens, kind):
+    model = any_model(kind)
+    with record_paths(model) as trace:
+        before = model(tokens()).logits
+    edited = other_experts(trace)
+    with replay_paths(model, edited), record_paths(model, weights=True) as taken:
+        outputs = model(tokens(), output_router_logits=True)
+    assert taken.experts.tolist() == edited.experts.tolist()
+    logits = torch.stack(outputs.router_logits, dim=1)
+    expected = weights_by_hand(kind, model, logits, edited.experts.long())
+    torch.testing.assert_close(taken.weights.float(), expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(outputs.logits, before, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [{"router_type": "linear"}, {"router_sharing": "decision"}, "mixtral"], ids=str)
+def test_generation_replays_its_own_trace(any_model, kind):
+    model, ids = any_model(kind), torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_scores": True, "return_dict_in_generate": True, "attention_mask": (ids > 0).long()}
+    with record_paths(model) as trace:
+        expected = model.generate(ids, **options)
+    with replay_paths(model, trace):
+        replayed = model.generate(ids, **options)
+    for a, b in zip(replayed.scores, expected.scores):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [{"router_type": "linear"}, {"router_type": "recurrent"}, "qwen3_moe"], ids=str)
+def test_training_on_replayed_paths_gives_the_same_gradients_when_checkpointed(any_model, tokens, gradients, kind):
+    model = any_model(kind)
+    with record_paths(model) as trace:
+        model(tokens())
+    edited, found = other_experts(trace), []
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with replay_paths(model, edited):
+            found.append(gradients(model, model(tokens(), labels=tokens()).loss))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_editing_logits_equals_what_the_router_makes_of_them(any_model, tokens, kind):
+    model = any_model(kind)
+
+    def favour(layer_idx, logits):  # experts 2 and 3 for all, far ahead
+        return logits + torch.tensor([0.0, 0.0, 100.0, 100.0, 0.0, 0.0, 0.0, 0.0])
+
+    with edit_paths(model, edit_logits=favour), record_paths(model, weights=True) as trace:
+        logits = torch.stack(model(tokens(), output_router_logits=True).router_logits, dim=1)
+    assert (logits[..., 2:4] > 50).all()
+    assert ((trace.experts == 2) | (trace.experts == 3)).sum(dim=-1).eq(2).all()
+    expected = weights_by_hand(kind, model, logits, trace.experts.long())
+    torch.testing.assert_close(trace.weights.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [{"router_type": "linear"}, "qwen3_moe"], ids=str)
+def test_edited_hidden_states_are_seen_by_the_router_alone(any_model, tokens, kind):
+    model = any_model(kind)
+    with edit_paths(model, edit_hidden_states=lambda layer_idx, hidden_states: torch.zeros_like(hidden_states)):
+        edited = model(tokens(), output_router_logits=True)
+    assert all((logits == 0).all() for logits in edited.router_logits)
+    with edit_paths(model, edit_logits=lambda layer_idx, logits: torch.zeros_like(logits)):
+        expected = model(tokens())
+    torch.testing.assert_close(edited.logits, expected.logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [{"router_type": "linear"}, {"norm_topk_prob": False}, "olmoe", "mixtral"], ids=str)
+def test_permuting_indices_with_their_weights_equals_permuting_the_experts(any_model, tokens, kind):
+    model = any_model(kind)
+    permutation = torch.randperm(8, generator=torch.manual_seed(0))
+    with edit_paths(model, lambda layer_idx, logits, indices: permutation[indices], keep_weights=True):
+        edited = model(tokens()).logits
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for parameter in layer.mlp.experts.parameters():
+                parameter.copy_(parameter[permutation])
+    torch.testing.assert_close(edited, model(tokens()).logits, rtol=0, atol=1e-5)
+
+
+def test_the_model_is_itself_again_after_the_block(tiny_model, tokens):
+    model = tiny_model()
+    expected = model(tokens()).logits
+    with pytest.raises(RuntimeError, match="inside"):
+        with edit_paths(model, lambda layer_idx, logits, indices: indices.flip(0)):
+            raise RuntimeError("inside")
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+def test_traces_that_do_not_fit_are_refused(any_model, tokens, tmp_path):
+    model = any_model({})
+    with record_paths(model) as trace:
+        model(tokens())
+    trace.save(tmp_path / "trace.arrow")
+    trace = PathTrace.load(tmp_path / "trace.arrow")
+    refusals = {
+        "qwen3_moe": "model_type is 'pathmoe' in the trace and 'qwen3_moe' in the model; num_layers is 5",
+        "twin": r"layer_to_block is \(0, 0, 1, 1, 2\) in the trace and \(0, 1, 2, 3, 4\) in the model",
+    }
+    for other, message in refusals.items():
+        with pytest.raises(ValueError, match=message):
+            with replay_paths(any_model({"router_block_size": 1} if other == "twin" else other), trace):
+                pass
+    with pytest.raises(ValueError, match="num_experts is 8 in the trace and 9 in the model"):
+        with replay_paths(wider := any_model({"num_experts": 9}), trace):
+            wider(tokens())
+    with replay_paths(model, trace):
+        with pytest.raises(ValueError, match=r"Token 0 of the trace is \d+, but the model is given \d+"):
+            model((tokens() + 1) % 99)
+    with replay_paths(model, trace):
+        with pytest.raises(ValueError, match="The trace has 14 tokens, but the model is given 16"):
+            model(tokens(length=8))
+    with pytest.raises(ValueError, match=r"experts has shape \(13, 5, 2\), where \(14, 5, 2\) is needed"):
+        trace.replace(trace.experts[1:])
+    with pytest.raises(ValueError, match="experts has indices from 8 to 8, but experts are 0 to 7"):
+        trace.replace(torch.full((14, 5, 2), 8))
+
+
+def test_routers_whose_weights_do_not_follow_the_indices_are_recorded_but_not_replayed(tokens):
+    from transformers import PhimoeConfig, PhimoeForCausalLM
+
+    config = PhimoeConfig(vocab_size=99, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
+                          num_attention_heads=4, num_key_value_heads=4, num_local_experts=8)  # fmt: skip
+    model = PhimoeForCausalLM(config).eval()
+    with record_paths(model) as trace:
+        model(tokens())
+    assert trace.experts.shape == (14, 2, 2)
+    with pytest.raises(TypeError, match="PhimoeTopKRouter does not compute its weights from its logits and top-k"):
+        with replay_paths(model, trace):
+            model(tokens())
