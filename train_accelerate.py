@@ -17,6 +17,7 @@ import os
 # Read when torch is imported. Threads that spin while they wait cost a busy machine most of its speed.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
+import contextlib
 import json
 import math
 import resource
@@ -36,6 +37,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
+from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 from transformers import (
@@ -626,14 +628,37 @@ def main(args: list[str] | None = None) -> int:
             f"batch_size={recipe.batch_size} must be a multiple of micro_batch_size={recipe.micro_batch_size} times "
             f"{accelerator.num_processes} processes."
         )
-    checkpoint = find_checkpoint(recipe, accelerator)
+    with hold_output(recipe, accelerator):
+        return run(recipe, config, accelerator)
+
+
+@contextlib.contextmanager
+def hold_output(recipe: Recipe, accelerator: Accelerator):
+    """Keeps other runs from writing to the same folder. What is held goes away with the process, however it ends."""
+    if not accelerator.is_main_process:
+        yield
+        return
+    Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(Path(recipe.output_dir) / "run.lock", timeout=0):
+            yield
+    except Timeout:
+        raise RecipeError(
+            f"output_dir={recipe.output_dir!r} is being written by another run: stop that one (a launcher that is "
+            "killed can leave its processes behind), or choose another folder."
+        ) from None
+
+
+def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> int:
+    """Trains, from the start or from a checkpoint, and returns the exit status."""
     output = Path(recipe.output_dir)
+    checkpoint = find_checkpoint(recipe, accelerator)
     if checkpoint is not None and step_of(checkpoint) >= recipe.max_steps and (output / "final").is_dir():
         accelerator.print(f"{output / 'final'} is done: {checkpoint.name} of max_steps={recipe.max_steps}.")
         return 0
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(yaml.safe_dump(vars(recipe), sort_keys=False))
+        (output / "recipe.partial").write_text(yaml.safe_dump(vars(recipe), sort_keys=False))
+        (output / "recipe.partial").rename(output / "recipe.yaml")
         # What an earlier run left is not this one's: its result, and its tokenizer if nothing was trained with it.
         shutil.rmtree(output / "final", ignore_errors=True)
         if checkpoint is None:

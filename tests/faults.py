@@ -8,6 +8,7 @@ Half of the kills fall between steps or in one, half inside the writing of a che
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from safetensors.torch import load_file
 
 
@@ -39,7 +41,6 @@ def start(args: list[str], engine: str | None = None, port: int = 29600) -> subp
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # its processes die together
     )
 
 
@@ -51,8 +52,7 @@ def run_with_kills(args: list[str], run: Path, kills: int, seed: int, engine: st
         if len(hits) < kills:
             hit = wait_for_a_moment(process, run, rng)
             if hit is not None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+                kill_all(process)
                 unfinished = [path.name for path in (run / "checkpoints").glob("*.partial")]
                 hits.append(hit | {"unfinished checkpoint": unfinished[0] if unfinished else None})
                 continue
@@ -60,6 +60,14 @@ def run_with_kills(args: list[str], run: Path, kills: int, seed: int, engine: st
         if process.returncode != 0:
             raise RuntimeError(output.decode())
         return hits
+
+
+def kill_all(process: subprocess.Popen):
+    """Kills a run, whose launcher keeps its processes in sessions of their own."""
+    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGKILL)
+    process.communicate()
 
 
 def wait_for_a_moment(process: subprocess.Popen, run: Path, rng: random.Random) -> dict | None:

@@ -123,6 +123,18 @@ def test_streamed_run_resumes_to_the_same_bits(recipe, tmp_path):
     assert_same_weights(tmp_path / "cut", tmp_path / "whole", rtol=0, atol=0)
 
 
+def test_folder_that_another_run_writes_to_is_left_alone(recipe, tmp_path):
+    process = launch(recipe(tmp_path / "run", max_steps=2000))
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    with pytest.raises(RecipeError, match="is being written by another run"):
+        main([*recipe(tmp_path / "run"), "--resume", "auto"])
+    process.kill()
+    process.communicate()
+    assert main([*recipe(tmp_path / "run"), "--resume", "auto"]) == 0
+
+
 def test_finished_run_is_not_trained_again(trained, recipe):
     before = (trained / "metrics.jsonl").read_text()
     assert main([*recipe(trained), "--resume", "auto"]) == 0
