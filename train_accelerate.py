@@ -18,6 +18,7 @@ import os
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import contextlib
+import hashlib
 import json
 import math
 import resource
@@ -118,27 +119,46 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int):
     rank, world_size, length = accelerator.process_index, accelerator.num_processes, recipe.sequence_length
     cache = Path(recipe.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "pathmoe")
     held_out, sources = [], []
-    for source, train, validation in texts:
+    for number, (source, train, validation) in enumerate(texts):
         share = max(1, round(recipe.eval_sequences * source.weight / sum(weights)))
         if recipe.streaming:
-            stream = PackedStream(validation, tokenizer, source.text_column, length)
-            try:
-                blocks = np.array([stream.next_block() for _ in range(share)])
-            except DataError as error:
-                raise DataError(f"validation text of dataset={source.dataset!r}: {error}") from error
+            held_out.append(hold_out_stream(recipe, accelerator, validation, tokenizer, source, number, share))
             train = split_dataset_by_node(train, rank, world_size)
             sources.append(
                 PackedStream(train, tokenizer, source.text_column, length, recipe.seed, recipe.shuffle_window)
             )
-        else:
-            with accelerator.main_process_first():
-                sources.append(PackedBlocks(pack(train, tokenizer, source.text_column, length, cache), recipe.seed))
-                blocks = pack(validation, tokenizer, source.text_column, length, cache)
-            # Spread over the whole text, whose parts may follow one another.
-            blocks = blocks[np.linspace(0, len(blocks) - 1, min(len(blocks), share)).round().astype(int)]
-        held_out.append(blocks)
+            continue
+        with accelerator.main_process_first():
+            sources.append(PackedBlocks(pack(train, tokenizer, source.text_column, length, cache), recipe.seed))
+            blocks = pack(validation, tokenizer, source.text_column, length, cache)
+        # Spread over the whole text, whose parts may follow one another.
+        held_out.append(blocks[np.linspace(0, len(blocks) - 1, min(len(blocks), share)).round().astype(int)])
     batches = Batches(sources, weights, rank, world_size, split=recipe.streaming)
     return tokenizer, Prefetch(batches) if recipe.streaming else batches, np.concatenate(held_out)
+
+
+def hold_out_stream(
+    recipe: Recipe, accelerator: Accelerator, validation, tokenizer, source: Source, number: int, share: int
+) -> np.ndarray:
+    """The first `share` validation blocks of a stream. They are read once, by the main process, and kept: to come by
+    one held-out document a hundred others may have to be read."""
+    file = Path(recipe.output_dir) / f"validation-{number}.npy"
+    if accelerator.is_main_process and not file.exists():
+        stream = PackedStream(validation, tokenizer, source.text_column, recipe.sequence_length)
+        try:
+            blocks = [stream.next_block() for _ in tqdm(range(share), desc="read validation text", disable=None)]
+        except DataError as error:
+            raise DataError(f"validation text of dataset={source.dataset!r}: {error}") from error
+        np.save(file.with_suffix(".partial.npy"), np.array(blocks, dtype=np.int32))
+        file.with_suffix(".partial.npy").rename(file)
+    accelerator.wait_for_everyone()
+    return np.load(file)
+
+
+def is_held_out(text: str, every: int) -> bool:
+    """Whether a document belongs to the validation text: one in `every` does, wherever it stands and whoever reads it,
+    and all copies of it."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) % every == 0
 
 
 def load_source(recipe: Recipe, source: Source):
@@ -154,12 +174,12 @@ def load_source(recipe: Recipe, source: Source):
     train = load(source.train_split)
     if source.validation_split is not None:
         return source, train, load(source.validation_split)
-    every = recipe.holdout_every
-    validation = train.filter(lambda _, index: index % every == 0, with_indices=True)
-    train = train.filter(lambda _, index: index % every != 0, with_indices=True)
+    column, every = source.text_column, recipe.holdout_every
+    validation = train.filter(lambda row: is_held_out(row[column], every))
+    train = train.filter(lambda row: not is_held_out(row[column], every))
     if not recipe.streaming and not (len(train) and len(validation)):
         raise DataError(
-            f"dataset={source.dataset!r} has too few documents to hold out every {every}th of them for validation: "
+            f"dataset={source.dataset!r} has too few documents to hold out one in {every} of them for validation: "
             "name a validation_split or lower holdout_every."
         )
     return source, train, validation
@@ -325,7 +345,7 @@ def evaluate(
         totals += torch.stack([total.double().cpu(), count_targets(inputs).double().cpu()]) * bool(len(real))
     total, count = accelerator.reduce(totals.to(accelerator.device, torch.float32), reduction="sum").tolist()
     model.train()
-    return {"eval_loss": total / count, "eval_perplexity": math.exp(total / count)}
+    return {"eval_loss": total / count, "eval_perplexity": float(np.exp(total / count))}
 
 
 @torch.no_grad()
@@ -388,6 +408,9 @@ def train(
         for step in bar:
             began = time.perf_counter()
             drawn = [batches.next_batch(recipe.micro_batch_size) for _ in range(accumulation)]
+            if accelerator.device.type == "cuda":
+                drawn = [tokens.pin_memory() for tokens in drawn]
+            spent["data"] += time.perf_counter() - began
             micro = [
                 inputs_of(tokens.to(accelerator.device, non_blocking=True), recipe, end_of_text) for tokens in drawn
             ]
@@ -395,7 +418,6 @@ def train(
             if accelerator.num_processes > 1:
                 # Gradients are averaged over the ranks, each of which has its share of the targets.
                 targets = accelerator.reduce(targets.float(), reduction="mean")
-            spent["data"] += time.perf_counter() - began
 
             monitored = monitor is not None and recipe.routing_every and step % recipe.routing_every == 0
             loss_sum, router_logits = torch.zeros((), device=accelerator.device), None
@@ -403,14 +425,17 @@ def train(
                 wanted = {"output_router_logits": True} if monitored and number == 0 else {}
                 with accumulate(accelerator, model, last=number == accumulation - 1):
                     output = model(**inputs, num_items_in_batch=targets, use_cache=False, **wanted)
-                    accelerator.backward(output.loss)
-                loss_sum += cross_entropy(output, config, count_targets(inputs) / targets)
-                router_logits = output.router_logits if wanted else router_logits
+                    loss = output.loss
+                    loss_sum += cross_entropy(output, config, count_targets(inputs) / targets)
+                    router_logits = output.router_logits if wanted else router_logits
+                    del output  # and with it the logits, the largest tensor of all
+                    accelerator.backward(loss)
             norm = gradient_norm(unwrapped)
             loss, norm, stopping = agree(accelerator, loss_sum, norm, stop.signalled)
             began = time.perf_counter()
             routing = monitor.measure(router_logits) if monitored else None
             spent["routing"] += time.perf_counter() - began
+            router_logits = None
 
             if finite := math.isfinite(loss) and math.isfinite(norm):
                 clip_gradients(unwrapped, recipe.max_grad_norm, norm)
@@ -550,6 +575,8 @@ def save_final(recipe: Recipe, accelerator: Accelerator, model, tokenizer: PreTr
     else:
         state_dict = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
+            own = dict(unwrapped.named_parameters()) | dict(unwrapped.named_buffers())  # tied weights once
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name in own}
             unwrapped.save_pretrained(partial, state_dict=state_dict)
     if accelerator.is_main_process:
         tokenizer.save_pretrained(partial)
@@ -565,7 +592,7 @@ def save_final(recipe: Recipe, accelerator: Accelerator, model, tokenizer: PreTr
 def model_card(recipe: Recipe, config: PreTrainedConfig) -> str:
     """The model card: how to load the model, how it was trained, and the numbers that were measured."""
     metrics = read_metrics(Path(recipe.output_dir) / "metrics.jsonl")
-    trained = [m for m in metrics if "loss" in m][-1]
+    trained = ([m for m in metrics if "loss" in m] or [{"tokens": 0, "loss": math.nan}])[-1]
     evaluated = [m for m in metrics if "eval_loss" in m][-1]
     count = count_parameters(config)
     blocks = f", router block size {config.router_block_size}" if config.model_type == "pathmoe" else ""
@@ -663,6 +690,8 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
         shutil.rmtree(output / "final", ignore_errors=True)
         if checkpoint is None:
             shutil.rmtree(output / "tokenizer", ignore_errors=True)
+            for kept in output.glob("validation-*.npy"):
+                kept.unlink()
     accelerator.wait_for_everyone()
 
     tokenizer, batches, held_out = build_data(recipe, accelerator, config.vocab_size)

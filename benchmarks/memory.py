@@ -80,8 +80,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "model.json").write_text(json.dumps(MODEL))
-        text = json.dumps({"text": "".join(chr(33 + i * i % 90) for i in range(3000))}) + "\n"
-        (folder / "text.jsonl").write_text(text * 80)
+        texts = [f"{i}: " + "".join(chr(33 + j * j % 90) for j in range(3000)) for i in range(200)]
+        (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         for number, (engine, ranks, fields) in enumerate(tqdm(RUNS, desc="memory")):
             fields = fields | {"batch_size": 2 * ranks}
             args = recipe_args(folder, f"run-{number}", **fields)
@@ -90,7 +90,11 @@ def main():
             base_args = recipe_args(folder, f"base-{number}", model_overrides=NOTHING, **fields)
             found -= measure(base_args, engine, folder / f"base-{number}")
             shown = {key: value for key, value in fields.items() if key != "batch_size"}
-            results.append({"engine": engine, "ranks": ranks, **shown, "planned": planned, "measured": found})
+            recorded = {"model_overrides": MODEL, "sequence_length": 1024, "micro_batch_size": 2} | fields
+            recorded["model_overrides"] = {k: v for k, v in MODEL.items() if k != "model_type"}
+            results.append(
+                {"engine": engine, "ranks": ranks, "fields": recorded, "planned": planned, "measured": found}
+            )
             tqdm.write(f"{engine} x {ranks} {shown}: planned {planned / 1e9:.2f}, measured {found / 1e9:.2f} GB, "
                        f"ratio {planned / found:.2f}")  # fmt: skip
     if options.json:

@@ -160,6 +160,7 @@ def main() -> int:
         print(f"{name}: {len(hits)} kills")
         for number, hit in enumerate(hits, start=1):
             print(f"  {number:2}: " + ", ".join(f"{key} {value}" for key, value in hit.items()))
+        equal &= len(hits) == options.kills and any(hit["unfinished checkpoint"] for hit in hits)
         expected, found = fingerprint(whole), fingerprint(killed)
         for key, value in expected.items():
             same = found[key] == value

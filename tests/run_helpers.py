@@ -26,11 +26,16 @@ def launch(args, *launcher, script=(str(ROOT / "train_accelerate.py"),)):
     )
 
 
-def accelerate_launch(args, engine, port, **options):
-    """Starts two processes through one of the shipped Accelerate files and waits for them."""
+def start_with_accelerate(args, engine, port, **options):
+    """Starts two processes through one of the shipped Accelerate files."""
     file = ROOT / "configuration" / "accelerate" / f"{engine}.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port", port]
-    process = launch(args, *launcher, **options)
+    return launch(args, *launcher, **options)
+
+
+def accelerate_launch(args, engine, port, **options):
+    """Runs two processes to their end and returns what they printed."""
+    process = start_with_accelerate(args, engine, port, **options)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output

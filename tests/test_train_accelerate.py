@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from datasets.distributed import split_dataset_by_node
 from run_helpers import ROOT, assert_same_weights, launch, metrics, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,7 +78,9 @@ def test_accumulation_does_not_inflate_the_router_losses(recipe, tmp_path, train
     tokenizer = str(trained / "final")
     (tmp_path / "same.jsonl").write_text((json.dumps({"text": "~" * 31}) + "\n") * 99)
     overrides = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
-    fields = {"dataset": str(tmp_path / "same.jsonl"), "tokenizer": tokenizer, "model_overrides": overrides}
+    files = {"train": str(tmp_path / "same.jsonl"), "validation": str(tmp_path / "same.jsonl")}
+    fields = {"dataset": "json", "data_files": files, "validation_split": "validation", "tokenizer": tokenizer}
+    fields["model_overrides"] = overrides
     main(recipe(tmp_path / "whole", **fields))
     main(recipe(tmp_path / "parts", micro_batch_size=1, **fields))
     assert metrics(tmp_path / "parts", key="grad_norm") == pytest.approx(
@@ -277,11 +280,65 @@ def test_bad_data_is_reported_before_there_is_a_model(recipe, tmp_path, monkeypa
 
     monkeypatch.setattr(train_accelerate, "build_model", no_model)
     (tmp_path / "short.jsonl").write_text('{"text": "short"}\n' * 5)
+    files = {"train": str(tmp_path / "short.jsonl"), "validation": str(tmp_path / "short.jsonl")}
     with pytest.raises(DataError, match="fewer than one sequence"):
-        main(recipe(tmp_path / "run", dataset=str(tmp_path / "short.jsonl"), holdout_every=3))
+        main(recipe(tmp_path / "run", dataset="json", data_files=files, validation_split="validation"))
     (tmp_path / "single.jsonl").write_text('{"text": "one document"}\n')
-    with pytest.raises(DataError, match="too few documents to hold out every 40th"):
+    with pytest.raises(DataError, match="too few documents to hold out one in 40"):
         main(recipe(tmp_path / "single", dataset=str(tmp_path / "single.jsonl")))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_stream_never_trains_on_what_it_holds_out(tmp_path, world_size):
+    """Several shards, read in another order in each epoch and by several ranks."""
+    texts = [f"document {i}" for i in range(200)]
+    for shard in range(5):
+        rows = [json.dumps({"text": text}) + "\n" for text in texts[shard::5]]
+        (tmp_path / f"{shard}.jsonl").write_text("".join(rows))
+    parsed = parse_recipe(
+        ["--model", "m.json", "--output_dir", "o", "--max_steps", "1", "--sequence_length", "2", "--batch_size", "1"]
+        + ["--micro_batch_size", "1", "--dataset", "json", "--streaming", "true", "--holdout_every", "5"]
+        + ["--data_files", f"{{train: '{tmp_path}/*.jsonl'}}"]
+    )
+    _, train, validation = train_accelerate.load_source(parsed, parsed.sources[0])
+    held_out = {row["text"] for row in validation}
+    trained = []
+    for rank in range(world_size):
+        part = split_dataset_by_node(train.shuffle(seed=1, buffer_size=1), rank, world_size)
+        for epoch in range(2):
+            part.set_epoch(epoch)
+            trained += [row["text"] for row in part]
+    assert held_out and not held_out & set(trained)
+    assert sorted([*trained, *held_out, *held_out]) == sorted(texts * 2)
+
+
+def test_several_sources_are_mixed(recipe, tmp_path):
+    for name, letter in (("a", "a"), ("b", "b")):
+        rows = [json.dumps({"text": f"{letter}{i} " * 40}) + "\n" for i in range(200)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    mixture = [{"dataset": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, weight in (("a", 3), ("b", 1))]
+    parsed = parse_recipe(recipe(tmp_path / "run", dataset=None, mixture=mixture, holdout_every=10))
+    accelerator = train_accelerate.build_accelerator(parsed)
+    tokenizer, batches, held_out = train_accelerate.build_data(parsed, accelerator, 300)
+    texts = [tokenizer.decode(row) for row in batches.next_batch(40)]
+    assert sum("a" in text for text in texts) == 30 and sum("b" in text for text in texts) == 10
+    assert {"a", "b"} <= set("".join(tokenizer.decode(block) for block in held_out))
+    for wrong, complaint in (
+        ([], "has no source"),
+        ([{"dataset": "x"}], "must be a mapping with a dataset and a weight"),
+        ([{"dataset": "x", "weight": 1, "wieght": 2}], r"has \['wieght'\], no fields of a source"),
+        ([{"dataset": "x", "weight": -1}], "weight=-1, which must be a positive number"),
+    ):
+        with pytest.raises(RecipeError, match=complaint):
+            parse_recipe(recipe(tmp_path / "run", dataset=None, mixture=wrong))
+    with pytest.raises(RecipeError, match="exactly one of dataset and mixture"):
+        parse_recipe(recipe(tmp_path / "run", mixture=mixture))
+
+
+@pytest.mark.slow  # needs a C++ compiler
+def test_compiled_run_with_the_dashboard_gives_the_losses_of_an_eager_one(recipe, tmp_path, trained):
+    main(recipe(tmp_path / "compiled", compile=True, routing_every=2))
+    assert metrics(tmp_path / "compiled") == pytest.approx(metrics(trained), abs=1e-4)
 
 
 def test_command_line_overrides_the_recipe(recipe, tmp_path):

@@ -130,7 +130,9 @@ class Checkpoints:
         accelerator.wait_for_everyone()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        # A tied weight once, under the first of its names.
+        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items() if name in own}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})
             tensors |= {f"optimizer.{name}.{key}": state[key] for key in MOMENTS if key in state}
@@ -144,7 +146,9 @@ class Checkpoints:
         """
         folder = Path(self.recipe.output_dir) / "checkpoints" / f"step-{step:08d}"
         partial = folder.with_name(folder.name + ".partial")
-        faults, written = self._attempt(lambda: self._write(partial, step))
+        faults, _ = self._attempt(lambda: partial.mkdir(parents=True, exist_ok=True))
+        if not faults:
+            faults, written = self._attempt(lambda: self._write(partial, step))
         if not faults:
             manifest = {name: entry for its in written for name, entry in its.items()}
             faults, _ = self._attempt(lambda: self._seal(partial, folder, manifest))
@@ -169,7 +173,6 @@ class Checkpoints:
 
     def _write(self, partial: Path, step: int) -> dict[str, list[int]]:
         accelerator, index = self.accelerator, self.accelerator.process_index
-        partial.mkdir(parents=True, exist_ok=True)
         dcp.save(
             self._tensors(),
             storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True),
@@ -190,6 +193,7 @@ class Checkpoints:
                 "step": step,
                 "world_size": accelerator.num_processes,
                 "scheduler": self.scheduler.last_epoch,
+                "learning_rate": self.scheduler.get_last_lr()[0],
                 "optimizer_steps": steps,
                 "counters": self.counters,
             }
@@ -240,6 +244,11 @@ class Checkpoints:
         ):
             group["lr"] = base * factor(state["scheduler"])
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        if (rate := self.scheduler.get_last_lr()[0]) != state["learning_rate"]:
+            self.accelerator.print(
+                f"WARNING: with max_steps={self.recipe.max_steps} the learning rate goes on at {rate:.3e}; the "
+                f"checkpoint was to go on at {state['learning_rate']:.3e}."
+            )
         self.counters |= state["counters"]
         own = json.loads((folder / f"rank-{rank if same_world else 0}.json").read_text())
         self.batches.load_state_dict(own["batches"])

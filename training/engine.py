@@ -33,9 +33,10 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=recipe.tracker,
         project_dir=recipe.output_dir,
-        # The other processes wait while the first one prepares the text.
+        # The other processes wait while the first one prepares the text; a text that takes longer can be prepared by a
+        # run of one process, whose tokens the next run finds.
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # or DDP holds all gradients twice
         ],
     )

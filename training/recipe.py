@@ -34,7 +34,8 @@ class Recipe:
         dataset (`str`, *optional*): A text file, a folder written by `save_to_disk`, or what `datasets.load_dataset`
             takes. Either this or `mixture`.
         dataset_config, data_files, text_column, train_split, streaming: As for `datasets.load_dataset`.
-        validation_split (`str`, *optional*): When unset, every `holdout_every`-th document is held out.
+        validation_split (`str`, *optional*): When unset, one in `holdout_every` documents is held out, chosen by
+            its text.
         mixture (`list` of `dict`, *optional*): Several sources. Each has a `weight`, its share of the sequences in any
             stretch of training, and the data fields above; those that it leaves out are the recipe's own.
         document_mask (`bool`): Whether attention stays within a document. When off, a token sees all that precedes it
