@@ -8,12 +8,13 @@
 
 Suites are lists in `suites.yaml`; tasks are lm-eval's own and those of `offline_tasks.py`. The evaluator is lm-eval's.
 Each task is written to OUTPUT as soon as it is done: `tasks/NAME.json` is lm-eval's result, `tasks/NAME.jsonl` has a
-line per item. A second run with the same settings goes on with the tasks that are missing. `results.json` puts what is
-done together in lm-eval's format, with the suite's average and what was cut off or went wrong.
+line per item. A second run with the same settings goes on with the tasks that are missing. In the end `results.json`
+puts all together in lm-eval's format, with the suite's average and what was cut off or went wrong.
 """
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import yaml
 from accelerate.utils import gather_object
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
+from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
@@ -34,22 +36,25 @@ from transformers import AutoConfig, AutoTokenizer
 import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
 
 
+# It says of every offline task that it could be given arguments.
+logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.getMessage())
+
 SUITES = yaml.safe_load(Path(__file__).with_name("suites.yaml").read_text(encoding="utf-8"))
 SCORES = ("acc", "exact_match")  # a task's score is the first of these that it has
-RESAMPLES = 1000  # of the bootstrap behind the standard errors of metrics that are no mean; lm-eval's 100000 take minutes
+RESAMPLES = 1000  # of the bootstrap behind standard errors of perplexity; lm-eval's 100000 take minutes on two cores
 
 
 class EvalLM(HFLM):
     """lm-eval's Hugging Face model, which shares the requests out over the processes and counts what it cuts off.
 
-    lm-eval itself gives each process a part of the items, on GPUs only, and gathers in another order. Here each process
-    of `accelerate launch` answers a part of the requests and receives the answers of all, so that the evaluator sees
-    what one process sees, and an error in one process is raised in all of them.
+    lm-eval itself gives each process a part of the items, on GPUs only, and gathers them in another order. Here each
+    process of `accelerate launch` answers a part of the requests and receives the answers of all, so that the
+    evaluator sees what one process sees, and an error in one process is raised in all of them.
 
     Attributes:
         process (`int`): Which process this is.
         processes (`int`): How many there are.
-        truncated (`int`): Number of requests, in this process, of which the beginning was cut off since the last reset.
+        truncated (`int`): Number of requests of which this process has cut the beginning off.
     """
 
     def __init__(self, *args, **kwargs):
@@ -164,11 +169,74 @@ def write_json(file: Path, content: dict) -> None:
     part.replace(file)
 
 
-def put_together(folder: Path, groups: dict[str, Group], entries: list[str], suite: str | None, errors: dict) -> dict:
-    """Merges the results of all tasks that are done into one, in lm-eval's format.
+def work_of(task, limit: float | None) -> float:
+    """Roughly how many characters a task has, to estimate the time that is left."""
+    docs = task.eval_docs
+    lengths = [len(str(docs[i])) for i in range(0, len(docs), len(docs) // 20 + 1)]
+    return (get_sample_size(task, limit) or len(docs)) * sum(lengths) / len(lengths)
+
+
+def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Reads the model's config and tokenizer, before anything slow, and returns the config."""
+    for option, name in (("--model", args.model), ("--tokenizer", args.tokenizer)):
+        if name and (Path(name).is_absolute() or name[0] == "." or name.count("/") > 1) and not Path(name).is_dir():
+            parser.error(f"{option} {name}: there is no such folder.")
+    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(args.model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, **options)
+    except (OSError, ValueError) as error:
+        parser.error(
+            f"--model {args.model}: neither a folder of a model and its tokenizer nor a name on the Hub: {error}"
+        )
+    largest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if largest >= rows:
+        parser.error(
+            f"--tokenizer {args.tokenizer or args.model}: it has the token {largest}, but the model's vocab_size is "
+            f"{rows}: it belongs to another model."
+        )
+    return config
+
+
+def done_tasks(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: dict, tasks: dict) -> list[str]:
+    """The tasks that `--output` holds already, with the same settings."""
+    done = []
+    for name, (_, shots) in tasks.items():
+        file = args.output / "tasks" / f"{name}.json"
+        if not file.exists():
+            continue
+        wanted = json.loads(json.dumps(settings | {"num_fewshot": shots}))
+        found = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        differences = [
+            f"{key}={found[key]!r} instead of {wanted[key]!r}" for key in wanted if found[key] != wanted[key]
+        ]
+        if not differences:
+            done.append(name)
+        elif not args.overwrite:
+            parser.error(
+                f"--output {args.output}: it holds {name} with {'; '.join(differences)}. "
+                "Choose another folder or give --overwrite."
+            )
+    return done
+
+
+def write_task(folder: Path, name: str, result: dict, truncated: int, settings: dict) -> None:
+    """Writes the items, and then the result, which marks the task as done."""
+    samples = result.pop("samples")[name]
+    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) + "\n")
+    write_json(folder / f"{name}.json", result | {"truncated": {name: truncated}, "settings": settings})
+
+
+def put_together(
+    folder: Path, tasks: list[str], groups: dict[str, Group], entries: list[str], suite: str | None, errors: dict
+) -> dict:
+    """Merges the results of the tasks that are done into one, in lm-eval's format.
 
     Args:
         folder (`Path`): Where the tasks' results are.
+        tasks (`list[str]`): The tasks that are done.
         groups (`dict[str, Group]`): lm-eval's groups of the tasks, each after the groups that it holds.
         entries (`list[str]`): The tasks and groups that were asked for.
         suite (`str`, *optional*): The suite's name, if all entries are its own.
@@ -178,12 +246,11 @@ def put_together(folder: Path, groups: dict[str, Group], entries: list[str], sui
         `dict`: lm-eval's results, with `truncated` (requests cut off, by task), `errors`, and, when every entry has a
         score, `average`: the mean over the entries, its standard error (of independent tasks) and the suite's name.
     """
-    merged, metrics = {}, {}
-    files = sorted((folder / "tasks").glob("*.json"))
-    for file in files:
-        result = json.loads(file.read_text(encoding="utf-8"))
+    merged = {}
+    for task in tasks:
+        result = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
         for key, value in result.items():
-            merged[key] = merged.get(key, {}) | value if isinstance(value, dict) and key != "settings" else value
+            merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
     metrics = merged.setdefault("results", {})
     for name, group in groups.items():
         names = [task.task_name for task in group.get_all_tasks()]
@@ -191,7 +258,6 @@ def put_together(folder: Path, groups: dict[str, Group], entries: list[str], sui
         if group.has_aggregation and metrics.keys() >= set(names):
             metrics[name] = group.aggregate(metrics)
             merged.setdefault("groups", {})[name] = metrics[name]
-    merged.pop("settings", None)
     scores = [score_of(metrics.get(entry, {})) for entry in entries]
     if all(scores):
         merged["average"] = {
@@ -305,35 +371,37 @@ def main(argv: list[str] | None = None) -> dict | None:
             max_length=args.max_length,
         )
     main_process = lm is None or lm.process == 0
-    suite = args.suite if not args.tasks else None
-    (args.output / "tasks").mkdir(parents=True, exist_ok=True)
-
-    started, finished = time.monotonic(), 0
+    folder = args.output / "tasks"
+    folder.mkdir(parents=True, exist_ok=True)
     work = {name: work_of(task, args.limit) for name, (task, _) in waiting.items()}
+    started, finished = time.monotonic(), 0
     for number, (name, (task, shots)) in enumerate(waiting.items(), 1):
         lm.truncated, begun = 0, time.monotonic()
         try:
             result = simple_evaluate(
                 lm, tasks=[task], task_manager=manager, num_fewshot=shots, limit=args.limit, bootstrap_iters=RESAMPLES
             )
-            truncated = sum(gather_object([lm.truncated])) if lm.processes > 1 else lm.truncated
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}"
+        truncated = sum(gather_object([lm.truncated])) if lm.processes > 1 else lm.truncated
         finished += work[name]
         if not main_process:
             continue
-        if name not in errors:
-            write_task(args.output / "tasks", name, result, truncated, settings | {"num_fewshot": shots})
+        if name in errors:
+            said = f"failed: {errors[name]}"
+        else:
+            write_task(folder, name, result, truncated, settings | {"num_fewshot": shots})
+            done.append(name)
             score = score_of(result["results"][name])
-        write_json(args.output / "results.json", put_together(args.output, groups, list(entries), suite, errors))
+            said = "{} {:.4f} ± {:.4f}".format(*score) if score else "done"
         now = time.monotonic()
-        left = (now - started) * (sum(work.values()) / finished - 1)
-        said = f"failed: {errors[name]}" if name in errors else "{} {:.4f} ± {:.4f}".format(*score or ("no score", 0, 0))
-        print(f"[{number}/{len(waiting)}] {name}: {said}, {now - begun:.0f} s, about {left / 60:.0f} min left", flush=True)
+        left = (now - started) * (sum(work.values()) / finished - 1) / 60
+        print(f"[{number}/{len(waiting)}] {name}: {said}; {now - begun:.0f} s, about {left:.0f} min left", flush=True)
     if not main_process:
         return None
 
-    merged = put_together(args.output, groups, list(entries), suite, errors)
+    suite = args.suite if not args.tasks else None
+    merged = put_together(folder, sorted(done), groups, list(entries), suite, errors)
     write_json(args.output / "results.json", merged)
     print(make_table(merged))
     if "average" in merged:
