@@ -243,8 +243,8 @@ def put_together(
         errors (`dict[str, str]`): What went wrong, by task.
 
     Returns:
-        `dict`: lm-eval's results, with `truncated` (requests cut off, by task), `errors`, and, when every entry has a
-        score, `average`: the mean over the entries, its standard error (of independent tasks) and the suite's name.
+        `dict`: lm-eval's results, with `truncated` (requests cut off, by task), `entries`, `errors`, and, when every
+        entry has a score, `average`: their mean, its standard error (of independent tasks) and the suite's name.
     """
     merged = {}
     for task in tasks:
@@ -262,11 +262,10 @@ def put_together(
     if all(scores):
         merged["average"] = {
             "suite": suite,
-            "tasks": entries,
             "value": sum(value for _, value, _ in scores) / len(scores),
             "stderr": sum(error**2 for _, _, error in scores) ** 0.5 / len(scores),
         }
-    return merged | {"errors": errors}
+    return merged | {"entries": entries, "errors": errors}
 
 
 def main(argv: list[str] | None = None) -> dict | None:
@@ -336,13 +335,15 @@ def main(argv: list[str] | None = None) -> dict | None:
                 f"Tasks not found: {', '.join(unknown)}. There are {', '.join(PREFIX + name for name in TASKS)}, "
                 f"{PREFIX}mmlu and what `lm-eval ls tasks` lists."
             )
-        tasks, groups, errors = {}, {}, {}
+        tasks, groups, errors, names = {}, {}, {}, []
         for entry, shots in entries.items():
             try:
                 loaded = manager.load(entry)
             except Exception as error:  # whatever a task's code raises: the others must not suffer
                 errors[entry] = f"{type(error).__name__}: {error}"
+                names.append(entry)
                 continue
+            names += [entry] if entry in loaded["groups"] else loaded["tasks"]  # a tag has several, and no score
             tasks |= {name: (task, shots) for name, task in loaded["tasks"].items()}
             groups |= dict(reversed(loaded["groups"].items()))
     if not tasks:
@@ -401,11 +402,11 @@ def main(argv: list[str] | None = None) -> dict | None:
         return None
 
     suite = args.suite if not args.tasks else None
-    merged = put_together(folder, sorted(done), groups, list(entries), suite, errors)
+    merged = put_together(folder, sorted(done), groups, names, suite, errors)
     write_json(args.output / "results.json", merged)
     print(make_table(merged))
     if "average" in merged:
-        print("Average of {} tasks: {value:.4f} ± {stderr:.4f}".format(len(entries), **merged["average"]))
+        print("Average of {} tasks: {value:.4f} ± {stderr:.4f}".format(len(names), **merged["average"]))
     if cut := {task: count for task, count in merged.get("truncated", {}).items() if count}:
         print(f"Longer than the context, so cut off at their beginning (requests): {cut}", file=sys.stderr)
     if errors:

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Routing consistency, as a module of `evaluate`: how much neighbouring layers of a PathMoE agree on a token's experts.
+"""Routing consistency, as a module of `evaluate`: how much adjacent layers of a PathMoE share experts.
 
 import evaluate
 metric = evaluate.load("eval/metrics/routing_consistency")
