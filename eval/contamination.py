@@ -1,0 +1,165 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Looks for benchmark items in training text: shared runs of N words, as in GPT-3 (arXiv 2005.14165, appendix C).
+
+    python eval/contamination.py --data runs/demo/data/train.jsonl --suite pathmoe_paper_0.9b_offline --output out.json
+
+An item is what lm-eval shows the model, the prompt and the right answer. It is hit if the text holds any N consecutive
+words of it, in lower case and without punctuation. Items of fewer than N words cannot be hit, and are counted apart.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from lm_eval.tasks import TaskManager
+from offline_tasks import PREFIX, write_tasks
+from perplexity import load_documents
+from run_lm_eval import SUITES
+from tqdm import tqdm
+
+
+WORD = re.compile(r"\w+")
+FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that every word of a run changes its digest
+
+
+class Words(dict):
+    """The 64-bit digest of each word, computed when it is first met."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = int.from_bytes(hashlib.blake2b(word.encode("utf-8"), digest_size=8).digest(), "little")
+        return self[word]
+
+
+def ngram_digests(text: str, n: int, words: Words) -> np.ndarray:
+    """A 64-bit digest of every run of `n` words of a text.
+
+    Args:
+        text (`str`): Any text.
+        n (`int`): Words in a run.
+        words (`Words`): The digests of words so far.
+
+    Returns:
+        `np.ndarray` of shape `(runs,)`, uint64: In the order of the text; equal where the runs are equal, and else by
+        a chance of 2^-64.
+    """
+    of_words = np.fromiter(map(words.__getitem__, WORD.findall(text.lower())), dtype=np.uint64)
+    runs = np.zeros(max(0, len(of_words) - n + 1), dtype=np.uint64)
+    for i in range(n):
+        runs = runs * FACTOR + of_words[i : i + len(runs)]
+    return runs
+
+
+def contamination(texts: Iterable[str], items: dict[str, list[str]], n: int = 13, examples: int = 3) -> dict:
+    """How many items of each task share a run of `n` words with a text.
+
+    Args:
+        texts (`Iterable[str]`): The training documents.
+        items (`dict[str, list[str]]`): The items of each task.
+        n (`int`): Words in a run; GPT-3 takes 13, and at least 8 for tasks of short items.
+        examples (`int`): How many shared runs to show for each task.
+
+    Returns:
+        `dict`: for each task `items`, `short` (items of fewer than `n` words), `hit`, `share = hit / (items - short)`,
+        `hit_items` (their numbers) and `examples` (`item` and the first `words` that it shares).
+    """
+    words = Words()
+    digests = {task: [ngram_digests(item, n, words) for item in task_items] for task, task_items in items.items()}
+    wanted = np.unique(np.concatenate([runs for task in digests.values() for runs in task] or [[]]).astype(np.uint64))
+    wanted = np.append(wanted, wanted[-1:] if len(wanted) else np.uint64(0))  # what is behind the last stays in bounds
+    found = np.zeros(len(wanted), dtype=bool)
+    for text in tqdm(texts, desc="training text", unit="document", disable=None):
+        runs = ngram_digests(text, n, words)
+        at = np.searchsorted(wanted[:-1], runs)
+        found[at[wanted[at] == runs]] = True
+    found = set(wanted[found].tolist())
+
+    report = {}
+    for task, of_task in digests.items():
+        first_hits = {}
+        for i, runs in enumerate(of_task):
+            hits = [at for at, run in enumerate(runs.tolist()) if run in found]
+            if hits:
+                first_hits[i] = " ".join(WORD.findall(items[task][i].lower())[hits[0] : hits[0] + n])
+        short = sum(not len(runs) for runs in of_task)
+        report[task] = {
+            "items": len(of_task),
+            "short": short,
+            "hit": len(first_hits),
+            "share": len(first_hits) / max(1, len(of_task) - short),
+            "hit_items": list(first_hits),
+            "examples": [{"item": i, "words": run} for i, run in list(first_hits.items())[:examples]],
+        }
+    return report
+
+
+def task_items(names: list[str], limit: int | None = None) -> dict[str, list[str]]:
+    """The items of lm-eval's tasks as a model sees them: the prompt and the right answer; a group is one task."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tasks(Path(folder))
+        offline = all(name.startswith(PREFIX) for name in names)
+        manager = TaskManager(include_path=folder, include_defaults=not offline)
+        loaded = {name: manager.load(name)["tasks"].values() for name in names}
+    items = {}
+    for name, tasks in loaded.items():
+        items[name] = []
+        for task in tqdm(tasks, desc=name, disable=None):
+            for doc in islice(task.eval_docs, limit):
+                question, target = task.doc_to_text(doc), task.doc_to_target(doc)
+                if isinstance(question, int):  # the choices are beginnings, and the target is their common end
+                    question, target = task.doc_to_choice(doc)[question], target
+                elif isinstance(target, int):
+                    target = task.doc_to_choice(doc)[target]
+                elif isinstance(target, list):
+                    target = target[0]
+                items[name].append(f"{question} {target}")
+    return items
+
+
+def markdown(report: dict, n: int) -> str:
+    lines = [f"| task | items | of {n} words or more | hit | share | such as |", "|---|--:|--:|--:|--:|---|"]
+    for task, row in report.items():
+        example = f"“{row['examples'][0]['words']}”" if row["examples"] else ""
+        lines.append(
+            f"| {task} | {row['items']:,} | {row['items'] - row['short']:,} | {row['hit']:,} | {row['share']:.2%} | "
+            f"{example} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Reads the text and the tasks, and prints and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="training text: file, folder or name of a dataset")
+    parser.add_argument("--name", help="configuration of a named dataset")
+    parser.add_argument("--split", default="train", help="split, where the data has several")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--suite", help=f"one of: {', '.join(SUITES)}")
+    parser.add_argument("--tasks", help="comma-separated tasks or groups, in addition to the suite's")
+    parser.add_argument("--limit", type=int, help="only the first items of each task")
+    parser.add_argument("--n", type=int, default=13, help="words in a run")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the report, with a .md beside it")
+    args = parser.parse_args(argv)
+    if args.suite is not None and args.suite not in SUITES:
+        parser.error(f"--suite {args.suite}: not one of {', '.join(SUITES)}.")
+    names = [*SUITES.get(args.suite, []), *(args.tasks.split(",") if args.tasks else [])]
+    if not names:
+        parser.error("give a --suite, --tasks or both.")
+    if args.n < 1:
+        parser.error(f"--n {args.n} must be at least 1.")
+    texts = load_documents(args.data, [args.text_column], args.split, args.name)[args.text_column]
+    report = contamination(texts, task_items(names, args.limit), args.n)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"data": args.data, "n": args.n, "tasks": report}, indent=2) + "\n")
+    args.output.with_suffix(".md").write_text(markdown(report, args.n), encoding="utf-8")
+    print(markdown(report, args.n))
+    return report
+
+
+if __name__ == "__main__":
+    main()

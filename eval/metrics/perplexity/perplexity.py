@@ -1,0 +1,186 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Perplexity of a causal language model, as a module of `evaluate`; eval/perplexity.py is its command line.
+
+import evaluate
+metric = evaluate.load("eval/metrics/perplexity")
+metric.compute(predictions=["Some text."], model=model, tokenizer=tokenizer)["bits_per_byte"]
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+
+import datasets
+import evaluate
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def sliding_windows(length: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Splits a sequence of inputs into overlapping windows that score each position once.
+
+    Args:
+        length (`int`): Number of inputs; input i predicts token i + 1.
+        max_length (`int`): Most inputs in a window.
+        stride (`int`): Most positions that a window after the first scores, at most `max_length`.
+
+    Yields:
+        `(start, first, end)`: the window's inputs are `[start, end)`, and it scores the positions `[first, end)`, each
+        with `max_length - stride` inputs before it, or all that there are.
+    """
+    end = 0
+    while end < length:
+        first, end = end, min(length, end + stride if end else max_length)
+        yield max(0, end - max_length), first, end
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> tuple[list[dict], dict]:
+    """Scores every token of every text once, in sliding windows that never span two texts.
+
+    A text is preceded by the BOS token, or by EOS where there is no BOS. With neither, its first token is not scored.
+    With `stride=max_length` the windows, and so the results, are those of lm-eval's `loglikelihood_rolling`.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model; it is used in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        texts (`list[str]`): The documents.
+        max_length (`int`, *optional*): Most tokens in a window; the model's `max_position_embeddings` when unset.
+        stride (`int`, *optional*): How far windows move: tokens see at least `max_length - stride` others, where there
+            are that many; `max_length // 2` when unset.
+        batch_size (`int`): Windows per forward pass. It does not change the result beyond rounding.
+
+    Returns:
+        `(documents, settings)`: for each text a dict of `nll`, its negative log-likelihood in nats; the numbers of
+        `tokens` that were scored, of `words` as lm-eval counts them (`re.split(r"\\s+", text)`) and of UTF-8 `bytes`;
+        and `text_sha`, by which two runs can be paired. Settings hold the arguments as they were resolved, and
+        `prefix_token`, which is `None` where first tokens were not scored.
+
+    Raises:
+        ValueError: If a length does not fit the model or the others, the tokenizer is another model's, there is no
+            text, or no token can be scored.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    max_length = longest if max_length is None else max_length
+    if max_length is None:
+        raise ValueError("The model's config states no max_position_embeddings: give max_length.")
+    stride = max(1, max_length // 2) if stride is None else stride
+    if max_length < 1 or (longest is not None and max_length > longest):
+        raise ValueError(f"max_length={max_length} must be from 1 to the model's max_position_embeddings={longest}.")
+    if not 1 <= stride <= max_length:
+        raise ValueError(f"stride={stride} must be from 1 to max_length={max_length}, or tokens would be left out.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    if not texts:
+        raise ValueError("There is no document.")
+    if not any(texts):
+        raise ValueError(f"All {len(texts)} documents are empty.")
+
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    encoded = [
+        ids if prefix is None else [prefix, *ids]
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
+    rows = [
+        (i, *window) for i, ids in enumerate(encoded) for window in sliding_windows(len(ids) - 1, max_length, stride)
+    ]
+    if not rows:
+        raise ValueError("No token can be scored: the documents have one token each and the tokenizer no BOS or EOS.")
+    largest, embeddings = max(max(ids, default=0) for ids in encoded), model.get_input_embeddings().num_embeddings
+    if largest >= embeddings:
+        raise ValueError(
+            f"The tokenizer gives token {largest} to a model of {embeddings}: it belongs to another model."
+        )
+    # The longest first: windows of one length need no padding, and a lack of memory shows at once.
+    rows.sort(key=lambda row: row[1] - row[3])
+
+    documents = [
+        {
+            "text_sha": hashlib.sha256(text.encode("utf-8")).hexdigest()[:16],
+            "nll": 0.0,
+            "tokens": max(0, len(ids) - 1),
+            "words": len(re.split(r"\s+", text)) if text else 0,
+            "bytes": len(text.encode("utf-8")),
+        }
+        for text, ids in zip(texts, encoded)
+    ]
+    was_training = model.training
+    model.eval()
+    for start_row in tqdm(range(0, len(rows), batch_size), desc="perplexity", unit="batch"):
+        batch = rows[start_row : start_row + batch_size]
+        inputs = [torch.tensor(encoded[i][start:end]) for i, start, _, end in batch]
+        input_ids = pad_sequence(inputs, batch_first=True).to(model.device)
+        mask = pad_sequence([torch.ones_like(ids) for ids in inputs], batch_first=True).to(model.device)
+        logits_BTV = model(input_ids, attention_mask=mask, use_cache=False).logits
+        for logits_TV, (i, start, first, end) in zip(logits_BTV, batch):
+            scored = logits_TV[first - start : end - start]
+            targets = torch.tensor(encoded[i][first + 1 : end + 1], device=scored.device)
+            losses = cross_entropy(
+                scored.to(torch.promote_types(scored.dtype, torch.float32)), targets, reduction="none"
+            )
+            documents[i]["nll"] += losses.cpu().double().sum().item()
+    model.train(was_training)
+    return documents, {
+        "max_length": max_length,
+        "stride": stride,
+        "batch_size": batch_size,
+        "prefix_token": None if prefix is None else tokenizer.convert_ids_to_tokens(prefix),
+    }
+
+
+def summarize(documents: list[dict]) -> dict:
+    """Puts the scores of documents together.
+
+    Args:
+        documents (`list[dict]`): What [`score`] returns.
+
+    Returns:
+        `dict`: the sums `nll` (nats), `tokens`, `words` and `bytes`; `token_perplexity = exp(nll / tokens)`,
+        `word_perplexity = exp(nll / words)`, `byte_perplexity = exp(nll / bytes)` and
+        `bits_per_byte = nll / bytes / ln 2`; the numbers of `documents` that hold text and of `empty_documents`.
+    """
+    nll, *counts = (sum(document[key] for document in documents) for key in ("nll", "tokens", "words", "bytes"))
+    counts = dict(zip(("tokens", "words", "bytes"), counts))
+    # In torch, for which the exponential of a large number is infinite and no error.
+    per = {unit: torch.tensor(nll, dtype=torch.float64) / count for unit, count in counts.items()}
+    empty = sum(not document["bytes"] for document in documents)
+    return {
+        **{f"{unit.removesuffix('s')}_perplexity": value.exp().item() for unit, value in per.items()},
+        "bits_per_byte": per["bytes"].item() / math.log(2),
+        "nll": nll,
+        **counts,
+        "documents": len(documents) - empty,
+        "empty_documents": empty,
+    }
+
+
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings) -> dict:
+    """The perplexity of a model on texts: [`score`] and [`summarize`] in one, with `settings` beside the sums."""
+    documents, settings = score(model, tokenizer, texts, **settings)
+    return summarize(documents) | {"settings": settings}
+
+
+class Perplexity(evaluate.Metric):
+    """[`perplexity`] for `evaluate`: the texts are `predictions`, all else are its arguments."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=__doc__,
+            citation="",
+            inputs_description=score.__doc__,
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+        )
+
+    def _compute(self, predictions, model, tokenizer, **settings):
+        return perplexity(model, tokenizer, predictions, **settings)
