@@ -8,6 +8,8 @@
 # make presets       counts the parameters and FLOPs of all presets
 # make bench-routers times a training step of every router, side by side
 # make bench-memory  runs small models on every engine and compares their memory with the planner's
+# make plan          memory per GPU of the paper's 16B model
+# make training-plot draws 100 steps of the quick start beside a run whose routing collapses
 # make faults        kills training runs and compares how they end with uninterrupted ones
 # make bench-paths   times the measures of expert paths, and recording beside a bare forward
 # make lint          checks style
@@ -29,7 +31,7 @@ WITNESS := runs/witness
 LIMIT ?= 200
 
 .PHONY: demo test witness compare path-report browser-test conformance presets bench-routers bench-memory bench-paths \
-	faults lint clean
+	plan training-plot faults lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -67,6 +69,15 @@ bench-routers: .venv/.demo
 
 bench-memory: .venv/.demo
 	$(BIN)/python benchmarks/memory.py --json benchmarks/memory.json
+
+plan: .venv/.demo
+	$(BIN)/python train_accelerate.py plan --config configuration/train/paper-16b.yaml > benchmarks/plan-16b.md
+
+training-plot: $(DATA)
+	for run in healthy:3.0e-3 too-fast:2.4e-2; do $(BIN)/python train_accelerate.py --resume auto \
+		--config configuration/train/quickstart.yaml --output_dir runs/$${run%:*} --learning_rate $${run#*:} \
+		--max_steps 100 --routing_every 4 --checkpoint_every 0 --eval_every 50 || exit 1; done
+	$(BIN)/python train_accelerate.py plot runs/healthy runs/too-fast --output eval/results/training.png
 
 faults: .venv/.demo
 	$(BIN)/python tests/faults.py | tee tests/faults.log
