@@ -49,7 +49,7 @@ RUNS = [
 def recipe_args(folder: Path, name: str, **fields) -> list[str]:
     values = {
         "model": str(folder / "model.json"), "dataset": str(folder / "text.jsonl"), "sequence_length": 1024,
-        "batch_size": 4, "micro_batch_size": 2, "max_steps": 2, "log_every": 1, "eval_sequences": 1,
+        "batch_size": 4, "micro_batch_size": 2, "max_steps": 3, "log_every": 1, "eval_sequences": 1,
         "routing_every": 0, "output_dir": str(folder / name),
     } | fields  # fmt: skip
     file = folder / f"{name}.json"
