@@ -148,7 +148,8 @@ class Checkpoint:
         self.used.add(name)
         file, shape, dtype = self._tensors[name]
         if not index:
-            return Piece(shape, dtype, (name,), lambda: self._handle(file).get_tensor(name))
+            # A copy: what safetensors gives lies in the mapped file, and one router goes into several layers.
+            return Piece(shape, dtype, (name,), lambda: self._handle(file).get_tensor(name).clone())
         shape = tuple(torch.empty(shape, device="meta")[index].shape)
         label = ", ".join(f"{i.start or 0}:{i.stop}" if isinstance(i, slice) else str(i) for i in index)
         return Piece(shape, dtype, (f"{name}[{label}]",), lambda: self._handle(file).get_slice(name)[index])
