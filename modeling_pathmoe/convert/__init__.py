@@ -9,6 +9,17 @@ what.
 """
 
 from .exporting import export_checkpoint
+from .importing import import_checkpoint
+from .inspection import inspect_checkpoint
+from .merging import average_checkpoints, prune_experts
+from .upcycling import upcycle
 
 
-__all__ = ["export_checkpoint"]
+__all__ = [
+    "average_checkpoints",
+    "export_checkpoint",
+    "import_checkpoint",
+    "inspect_checkpoint",
+    "prune_experts",
+    "upcycle",
+]

@@ -151,8 +151,12 @@ class Checkpoint:
             # A copy: what safetensors gives lies in the mapped file, and one router goes into several layers.
             return Piece(shape, dtype, (name,), lambda: self._handle(file).get_tensor(name).clone())
         shape = tuple(torch.empty(shape, device="meta")[index].shape)
-        label = ", ".join(f"{i.start or 0}:{i.stop}" if isinstance(i, slice) else str(i) for i in index)
+        label = ", ".join(f"{i.start or 0}:{i.stop or ''}" if isinstance(i, slice) else str(i) for i in index)
         return Piece(shape, dtype, (f"{name}[{label}]",), lambda: self._handle(file).get_slice(name)[index])
+
+    def close(self):
+        """Unmaps the file that is open; reading opens it again."""
+        self._open = None
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor."""
@@ -213,17 +217,17 @@ def sample_tokens(config: PreTrainedConfig) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits_of(folder: str | Path, tokens: torch.Tensor) -> torch.Tensor:
-    """The float32 logits of a checkpoint, `(batch, length, vocab)`.
+def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits of a model, `(batch, length, vocab)`."""
+    return model(tokens, use_cache=False).logits
+
+
+def load(folder: str | Path) -> torch.nn.Module:
+    """The model of a folder in float32, in evaluation mode.
 
     Raises:
         ValueError: If the folder's tensors are not exactly those of its model.
     """
-    return load(folder)(tokens, use_cache=False).logits
-
-
-def load(folder: str | Path) -> torch.nn.Module:
-    """The model of a folder in float32, in evaluation mode, loaded strictly."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
     )
@@ -280,6 +284,7 @@ def convert(
     exact: bool,
     max_shard_size: int | str,
     reference: torch.Tensor | None = None,
+    measure: Callable[[torch.nn.Module], dict] | None = None,
     **report,
 ) -> dict:
     """Writes a checkpoint from its plan, shard by shard, and compares it with its source.
@@ -296,6 +301,7 @@ def convert(
         exact (`bool`): Whether a difference beyond rounding is an error.
         max_shard_size (`int` or `str`): Largest size of a shard, as `"1GB"`.
         reference (`torch.Tensor`, *optional*): The logits to compare with, instead of the source's.
+        measure (`Callable`, *optional*): Given the target in memory, returns further entries of the manifest.
         **report: Entries of the manifest.
 
     Returns:
@@ -327,7 +333,7 @@ def convert(
     with written_aside(dst) as partial:
         tokens = sample_tokens(config)
         if verify and reference is None:
-            reference = logits_of(source.folder, tokens)
+            reference = logits_of(load(source.folder), tokens)
         _write_config(partial, config, next(iter(plan.values())).dtype)
         for name in CARRIED_FILES:
             if (source.folder / name).is_file():
@@ -344,13 +350,15 @@ def convert(
             "verified": False,
         }
         if verify:
-            measured = difference(logits_of(partial, tokens), reference)
+            model = load(partial)
+            measured = difference(logits_of(model, tokens), reference)
             if exact and not measured["largest_logit_difference"] <= EXACT * max(1.0, measured["largest_logit"]):
                 raise ValueError(
                     f"{operation} must preserve the function, but logits of up to {measured['largest_logit']:.4g} "
                     f"differ by up to {measured['largest_logit_difference']:.4g}. Nothing was written."
                 )
             manifest["verified"] = {**measured, "must_be_equal": exact}
+            manifest |= measure(model) if measure else {}
         manifest["tensors"] = {name: list(piece.sources) for name, piece in plan.items()}
         (partial / "conversion.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
