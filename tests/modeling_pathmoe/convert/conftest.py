@@ -35,7 +35,7 @@ def logits():
 SENTENCES = [f"The {i}th {noun} counts to {i * i}." for i in range(30) for noun in ("line", "town", "river", "bird")]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tiny_tokenizer():
     """A BPE tokenizer of 320 tokens."""
     return train_tokenizer(SENTENCES, 320)

@@ -132,7 +132,8 @@ sys.modules["modeling_pathmoe"] = None
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "exported")!r}).eval()
-print((model(torch.arange(64).view(2, 32) % 99).logits - torch.load({str(tmp_path / "logits.pt")!r})).abs().max().item())
+logits = model(torch.arange(64).view(2, 32) % 99).logits
+print((logits - torch.load({str(tmp_path / "logits.pt")!r})).abs().max().item())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -258,7 +259,11 @@ def test_align_undoes_any_order(num_experts, seed):
             Qwen2MoeConfig(**{**QWEN, "shared_expert_intermediate_size": 16}),
             "shared expert",
         ),
-        (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN, mlp_only_layers=[1], intermediate_size=8), r"mlp_only_layers=\[1\]"),
+        (
+            Qwen3MoeForCausalLM,
+            Qwen3MoeConfig(**QWEN, mlp_only_layers=[1], intermediate_size=8),
+            r"mlp_only_layers=\[1\]",
+        ),
         (MixtralForCausalLM, MixtralConfig(**MIXTRAL, sliding_window=16), "sliding_window=16"),
     ],
     ids=["olmoe", "qwen2_moe", "dense layer", "sliding window"],
