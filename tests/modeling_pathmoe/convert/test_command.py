@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.initialization import no_init_weights
 
-from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM, PathMoEForSequenceClassification
+from modeling_pathmoe import PathMoEConfig, PathMoEForSequenceClassification
 from modeling_pathmoe.accounting import count_parameters
 from modeling_pathmoe.convert import export_checkpoint, import_checkpoint, inspect_checkpoint
 from modeling_pathmoe.convert.__main__ import main
@@ -250,22 +251,17 @@ sys.exit(status)
 @pytest.mark.parametrize("command", ["export", "import", "average", "upcycle"])
 def test_peak_memory_is_a_shard_and_two_gigabytes(tmp_path, command):
     """A model of 4 GB in shards of 0.6 GB; the peak of a fresh process is measured by the kernel."""
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        config = PathMoEConfig(
-            vocab_size=32000, hidden_size=2048, num_hidden_layers=12, num_attention_heads=16, num_experts=16,
-            num_experts_per_tok=2, moe_intermediate_size=1408, qk_norm=False, router_block_size=4, head_dim=128,
-        )  # fmt: skip
-        if command == "upcycle":
-            from transformers import LlamaConfig, LlamaForCausalLM
-
-            fields = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-            dense = LlamaConfig(**{name: getattr(config, name) for name in fields}, intermediate_size=1408)
-            LlamaForCausalLM(dense).save_pretrained(tmp_path / "source", max_shard_size="600MB")
-        else:
-            PathMoEForCausalLM(config).save_pretrained(tmp_path / "source", max_shard_size="600MB")
-    finally:
-        torch.set_default_dtype(torch.float32)
+    config = PathMoEConfig(
+        vocab_size=32000, hidden_size=2048, num_hidden_layers=12, num_attention_heads=16, num_experts=16,
+        num_experts_per_tok=2, moe_intermediate_size=1408, qk_norm=False, router_block_size=4, dtype=torch.bfloat16,
+    )  # fmt: skip
+    if command == "upcycle":
+        fields = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "dtype")
+        config = LlamaConfig(**{name: getattr(config, name) for name in fields}, intermediate_size=1408)
+    with no_init_weights():  # what the weights are does not matter
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "source", max_shard_size="600MB")
+    del model
     source, target = str(tmp_path / "source"), str(tmp_path / "target")
     arguments = [command, source, target, "--no-verify"]
     if command == "import":
