@@ -5,7 +5,7 @@
     python benchmarks/convert_witness.py --dense runs/witness/dense --text runs/quickstart/data --output runs/witness
 
 Needs the packages of `data/witness.txt`, `data/quickstart.txt` and `data/benchmarks.txt`, 16 GB of memory and 20 GB of
-disk. Stops where something that must be equal is not; the results go to `OUTPUT/witness.json`.
+disk. Upcycling and log-likelihoods that are there are not made again. Stops where something that must be equal is not; the results go to `OUTPUT/witness.json`.
 """
 
 import argparse
@@ -48,8 +48,9 @@ def run(*command) -> str:
 
 def log_likelihoods(model: Path, folder: Path, limit: int) -> dict[str, list[float]]:
     """lm-eval's log-likelihood of every choice of every item."""
-    run("eval/run_lm_eval.py", "--model", model, "--tasks", ",".join(TASKS), "--limit", limit, "--output", folder,
-        "--log_samples", "--device", "cpu")  # fmt: skip
+    if not folder.exists():
+        run("eval/run_lm_eval.py", "--model", model, "--tasks", ",".join(TASKS), "--limit", limit,
+            "--output", folder, "--log_samples", "--device", "cpu")  # fmt: skip
     items = {}
     for file in folder.rglob("samples_*.jsonl"):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -85,7 +86,8 @@ def main(argv: list[str] | None = None) -> dict:
     moe, trained, mixtral = out / "moe", out / "run" / "final", out / "mixtral"
     result = {}
 
-    run("-m", "modeling_pathmoe.convert", "upcycle", args.dense, moe, "--experts", 8, "--top-k", 2, "--block-size", 4)
+    if not moe.exists():
+        run("-m", "modeling_pathmoe.convert", "upcycle", args.dense, moe, "--experts", 8, "--top-k", 2)
     result["upcycle"] = json.loads((moe / "conversion.json").read_text())["verified"]
     dense_items, moe_items = (
         log_likelihoods(model, out / f"lm_eval_{model.name}", args.limit) for model in (args.dense, moe)
@@ -113,8 +115,8 @@ def main(argv: list[str] | None = None) -> dict:
         if model is trained:
             run("train_accelerate.py", "--config", out / "recipe.json")
         file = out / f"perplexity_{model.name}.json"
-        run("eval/perplexity.py", "--model", model, "--data", args.text / "validation.jsonl", "--limit", 16,
-            "--max_length", 512, "--batch_size", 2, "--output", file)  # fmt: skip
+        run("eval/perplexity.py", "--model", model, "--data", args.text / "validation.jsonl", "--limit", 4,
+            "--max_length", 256, "--stride", 256, "--batch_size", 4, "--output", file)  # fmt: skip
         perplexities.append(json.loads(file.read_text())["token_perplexity"])
     losses = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     result["training"] = {

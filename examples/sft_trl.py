@@ -8,8 +8,9 @@ A line of the file is `{"prompt": [{"role": "user", "content": "…"}], "complet
 loss is that of the completion alone. All options of `SFTConfig` are options here. A tokenizer without a chat template
 gets ChatML, which is saved with the model.
 
-TRL computes the loss itself. Where an auxiliary loss is asked for (`--router_aux_loss_coef`), it is transformers', which
-pools the layers; router z-loss and selection bias are not trained, so checkpoints that ask for them are refused.
+TRL computes the loss itself. Where an auxiliary loss is asked for (`--router_aux_loss_coef`), it is that of
+transformers, which pools the layers; checkpoints with a router z-loss or a selection bias, which TRL would leave out,
+are refused.
 """
 
 from dataclasses import dataclass

@@ -62,8 +62,9 @@ def run(data, tmp_path):
     def execute(script, checkpoint, *options, name="out", steps=6):
         trainer = script.main(
             ["--model", str(checkpoint), *data[script], "--output_dir", str(tmp_path / name),
-             "--max_steps", str(steps), "--learning_rate", "3e-3", "--logging_steps", "1", "--report_to", "none", "--use_cpu", "true",
-             "--bf16", "false", "--gradient_checkpointing", "false", "--save_strategy", "no", *options]
+             "--max_steps", str(steps), "--learning_rate", "3e-3", "--logging_steps", "1",
+             "--report_to", "none", "--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false",
+             "--save_strategy", "no", *options]
         )  # fmt: skip
         return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -77,7 +77,7 @@ def average_checkpoints(
         def read():
             total = torch.zeros(pieces[0].shape)
             for weight, checkpoint, piece in zip(weights, checkpoints, pieces):
-                total += weight * piece.read().float()
+                total.add_(piece.read(), alpha=weight)
                 checkpoint.close()  # or as many shards would be mapped as there are sources
             return total.to(dtype)
 
