@@ -3,6 +3,7 @@
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
 # make bench-routers times a training step of every router, side by side
+# make convert-witness  takes a real dense model through conversion, training and back (16 GB of memory)
 # make lint          checks style
 # Each sets up what it needs in .venv; nothing is done twice.
 
@@ -18,7 +19,7 @@ DATA := $(RUN)/data/train.jsonl
 GPU := $(shell $(PYTHON) -c "import torch; print(torch.cuda.is_available() or '')" 2>/dev/null)
 VENV_FLAGS := $(if $(GPU),--system-site-packages)
 
-.PHONY: demo test conformance presets bench-routers lint clean
+.PHONY: demo test conformance presets bench-routers convert-witness lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -36,6 +37,12 @@ presets: .venv/.demo
 
 bench-routers: .venv/.demo
 	$(BIN)/python benchmarks/routers.py --json benchmarks/routers.json
+
+convert-witness: $(DATA) .venv/.dev
+	$(BIN)/python -m pip install --no-deps --require-hashes -r data/witness.txt
+	$(BIN)/python data/witness.py --output_dir runs/witness/dense
+	$(BIN)/python benchmarks/convert_witness.py --dense runs/witness/dense --text $(RUN)/data --output runs/witness $(ARGS)
+	$(BIN)/python -m pytest -m slow -k memory -s tests/modeling_pathmoe/convert
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

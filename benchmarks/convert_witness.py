@@ -5,7 +5,8 @@
     python benchmarks/convert_witness.py --dense runs/witness/dense --text runs/quickstart/data --output runs/witness
 
 Needs the packages of `data/witness.txt`, `data/quickstart.txt` and `data/benchmarks.txt`, 16 GB of memory and 20 GB of
-disk. Upcycling and log-likelihoods that are there are not made again. Stops where something that must be equal is not; the results go to `OUTPUT/witness.json`.
+disk. Upcycling and log-likelihoods that are there are not made again. Stops where something that must be equal is not.
+The results go to `benchmarks/convert_witness.json` (`--json`).
 """
 
 import argparse
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
         argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
 
     Returns:
-        `dict`: What was measured, as in `witness.json`.
+        `dict`: What was measured, as in the JSON file.
 
     Raises:
         RuntimeError: If what must be equal is not, or training does not help.
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--output", type=Path, required=True, help="folder for models and results")
     parser.add_argument("--limit", type=int, default=25, help="items of each task (25)")
     parser.add_argument("--steps", type=int, default=8, help="training steps of 1024 tokens (8)")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--gguf-converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py; no GGUF when unset")
     args = parser.parse_args(argv)
     args.dense, args.text, out = args.dense.resolve(), args.text.resolve(), args.output.resolve()
@@ -138,7 +140,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     if args.gguf_converter:
         result["gguf"] = to_gguf(mixtral, out / "mixtral.gguf", args.gguf_converter)
-    (out / "witness.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
     return result
 

@@ -5,6 +5,8 @@ import argparse
 import signal
 import sys
 
+from transformers.utils import logging
+
 from .exporting import export_checkpoint
 from .importing import import_checkpoint
 from .inspection import inspect_checkpoint
@@ -83,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         `int`: The exit status: 0, or 1 after an error that says what to do.
     """
     arguments = vars(parser().parse_args(argv))
+    logging.disable_progress_bar()
     command, function = arguments.pop("command"), arguments.pop("function")
     try:
         result = function(**arguments)

@@ -225,15 +225,14 @@ def test_too_small_a_disk_is_noticed_beforehand(saved, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
-def test_an_interrupted_conversion_leaves_nothing(saved, tmp_path, which):
+def test_a_terminated_conversion_leaves_nothing(saved, tmp_path):
     source, partial = saved(), tmp_path / "exported.partial"
     process = subprocess.Popen([*CONVERT, "export", source, tmp_path / "exported"], stderr=subprocess.DEVNULL)
     while not partial.exists():
         assert process.poll() is None, "it ended before it could be interrupted"
         time.sleep(0.001)
-    process.send_signal(which)
-    assert process.wait(60) != 0
+    process.terminate()
+    assert process.wait(60) == 143
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

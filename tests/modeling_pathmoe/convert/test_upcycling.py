@@ -48,8 +48,16 @@ def dense(tmp_path):
     return save
 
 
-@pytest.mark.parametrize("experts, top_k, granularity", [(8, 2, 1), (8, 4, 2), (6, 3, 3), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize(
+    "kind, experts, top_k, granularity",
+    [
+        ("llama", 8, 2, 1),
+        ("llama tied", 8, 1, 1),
+        ("mistral", 8, 4, 2),
+        ("qwen3", 6, 3, 3),
+        ("llama", 2, 2, 2),
+    ],
+)
 def test_the_function_is_preserved_without_noise(dense, tmp_path, logits, kind, experts, top_k, granularity):
     source = dense(kind)
 
