@@ -5,6 +5,7 @@ import argparse
 import signal
 import sys
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from .exporting import export_checkpoint
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     command, function = arguments.pop("command"), arguments.pop("function")
     try:
         result = function(**arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 1
     print(description(result) if command == "inspect" else summary(arguments["dst"], result))

@@ -147,7 +147,7 @@ def share_routers(
             orders[layer] = order
             _reorder(model, layer, order)
     moved = difference(logits_of(model, tokens), original)
-    if moved["largest_logit_difference"] > EXACT * max(1.0, moved["largest_logit"]):
+    if not moved["largest_logit_difference"] <= EXACT * max(1.0, moved["largest_logit"]):
         raise ValueError(f"Reordering the experts changed the function: {moved}.")
 
     unseen, k, agreement = router_inputs(model, held_out), model.config.num_experts_per_tok, []

@@ -187,6 +187,12 @@ def test_other_heads_and_quantised_weights_are_refused(saved, tmp_path, tiny_con
         export_checkpoint(source, tmp_path / "exported")
 
 
+def test_a_configuration_that_cannot_be_is_an_error_and_no_traceback(saved, tmp_path, capsys):
+    export_checkpoint(saved(), tmp_path / "exported")
+    assert main(["import", str(tmp_path / "exported"), str(tmp_path / "back"), "--block-size", "0"]) == 1
+    assert "router_block_size=0 must be at least 1" in capsys.readouterr().err
+
+
 def test_a_difference_that_must_not_be_leaves_nothing(saved, tmp_path, monkeypatch):
     """The check itself: a converter that mixed up two experts would be caught."""
     from modeling_pathmoe.convert import exporting
