@@ -12,6 +12,7 @@
 # make training-plot draws 100 steps of the quick start beside a run whose routing collapses
 # make faults        kills training runs and compares how they end with uninterrupted ones
 # make bench-paths   times the measures of expert paths, and recording beside a bare forward
+# make convert-witness  takes a real dense model through conversion, training and back (16 GB of memory)
 # make lint          checks style
 # Each sets up what it needs in .venv; nothing is done twice.
 
@@ -31,7 +32,7 @@ WITNESS := runs/witness
 LIMIT ?= 200
 
 .PHONY: demo test witness compare path-report browser-test conformance presets bench-routers bench-memory bench-paths \
-	plan training-plot faults lint clean
+	plan training-plot convert-witness faults lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -84,6 +85,10 @@ faults: .venv/.demo
 
 bench-paths: .venv/.demo
 	$(BIN)/python benchmarks/paths.py --json benchmarks/paths.json
+
+convert-witness: $(DATA) .venv/.dev $(WITNESS)/model/config.json
+	$(BIN)/python benchmarks/convert_witness.py --dense $(WITNESS)/model --text $(RUN)/data --output $(WITNESS) $(ARGS)
+	$(BIN)/python -m pytest -m slow -k memory -s tests/modeling_pathmoe/convert
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -88,6 +88,7 @@ class PathMoESparseMoeBlock(nn.Module):
 
     def __init__(self, config: PathMoEConfig):
         super().__init__()
+        self.config = config
         self.experts = PathMoEExperts(config)
 
     def forward(
@@ -98,12 +99,12 @@ class PathMoESparseMoeBlock(nn.Module):
         top_k_weights, top_k_index, router_state = route(hidden_states, router_state)
         device_type = hidden_states.device.type
         # Weights that accelerate has offloaded are on the meta device until the experts' own hook fetches them.
-        offloaded = self.experts.down_proj.device.type == "meta"
+        offloaded = next(self.experts.parameters()).device.type == "meta"
         if torch.is_autocast_enabled(device_type) and not offloaded:
             # The experts' kernels ignore autocast: float32 weights would run in float32, slowly and in silence.
             dtype = torch.get_autocast_dtype(device_type)
-            if self.experts.config._experts_implementation == "grouped_mm":
-                check_grouped_mm_rows(self.experts.config, dtype)
+            if self.config._experts_implementation == "grouped_mm":
+                check_grouped_mm_rows(self.config, dtype)
             weights = {name: parameter.to(dtype) for name, parameter in self.experts.named_parameters()}
             inputs = (hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
             hidden_states = torch.func.functional_call(self.experts, weights, inputs)

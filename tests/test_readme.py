@@ -108,3 +108,10 @@ def test_figures_are_those_of_the_files_that_the_commands_write():
     for preset, result in json.loads((ROOT / "benchmarks" / "routers.json").read_text())["results"].items():
         low, high = result["quartiles"]
         assert f"| {preset} | {result['relative']:.2f} ({low:.2f} to {high:.2f}) |" in README
+
+
+def test_figures_of_conversion_are_those_of_the_files_that_the_commands_write():
+    results = ROOT / "benchmarks"
+    for trip, moved in json.loads((results / "conversions.json").read_text(encoding="utf-8")).items():
+        row = f"| {trip} | {moved['largest_logit']:.1f} | {moved['largest_logit_difference']:.1e} |"
+        assert row in README

@@ -1,0 +1,97 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Round trips through PathMoE: how far the logits of small random models move, in float32.
+
+python benchmarks/conversions.py --json benchmarks/conversions.json
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
+
+from modeling_pathmoe import PathMoEConfig
+from modeling_pathmoe.convert import export_checkpoint, import_checkpoint, upcycle
+from modeling_pathmoe.convert.checkpoint import difference, load, logits_of, sample_tokens
+
+
+SIZES = {
+    "vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.1,
+}  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 8}
+OURS = {**SIZES, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "router_block_size": 4}
+
+
+def imported(src, dst):
+    return import_checkpoint(src, dst, 1)
+
+
+def imported_in_blocks(src, dst):
+    return import_checkpoint(src, dst, 4)
+
+
+def upcycled(src, dst):
+    return upcycle(src, dst, 8, 2)
+
+
+def upcycled_finely(src, dst):
+    return upcycle(src, dst, 16, 4, granularity=2)
+
+
+TRIPS = {
+    "Qwen3-MoE → PathMoE (block 1) → Qwen3-MoE": (
+        Qwen3MoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=64, norm_topk_prob=True),
+        imported, export_checkpoint,
+    ),
+    "Mixtral → PathMoE (block 1) → Mixtral": (
+        MixtralConfig(**SIZES, **EXPERTS, intermediate_size=64), imported, export_checkpoint
+    ),
+    "PathMoE (block 4) → Qwen3-MoE → PathMoE (block 4)": (
+        PathMoEConfig(**OURS), export_checkpoint, imported_in_blocks
+    ),
+    "PathMoE (block 4, no QK-norm) → Mixtral → PathMoE (block 4)": (
+        PathMoEConfig(**OURS, qk_norm=False), export_checkpoint, imported_in_blocks
+    ),
+    "PathMoE (low-rank routers) → Qwen3-MoE": (
+        PathMoEConfig(**OURS, router_type="low_rank"), export_checkpoint
+    ),
+    "Llama → PathMoE (8 experts, top-2) → Mixtral": (
+        LlamaConfig(**SIZES, intermediate_size=256), upcycled, export_checkpoint
+    ),
+    "Qwen3 → PathMoE (16 experts of half width, top-4) → Qwen3-MoE": (
+        Qwen3Config(**SIZES, intermediate_size=256), upcycled_finely, export_checkpoint
+    ),
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the results")
+    args = parser.parse_args(argv)
+    results = {}
+    print("| round trip | largest logit | largest difference |\n|---|--:|--:|")
+    for name, (config, *steps) in TRIPS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            first = last = Path(folder) / "0"
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config)
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith(".up") and "routers" in parameter_name:  # it starts at zero
+                    torch.nn.init.normal_(parameter, std=0.1)
+            model.save_pretrained(first)
+            for number, step in enumerate(steps, start=1):
+                step(last, Path(folder) / str(number))
+                last = Path(folder) / str(number)
+            tokens = sample_tokens(config)
+            results[name] = difference(logits_of(load(last), tokens), logits_of(load(first), tokens))
+        row = results[name]
+        print(f"| {name} | {row['largest_logit']:.1f} | {row['largest_logit_difference']:.1e} |", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

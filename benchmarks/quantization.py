@@ -1,0 +1,74 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Memory and perplexity of a checkpoint whose experts are loaded with 8 bits a weight by torchao.
+
+    pip install torchao
+    python benchmarks/quantization.py --model runs/quickstart/final --data runs/quickstart/data/validation.jsonl
+
+Results go to `benchmarks/quantization.json` (`--json`).
+"""
+
+import argparse
+import json
+import math
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+
+import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
+from perplexity import load_texts, perplexity  # noqa: E402
+
+
+SCHEMES = {"bfloat16": None, "int8": Int8WeightOnlyConfig(version=2), "float8": Float8WeightOnlyConfig()}
+
+
+def megabytes(tensor: torch.Tensor) -> float:
+    """The memory of a tensor, of a quantised one that of its parts."""
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not torch.nn.Parameter:
+        return sum(megabytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size() / 1e6
+
+
+def load(folder: str, scheme: str, implementation: str):
+    """The model with its experts quantised while it is loaded."""
+    quantized = SCHEMES[scheme]
+    config = quantized and TorchAoConfig(FqnToConfig({r"re:.*experts\.(gate_up|down)_proj": quantized}))
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, experts_implementation=implementation, quantization_config=config
+    )
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a saved model and its tokenizer")
+    parser.add_argument("--data", required=True, help="text, as for eval/perplexity.py")
+    parser.add_argument("--limit", type=int, default=8, help="documents (8)")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    args = parser.parse_args(argv)
+    tokenizer, texts = AutoTokenizer.from_pretrained(args.model), load_texts(args.data, limit=args.limit)
+    results = {}
+    for scheme in SCHEMES:
+        for implementation in ("eager", "grouped_mm"):
+            model = load(args.model, scheme, implementation)
+            result = {"megabytes": sum(megabytes(parameter.data) for parameter in model.parameters())}
+            try:
+                measured = perplexity(model, tokenizer, texts, max_length=256, stride=256, batch_size=1)
+                result["perplexity"] = measured["token_perplexity"]
+                if not math.isfinite(result["perplexity"]):
+                    raise ArithmeticError(f"perplexity is {result['perplexity']}")
+            except (NotImplementedError, RuntimeError, TypeError, ArithmeticError) as error:
+                result["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            results[f"{scheme} {implementation}"] = result
+            print(scheme, implementation, result, flush=True)
+    report = {"versions": {name: version(name) for name in ("torch", "torchao", "transformers")}, "results": results}
+    args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Converts checkpoints: python -m modeling_pathmoe.convert COMMAND --help"""
+
+import argparse
+import signal
+import sys
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
+
+from .exporting import export_checkpoint
+from .importing import import_checkpoint
+from .inspection import inspect_checkpoint
+from .merging import average_checkpoints, prune_experts
+from .upcycling import upcycle
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    main_parser = argparse.ArgumentParser(prog="python -m modeling_pathmoe.convert", description=__doc__)
+    commands = main_parser.add_subparsers(dest="command", required=True)
+
+    def add(name, function, description, sources="SRC"):
+        command = commands.add_parser(name, help=description, description=description)
+        command.set_defaults(function=function)
+        if sources == "SRC":
+            command.add_argument("src", metavar="SRC", help="folder of a saved model")
+        else:
+            command.add_argument("sources", metavar="SRC", nargs="+", help="folders of saved models")
+        command.add_argument("dst", metavar="DST", help="folder to write; must not exist")
+        command.add_argument("--max-shard-size", default="1GB", help="largest size of a shard (1GB)")
+        command.add_argument(
+            "--no-verify",
+            dest="verify",
+            action="store_false",
+            help="do not compare the logits of source and target: for models that do not fit in memory in float32",
+        )
+        return command
+
+    def add_text(command, required=False):
+        command.add_argument(
+            "--text", required=required, help=".txt or .jsonl file (column text), like the model's use"
+        )
+        command.add_argument(
+            "--tokens", dest="num_tokens", type=int, default=8192, help="how many to use of it (8192)"
+        )
+
+    export = add("export", export_checkpoint, "PathMoE to Qwen3-MoE or Mixtral, exactly")
+    export.add_argument("--to", choices=["auto", "qwen3_moe", "mixtral"], default="auto")
+
+    importer = add("import", import_checkpoint, "Qwen3-MoE or Mixtral to PathMoE")
+    importer.add_argument("--block-size", type=int, default=1, help="layers that share a router (1: exact)")
+    add_text(importer)
+
+    cycle = add("upcycle", upcycle, "dense Llama, Mistral or Qwen3 to PathMoE")
+    cycle.add_argument("--experts", dest="num_experts", type=int, required=True)
+    cycle.add_argument("--top-k", dest="num_experts_per_tok", type=int, required=True)
+    cycle.add_argument("--block-size", type=int, default=4, help="layers that share a router (4)")
+    cycle.add_argument(
+        "--noise", type=float, default=0.0, help="added to the experts, in standard deviations; not exact"
+    )
+    cycle.add_argument("--drop", type=float, default=0.0, help="share of neurons drawn anew; not exact")
+    cycle.add_argument("--granularity", type=int, default=1, help="experts that one dense network is cut into")
+    cycle.add_argument("--seed", type=int, default=0)
+
+    average = add("average", average_checkpoints, "the average of PathMoE checkpoints", sources="SRC...")
+    average.add_argument("--weights", type=float, nargs="+", help="one a source, summing to 1; equal when unset")
+
+    prune = add("prune", prune_experts, "PathMoE with fewer experts, by measured path use")
+    prune.add_argument("--experts", dest="num_experts", type=int, required=True, help="how many of a layer to keep")
+    add_text(prune, required=True)
+
+    inspect = commands.add_parser("inspect", help="what is in a checkpoint, without loading it")
+    inspect.set_defaults(function=inspect_checkpoint)
+    inspect.add_argument("src", metavar="SRC", help="folder of a saved model")
+    return main_parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
+
+    Returns:
+        `int`: The exit status: 0, or 1 after an error that says what to do.
+    """
+    arguments = vars(parser().parse_args(argv))
+    logging.disable_progress_bar()
+    command, function = arguments.pop("command"), arguments.pop("function")
+    try:
+        result = function(**arguments)
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 1
+    print(description(result) if command == "inspect" else summary(arguments["dst"], result))
+    return 0
+
+
+def summary(dst: str, manifest: dict) -> str:
+    """What the terminal is told of a conversion."""
+    target, lines = manifest["target"], []
+    lines.append(f"{dst}: {target['model_type']}, {target['bytes'] / 1e6:,.1f} MB in {target['shards']} file(s)")
+    if checked := manifest["verified"]:
+        lines.append(
+            f"largest logit difference to the source on {checked['tokens']} tokens, float32: "
+            f"{checked['largest_logit_difference']:.3g} (logits up to {checked['largest_logit']:.3g})"
+        )
+    else:
+        lines.append("NOT VERIFIED: the logits of source and target were not compared (--no-verify).")
+    if agreement := manifest.get("agreement"):
+        lines.append(f"experts that the shared routers keep, by block: {_percent(agreement['of_blocks'])}")
+        lines.append(f"experts that chance would keep: {agreement['by_chance']:.1%}")
+    if "choices_kept" in manifest:
+        lines.append(f"choices that fell on the kept experts, by block: {_percent(manifest['choices_kept'])}")
+        lines.append(f"tokens whose whole path is kept: {manifest['paths_kept']:.1%}")
+    if perplexity := manifest.get("perplexity"):
+        text = "perplexity of {tokens} other tokens: {before:.4g} before, {after:.4g} after"
+        lines.append(text.format(**perplexity))
+    if "note" in manifest:
+        lines.append(manifest["note"])
+    return "\n".join(lines)
+
+
+def _percent(shares: list[float]) -> str:
+    return ", ".join(f"{share:.1%}" for share in shares)
+
+
+def description(found: dict) -> str:
+    """What the terminal is told of a checkpoint."""
+    blocks = found.pop("blocks", None)
+    lines = [f"{name:14} {f'{value:,}' if isinstance(value, int) else value}" for name, value in found.items()]
+    if blocks:
+        runs = [f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0]) for layers in blocks]
+        lines.append(f"{'shared routers':14} layers {', '.join(runs)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    # Being terminated is an exception too, so that no partial target stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main())

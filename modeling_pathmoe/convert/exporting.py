@@ -1,0 +1,63 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""PathMoE to Qwen3-MoE and Mixtral: the router of a block is copied into its layers."""
+
+from pathlib import Path
+
+import torch
+
+from ..configuration_pathmoe import PathMoEConfig
+from .checkpoint import Checkpoint, Piece, check_tensors, convert, expected_shapes
+from .layouts import PER_EXPERT, experts_of, export_config, split
+
+
+def export_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    to: str = "auto",
+    *,
+    verify: bool = True,
+    max_shard_size: int | str = "1GB",
+) -> dict:
+    """Writes a PathMoE as the Qwen3-MoE or Mixtral that computes the same function, in the published layout.
+
+    Args:
+        src (`str` or `Path`): Folder of a PathMoE causal language model.
+        dst (`str` or `Path`): Folder to write, which must not exist.
+        to (`str`): `"qwen3_moe"`, `"mixtral"`, or `"auto"`: the one whose attention is the source's.
+        verify (`bool`): Whether to compare the logits of both; needs the memory of the model in float32.
+        max_shard_size (`int` or `str`): Largest size of a shard.
+
+    Returns:
+        `dict`: The manifest, as in `DST/conversion.json`.
+
+    Raises:
+        ValueError: If the model has no equal of that architecture; says why.
+    """
+    source = Checkpoint(src)
+    if not isinstance(source.config, PathMoEConfig):
+        raise ValueError(f"{src} is a {source.config.model_type}; export takes a PathMoE.")
+    config = export_config(source.config, to)
+    check_tensors(str(src), source.shapes, expected_shapes(source.config))
+    plan = source.unchanged()
+    for layer in range(config.num_hidden_layers):
+        block, _ = PER_EXPERT[config.model_type]
+        plan[f"model.layers.{layer}.{block}.gate.weight"] = _router_of(source, layer)
+        plan |= split(experts_of(source, layer), layer, config.model_type)
+    return convert("export", source, dst, config, plan, verify=verify, exact=True, max_shard_size=max_shard_size)
+
+
+def _router_of(source: Checkpoint, layer: int) -> Piece:
+    config = source.config
+    block = config.layer_to_block[layer]
+    shared = source.piece(f"model.routers.{block}.weight")
+    if config.router_type == "linear" or not config.router_rank:
+        return shared
+    index = config.router_blocks[block].index(layer)
+    up = source.piece(f"model.routers.{block}.up", index)
+    down = source.piece(f"model.routers.{block}.down", index)
+
+    def merge():
+        return shared.read().float() + up.read().float() @ down.read().float()
+
+    # In float32 whatever the model's dtype: a rounded sum would route some tokens to other experts.
+    return Piece(shared.shape, torch.float32, (*shared.sources, *up.sources, *down.sources), merge)

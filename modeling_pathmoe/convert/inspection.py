@@ -1,0 +1,70 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""What is in a checkpoint, from its configuration and the headers of its files."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from ..configuration_pathmoe import PathMoEConfig
+from .checkpoint import Checkpoint, check_tensors, expected_shapes
+from .layouts import PER_EXPERT, export_config, gate_of
+
+
+def inspect_checkpoint(src: str | Path) -> dict:
+    """Describes a checkpoint without loading it.
+
+    Args:
+        src (`str` or `Path`): Folder of a causal language model.
+
+    Returns:
+        `dict`: `model_type`; `parameters` in all, `active` (those that one token meets) and those of the `routers`;
+        `bytes`; `dtypes`; `layers`; for a mixture of experts `experts`, `top_k` and `blocks`, the layers that share a
+        router; for a PathMoE `router_type`, `router_sharing` and `exports_to`, the architecture or the reason why
+        there is none; `made_by`, the conversion that wrote it.
+    """
+    source = Checkpoint(src)
+    config = source.config
+    sizes = {name: torch.Size(shape).numel() for name, shape in source.shapes.items()}
+    total = sum(sizes.values())
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    result = {
+        "model_type": config.model_type,
+        "parameters": total,
+        "active": total,
+        "routers": sum(size for name, size in sizes.items() if ".routers." in name or ".gate.weight" in name),
+        "bytes": sum(sizes[name] * dtype.itemsize for name, dtype in source.dtypes.items()),
+        "dtypes": dict(Counter(str(dtype).removeprefix("torch.") for dtype in source.dtypes.values())),
+        "layers": config.num_hidden_layers,
+    }
+    if experts:
+        top_k = config.num_experts_per_tok
+        result["active"] = total - experts + experts * top_k // config.num_experts
+        result |= {"experts": config.num_experts, "top_k": top_k}
+    if isinstance(config, PathMoEConfig):
+        check_tensors(str(src), source.shapes, expected_shapes(config))
+        result |= {name: getattr(config, name) for name in ("router_type", "router_sharing")}
+        result["blocks"] = config.router_blocks
+        try:
+            result["exports_to"] = export_config(config, "auto").model_type
+        except ValueError as error:
+            result["exports_to"] = str(error)
+    elif config.model_type in PER_EXPERT:
+        result["blocks"] = equal_routers(source)
+    manifest = source.folder / "conversion.json"
+    if manifest.is_file():
+        written = json.loads(manifest.read_text(encoding="utf-8"))
+        result["made_by"] = {name: written[name] for name in ("operation", "source", "verified")}
+    return result
+
+
+def equal_routers(source: Checkpoint) -> list[list[int]]:
+    """The runs of consecutive layers of a Qwen3-MoE or Mixtral whose routers are the same to the bit."""
+    blocks = [[0]]
+    for layer in range(1, source.config.num_hidden_layers):
+        if torch.equal(gate_of(source, layer - 1).read(), gate_of(source, layer).read()):
+            blocks[-1].append(layer)
+        else:
+            blocks.append([layer])
+    return blocks

@@ -1,0 +1,207 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""What the architectures call their tensors and configuration fields, and where PathMoE differs."""
+
+from typing import NamedTuple
+
+import torch
+from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+
+from ..configuration_pathmoe import PathMoEConfig
+from .checkpoint import Checkpoint, Piece
+
+
+# The block of a layer, and its experts' gate, up and down projections, in published checkpoints.
+PER_EXPERT = {
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+}
+DENSE = ("llama", "mistral", "qwen3")
+SAME_FIELDS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings",
+    "rope_parameters", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "dtype",
+)  # fmt: skip
+MISFITS = {
+    "olmoe": "OLMoE normalises queries and keys over their full width, PathMoE per head",
+    "qwen2_moe": "Qwen2-MoE has a shared expert and attention biases on queries, keys and values alone",
+    "deepseek_v2": "DeepSeek has shared experts and latent attention",
+    "deepseek_v3": "DeepSeek has shared experts and latent attention",
+    "gpt_oss": "GPT-OSS has biases in its experts and attention sinks",
+    "qwen2": "Qwen2 has attention biases on queries, keys and values alone",
+    "pathmoe": "it is a PathMoE already",
+}
+
+
+class Expert(NamedTuple):
+    """One feed-forward network: gate and up (F, D), down (D, F)."""
+
+    gate: Piece
+    up: Piece
+    down: Piece
+
+
+def experts_of(source: Checkpoint, layer: int) -> list[Expert]:
+    """The experts of a layer in whichever layout the checkpoint has; of a dense layer, the one that there is."""
+    prefix = f"model.layers.{layer}"
+    config = source.config
+    if f"{prefix}.mlp.experts.gate_up_proj" in source:
+        width = source.shapes[f"{prefix}.mlp.experts.gate_up_proj"][1] // 2
+        return [
+            Expert(
+                source.piece(f"{prefix}.mlp.experts.gate_up_proj", expert, slice(0, width)),
+                source.piece(f"{prefix}.mlp.experts.gate_up_proj", expert, slice(width, 2 * width)),
+                source.piece(f"{prefix}.mlp.experts.down_proj", expert),
+            )
+            for expert in range(config.num_experts)
+        ]
+    if config.model_type in DENSE:
+        return [Expert(*(source.piece(f"{prefix}.mlp.{name}.weight") for name in PER_EXPERT["qwen3_moe"][1]))]
+    block, names = PER_EXPERT[config.model_type]
+    return [
+        Expert(*(source.piece(f"{prefix}.{block}.experts.{expert}.{name}.weight") for name in names))
+        for expert in range(config.num_experts)
+    ]
+
+
+def gate_of(source: Checkpoint, layer: int) -> Piece:
+    """The router of a layer in a Qwen3-MoE or Mixtral checkpoint."""
+    fused = f"model.layers.{layer}.mlp.gate.weight"
+    block, _ = PER_EXPERT[source.config.model_type]
+    return source.piece(fused if fused in source else f"model.layers.{layer}.{block}.gate.weight")
+
+
+def fuse(experts: list[Expert], layer: int) -> dict[str, Piece]:
+    """The two 3-D tensors `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F) of a PathMoE layer."""
+    (width, hidden), dtype = experts[0].gate.shape, experts[0].gate.dtype
+
+    def read_gate_up():
+        fused = torch.empty(len(experts), 2 * width, hidden, dtype=dtype)
+        for expert, (gate, up, _) in zip(fused, experts):
+            expert[:width], expert[width:] = gate.read(), up.read()
+        return fused
+
+    def read_down():
+        fused = torch.empty(len(experts), hidden, width, dtype=dtype)
+        for expert, (_, _, down) in zip(fused, experts):
+            expert[:] = down.read()
+        return fused
+
+    gate_up = tuple(source for expert in experts for piece in expert[:2] for source in piece.sources)
+    down = tuple(source for expert in experts for source in expert.down.sources)
+    return {
+        f"model.layers.{layer}.mlp.experts.gate_up_proj": Piece(
+            (len(experts), 2 * width, hidden), dtype, gate_up, read_gate_up
+        ),
+        f"model.layers.{layer}.mlp.experts.down_proj": Piece((len(experts), hidden, width), dtype, down, read_down),
+    }
+
+
+def split(experts: list[Expert], layer: int, model_type: str) -> dict[str, Piece]:
+    """The per-expert tensors of a layer in the published layout of `model_type`."""
+    block, names = PER_EXPERT[model_type]
+    return {
+        f"model.layers.{layer}.{block}.experts.{index}.{name}.weight": piece
+        for index, expert in enumerate(experts)
+        for name, piece in zip(names, expert)
+    }
+
+
+def same_fields(config: PreTrainedConfig) -> dict:
+    """The fields that mean the same in every architecture here."""
+    fields = {name: getattr(config, name) for name in SAME_FIELDS}
+    head_dim = getattr(config, "head_dim", None)
+    return {**fields, "head_dim": head_dim or config.hidden_size // config.num_attention_heads}
+
+
+def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
+    """The configuration of the Qwen3-MoE or Mixtral that computes what a PathMoE computes.
+
+    Raises:
+        ValueError: If there is none; names the field, its value and the reason.
+    """
+    if to == "auto":
+        to = "qwen3_moe" if config.qk_norm else "mixtral"
+    if config.router_type not in ("linear", "low_rank"):
+        raise ValueError(
+            f"router_type={config.router_type!r} cannot be exported: the routers of Qwen3-MoE and Mixtral are linear. "
+            "'linear' and 'low_rank' can."
+        )
+    if config.router_sharing == "decision":
+        raise ValueError(
+            "router_sharing='decision' cannot be exported: every layer of a Qwen3-MoE or Mixtral decides for itself."
+        )
+    if config.router_bias_update_rate:
+        raise ValueError(
+            f"router_bias_update_rate={config.router_bias_update_rate} cannot be exported: Qwen3-MoE and Mixtral have "
+            "no bias on the choice of experts."
+        )
+    shared = {
+        **same_fields(config),
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "num_local_experts": config.num_experts,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+        "output_router_logits": config.output_router_logits,
+    }
+    if to == "qwen3_moe":
+        if not config.qk_norm:
+            raise ValueError(
+                "qk_norm=False cannot become a Qwen3-MoE, which normalises queries and keys: use mixtral."
+            )
+        return Qwen3MoeConfig(
+            **shared,
+            intermediate_size=config.moe_intermediate_size,
+            moe_intermediate_size=config.moe_intermediate_size,
+            norm_topk_prob=config.norm_topk_prob,
+            attention_bias=config.attention_bias,
+            architectures=["Qwen3MoeForCausalLM"],
+        )
+    if config.qk_norm:
+        raise ValueError(
+            "qk_norm=True cannot become a Mixtral, which does not normalise queries and keys: use qwen3_moe."
+        )
+    if not config.norm_topk_prob:
+        raise ValueError(
+            "qk_norm=False with norm_topk_prob=False cannot be exported: Mixtral always normalises the k weights, and "
+            "Qwen3-MoE always queries and keys."
+        )
+    if config.attention_bias:
+        raise ValueError("attention_bias=True cannot become a Mixtral, whose attention has no biases.")
+    return MixtralConfig(
+        **shared, intermediate_size=config.moe_intermediate_size, architectures=["MixtralForCausalLM"]
+    )
+
+
+def refuse_misfits(config: PreTrainedConfig, accepted: tuple[str, ...]):
+    """Refuses architectures, and options of the accepted ones, that PathMoE does not have.
+
+    Raises:
+        ValueError: Names the field, its value and the reason.
+    """
+    kind = config.model_type
+    if kind not in accepted:
+        reason = MISFITS.get(kind, "PathMoE has no counterpart for it")
+        raise ValueError(f"model_type={kind!r} does not fit: {reason}. What fits: {', '.join(accepted)}.")
+    wanted = {
+        "sliding_window": (None, "PathMoE attends to the whole sequence"),
+        "mlp_bias": (False, "PathMoE's experts have no biases"),
+        "decoder_sparse_step": (1, "every layer of a PathMoE is an MoE layer"),
+        "mlp_only_layers": ([], "every layer of a PathMoE is an MoE layer"),
+    }
+    if kind in DENSE:
+        wanted["attention_bias"] = (False, "only attention without biases is upcycled")
+    for name, (value, reason) in wanted.items():
+        if getattr(config, name, value) != value:
+            raise ValueError(f"{name}={getattr(config, name)!r} does not fit: {reason}.")
+
+
+def import_config(config: PreTrainedConfig, **fields) -> PathMoEConfig:
+    """The PathMoE configuration of another architecture; `fields` are those of its experts and routers."""
+    # Elsewhere the coefficient is idle unless router logits are returned; here it is enough to train with.
+    asked = getattr(config, "output_router_logits", False)
+    return PathMoEConfig(
+        **same_fields(config),
+        qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
+        attention_bias=getattr(config, "attention_bias", False),
+        router_aux_loss_coef=config.router_aux_loss_coef if asked else 0.0,
+        **fields,
+    )

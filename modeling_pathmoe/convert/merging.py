@@ -1,0 +1,194 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""PathMoE to PathMoE: the average of several checkpoints, and fewer experts."""
+
+from pathlib import Path
+
+import torch
+
+from ..configuration_pathmoe import PathMoEConfig
+from ..paths import record_paths
+from .checkpoint import Checkpoint, Piece, check_tensors, convert, expected_shapes, load
+from .layouts import experts_of, fuse
+from .texts import perplexity, read_windows
+
+
+# Which dimension of a router's tensors counts the experts; that of other tensors does not.
+EXPERT_DIM = {
+    "linear": {"weight": 0, "selection_bias": 1},
+    "random": {"weight": 0, "selection_bias": 1},
+    "cosine": {"expert_embeddings": 0, "selection_bias": 1},
+    "low_rank": {"weight": 0, "up": 1, "selection_bias": 1},
+    "recurrent": {"gate": 1, "selection_bias": 1},
+}
+
+
+def _pathmoe(src: str | Path) -> Checkpoint:
+    source = Checkpoint(src)
+    if not isinstance(source.config, PathMoEConfig):
+        raise ValueError(f"{src} is a {source.config.model_type}; only PathMoE checkpoints can be averaged or pruned.")
+    check_tensors(str(src), source.shapes, expected_shapes(source.config))
+    return source
+
+
+def average_checkpoints(
+    sources: list[str | Path],
+    dst: str | Path,
+    weights: list[float] | None = None,
+    *,
+    verify: bool = True,
+    max_shard_size: int | str = "1GB",
+) -> dict:
+    """Writes the average of checkpoints of one model, such as the last ones of a run (arXiv 2203.05482).
+
+    Args:
+        sources (`list[str | Path]`): Folders of PathMoE models with the same configuration and tokenizer.
+        dst (`str` or `Path`): Folder to write, which must not exist.
+        weights (`list[float]`, *optional*): One for each source, summing to one; equal when unset.
+        verify (`bool`): Whether to load the average and measure how far its logits are from the first source's.
+        max_shard_size (`int` or `str`): Largest size of a shard.
+
+    Returns:
+        `dict`: The manifest, as in `DST/conversion.json`.
+
+    Raises:
+        ValueError: If the sources do not fit each other.
+    """
+    checkpoints = [_pathmoe(source) for source in sources]
+    first = checkpoints[0]
+    weights = weights or [1 / len(checkpoints)] * len(checkpoints)
+    if len(weights) != len(checkpoints) or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(f"weights={weights} must be {len(checkpoints)} numbers, one a source, that sum to 1.")
+    for other in checkpoints[1:]:
+        ours, theirs = first.config.to_diff_dict(), other.config.to_diff_dict()
+        for name in sorted({*ours, *theirs} - {"transformers_version", "dtype"}):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{other.folder} has {name}={theirs.get(name)!r}, but {first.folder} {ours.get(name)!r}: only "
+                    "checkpoints of one model can be averaged."
+                )
+        ours, theirs = (c.folder / "tokenizer.json" for c in (first, other))
+        if ours.is_file() and theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
+            raise ValueError(f"{other.folder} has another tokenizer than {first.folder}: their tokens differ.")
+
+    def mean_of(name):
+        pieces = [checkpoint.piece(name) for checkpoint in checkpoints]
+        dtype = pieces[0].dtype
+
+        def read():
+            total = torch.zeros(pieces[0].shape)
+            for weight, checkpoint, piece in zip(weights, checkpoints, pieces):
+                total.add_(piece.read(), alpha=weight)
+                checkpoint.close()  # or as many shards would be mapped as there are sources
+            return total.to(dtype)
+
+        return Piece(pieces[0].shape, dtype, (f"average of {name}",), read)
+
+    return convert(
+        "average",
+        first,
+        dst,
+        first.config,
+        {name: mean_of(name) for name in first},
+        exact=False,
+        verify=verify,
+        max_shard_size=max_shard_size,
+        averaged=[{"name": Path(c.folder).name, "weight": weight} for c, weight in zip(checkpoints, weights)],
+    )
+
+
+def prune_experts(
+    src: str | Path,
+    dst: str | Path,
+    num_experts: int,
+    text: str | Path,
+    num_tokens: int = 8192,
+    *,
+    verify: bool = True,
+    max_shard_size: int | str = "1GB",
+) -> dict:
+    """Writes a PathMoE with fewer experts: in each block those that the paths of a text use most.
+
+    As a block shares its router, all its layers keep the same experts. Tokens that chose a removed expert go to the
+    next best one. The function is not preserved; train the model further before you use it.
+
+    Args:
+        src (`str` or `Path`): Folder of a PathMoE.
+        dst (`str` or `Path`): Folder to write, which must not exist.
+        num_experts (`int`): How many experts of a layer to keep.
+        text (`str` or `Path`): A .txt or .jsonl file that is like the model's use.
+        num_tokens (`int`): How many tokens of it are used, four fifths for counting and one for measuring.
+        verify (`bool`): Whether to load the target and measure it; counting needs the source in memory anyway.
+        max_shard_size (`int` or `str`): Largest size of a shard.
+
+    Returns:
+        `dict`: The manifest. `kept` lists the experts of each block and `choices_kept` the share of its tokens'
+        choices that fell on them; `paths_kept` is the share of tokens whose whole path is left, `perplexity` that of
+        other text before and after.
+
+    Raises:
+        ValueError: If `num_experts` does not fit the model, or its router is none of ours.
+    """
+    source = _pathmoe(src)
+    config = source.config
+    if config.router_type not in EXPERT_DIM:
+        raise ValueError(f"router_type={config.router_type!r} cannot be pruned; {', '.join(EXPERT_DIM)} can.")
+    if not config.num_experts_per_tok <= num_experts <= config.num_experts:
+        raise ValueError(
+            f"num_experts={num_experts} must be from num_experts_per_tok={config.num_experts_per_tok} to the model's "
+            f"num_experts={config.num_experts}."
+        )
+    count, held_out = read_windows(source, text, num_tokens)
+    model = load(src)
+    with record_paths(model) as trace, torch.no_grad():
+        for window in count:
+            model.base_model(window[None], use_cache=False)
+    before = perplexity(model, held_out)
+    del model
+
+    kept, choices_kept = [], []
+    survives = torch.ones(len(trace.experts), dtype=torch.bool)
+    for layers in config.router_blocks:
+        chosen = trace.experts[:, layers].long()
+        uses = chosen.flatten().bincount(minlength=config.num_experts)
+        keep = uses.argsort(descending=True, stable=True)[:num_experts].sort().values
+        kept.append(keep.tolist())
+        choices_kept.append((uses[keep].sum() / uses.sum()).item())
+        survives &= torch.isin(chosen[:, :, 0], keep).all(dim=1)
+
+    target = PathMoEConfig.from_dict(config.to_dict())
+    target.num_experts = num_experts
+    if config.router_type == "cosine":
+        target.router_dim = config.router_dim or max(2, config.num_experts // 2)
+    plan = source.unchanged()
+    for layer, block in enumerate(config.layer_to_block):
+        experts = experts_of(source, layer)
+        plan |= fuse([experts[expert] for expert in kept[block]], layer)
+    for name in source:
+        if ".routers." in name:
+            _, _, block, tensor = name.split(".")
+            plan[name] = _keep(source.piece(name), EXPERT_DIM[config.router_type].get(tensor), kept[int(block)])
+    return convert(
+        "prune",
+        source,
+        dst,
+        target,
+        plan,
+        exact=num_experts == config.num_experts,
+        verify=verify,
+        measure=lambda pruned: {
+            "perplexity": {"before": before, "after": perplexity(pruned, held_out), "tokens": held_out.numel()}
+        },
+        max_shard_size=max_shard_size,
+        kept=kept,
+        choices_kept=choices_kept,
+        paths_kept=survives.float().mean().item(),
+    )
+
+
+def _keep(piece: Piece, dim: int | None, experts: list[int]) -> Piece:
+    if dim is None:
+        return piece
+    shape = tuple(len(experts) if d == dim else size for d, size in enumerate(piece.shape))
+    index = torch.tensor(experts)
+    note = f"experts {experts}"
+    return Piece(shape, piece.dtype, (*piece.sources, note), lambda: piece.read().index_select(dim, index))

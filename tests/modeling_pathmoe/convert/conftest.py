@@ -1,0 +1,49 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data.text import train_tokenizer
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    """Returns a function that saves a tiny PathMoE with random weights; gives its folder."""
+
+    def save(name="source", seed=0, shards=None, **fields):
+        tiny_model(seed, **fields).save_pretrained(tmp_path / name, max_shard_size=shards or "5GB")
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture
+def logits():
+    """Returns a function that gives the float32 logits of the model in a folder for fixed tokens."""
+
+    @torch.no_grad()
+    def compute(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return model(torch.arange(64).view(2, 32) % model.config.vocab_size).logits
+
+    return compute
+
+
+SENTENCES = [f"The {i}th {noun} counts to {i * i}." for i in range(30) for noun in ("line", "town", "river", "bird")]
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """A BPE tokenizer of 320 tokens."""
+    return train_tokenizer(SENTENCES, 320)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A .jsonl file of about 4000 of its tokens."""
+    lines = random.Random(0).choices(SENTENCES, k=400)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return tmp_path / "text.jsonl"

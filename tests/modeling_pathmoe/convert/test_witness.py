@@ -1,0 +1,23 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import quickstart
+import witness
+
+from benchmarks import convert_witness
+
+
+@pytest.mark.slow
+def test_a_real_dense_model_goes_through_conversion_training_and_back(tmp_path):
+    """SmolLM2-135M; `make convert-witness` does the same with more items and tokens, and keeps the figures."""
+    witness.main(["--output_dir", str(tmp_path / "dense")])
+    quickstart.main(["--output_dir", str(tmp_path / "text")])
+    folders = ["--dense", tmp_path / "dense", "--text", tmp_path / "text", "--output", tmp_path / "out"]
+
+    result = convert_witness.main(
+        [*map(str, folders), "--limit", "4", "--steps", "4", "--json", str(tmp_path / "w.json")]
+    )
+
+    assert result["log_likelihoods"]["items"] == 8 and result["log_likelihoods"]["largest_difference"] <= 1e-4
+    assert result["training"]["held_out_perplexity"]["trained"] < result["training"]["held_out_perplexity"]["upcycled"]
+    assert result["export"]["class"] == "MixtralForCausalLM"
+    assert result["export"]["largest_logit_difference_in_a_fresh_process"] <= 1e-4
