@@ -37,11 +37,11 @@ NOTHING = {"hidden_size": 8, "head_dim": 8, "num_attention_heads": 1, "num_key_v
 RUNS = [
     ("cpu", 1, {}),
     ("cpu", 1, {"gradient_checkpointing": True}),
-    ("cpu", 1, {"precision": "bf16"}),
+    ("cpu", 1, {"precision": "bf16", "micro_batch_size": 4}),
     ("ddp", 2, {}),
     ("fsdp", 2, {}),
     ("fsdp", 2, {"gradient_checkpointing": True}),
-    ("fsdp", 2, {"precision": "bf16"}),
+    ("fsdp", 2, {"precision": "bf16", "micro_batch_size": 4}),
     ("fsdp_ep", 2, {"ep_size": 2}),
 ]
 
@@ -83,7 +83,7 @@ def main():
         texts = [f"{i}: " + "".join(chr(33 + j * j % 90) for j in range(3000)) for i in range(200)]
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         for number, (engine, ranks, fields) in enumerate(tqdm(RUNS, desc="memory")):
-            fields = fields | {"batch_size": 2 * ranks}
+            fields = fields | {"batch_size": fields.get("micro_batch_size", 2) * ranks}
             args = recipe_args(folder, f"run-{number}", **fields)
             planned = plan_memory(parse_recipe(args), build_config(parse_recipe(args)), engine, ranks).total
             found = measure(args, engine, folder / f"run-{number}")
