@@ -81,7 +81,7 @@ def plan_memory(recipe: Recipe, config: PreTrainedConfig, engine: str, ranks: in
         if engine == "fsdp_ep":
             rows = recipe.micro_batch_size * recipe.sequence_length * config.num_experts_per_tok
             kept = 1 if recipe.gradient_checkpointing else config.num_hidden_layers
-            # The tokens that were sent to the experts of other ranks; those that came take the place of the sorted ones.
+            # Tokens that were sent to the experts of other ranks; those that came take the place of the sorted ones.
             working += kept * rows * config.hidden_size * half
     return Memory(states, gathered, working)
 
