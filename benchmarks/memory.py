@@ -28,8 +28,8 @@ from training.recipe import parse_recipe  # noqa: E402
 
 MODEL = {
     "model_type": "pathmoe", "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 8, "moe_intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 4,
-    "max_position_embeddings": 1024, "router_block_size": 4,
+    "num_key_value_heads": 8, "head_dim": 64, "moe_intermediate_size": 256, "num_experts": 16,
+    "num_experts_per_tok": 4, "max_position_embeddings": 1024, "router_block_size": 4,
 }  # fmt: skip
 NOTHING = {"hidden_size": 8, "head_dim": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "num_experts": 2,
            "num_experts_per_tok": 1, "moe_intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 300,

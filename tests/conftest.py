@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; read when
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 
 from modeling_pathmoe import PathMoEConfig  # noqa: E402
 
@@ -30,6 +31,12 @@ TINY = {
     "max_position_embeddings": 128,
     "router_block_size": 2,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_accelerate():
+    """Accelerate and Trainer keep their engine and precision for the whole process; each test file starts anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

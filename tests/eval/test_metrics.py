@@ -60,11 +60,11 @@ def test_texts_that_are_too_long_are_counted(model, tokenizer, texts, consistenc
     assert found["tokens"] == sum(min(length, 20) for length in lengths)
 
 
-def test_model_without_shared_routers_is_refused(tokenizer, consistency):
+def test_model_without_routers_is_refused(tokenizer, consistency):
     dense = LlamaForCausalLM(
         LlamaConfig(vocab_size=300, hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8)
     )
-    with pytest.raises(TypeError, match="record_paths needs a PathMoE, got LlamaForCausalLM"):
+    with pytest.raises(TypeError, match="LlamaForCausalLM has no routers that are recognised"):
         consistency.compute(predictions=["a"], model=dense, tokenizer=tokenizer)
 
 

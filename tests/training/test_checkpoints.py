@@ -35,7 +35,7 @@ def recipe_of(whole, folder):
 
 
 def test_killed_runs_end_as_the_uninterrupted_one(recipe, tmp_path):
-    fields = {"checkpoint_every": 2, "max_steps": 12, "model_overrides": {"router_bias_update_rate": 0.01}}
+    fields = {"checkpoint_every": 2, "max_steps": 150, "model_overrides": {"router_bias_update_rate": 0.01}}
     kills = run_with_kills(recipe(tmp_path / "run", **fields), tmp_path / "run", kills=3, seed=1)
     assert len(kills) == 3
     assert launch(recipe(tmp_path / "whole", **fields)).wait() == 0

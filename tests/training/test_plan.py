@@ -23,7 +23,7 @@ def test_planned_memory_is_within_a_tenth_of_what_runs_took(recipe, tmp_path, ru
 
 
 def test_planned_states_are_sixteen_bytes_a_parameter_over_the_shards(recipe, tmp_path):
-    parsed = parse_recipe(recipe(tmp_path))
+    parsed = parse_recipe(recipe(tmp_path, batch_size=64))
     config = build_config(parsed)
     total = count_parameters(config)["total"]
     assert plan_memory(parsed, config, "cpu", 1).states == 16 * total

@@ -28,7 +28,7 @@ Returns:
     texts.
 
 Raises:
-    TypeError: If the model owns no PathMoE routers.
+    TypeError: If the model has no routers that are recognised.
     ValueError: If no text has a token, or the model has one layer.
 """
 
