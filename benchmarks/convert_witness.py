@@ -5,8 +5,8 @@
     python benchmarks/convert_witness.py --dense runs/witness/model --text runs/quickstart/data --output runs/witness
 
 Needs the packages of `data/witness.txt`, `data/quickstart.txt` and `data/benchmarks.txt`, 16 GB of memory and 20 GB of
-disk. Upcycling and log-likelihoods that are there are not made again. Stops where something that must be equal is not.
-The results go to `benchmarks/convert_witness.json` (`--json`).
+disk. What is there already is not made again. Stops where something that must be equal is not. The results go to
+`benchmarks/convert_witness.json` (`--json`).
 """
 
 import argparse
@@ -39,8 +39,10 @@ with torch.no_grad():
 """
 
 
-def run(*command) -> str:
-    """Runs Python with arguments in the repository and gives what it printed."""
+def run(*command, unless: Path | None = None) -> str:
+    """Runs Python with arguments in the repository, unless a result is there; gives what it printed."""
+    if unless is not None and unless.exists():
+        return ""
     print("python", *[part if "\n" not in str(part) else "…" for part in command], flush=True)
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
@@ -49,9 +51,8 @@ def run(*command) -> str:
 
 def log_likelihoods(model: Path, folder: Path, limit: int) -> dict[str, list[float]]:
     """lm-eval's log-likelihood of every choice of every item."""
-    if not folder.exists():
-        run("eval/run_lm_eval.py", "--model", model, "--tasks", ",".join(TASKS), "--limit", limit,
-            "--output", folder, "--log_samples", "--device", "cpu")  # fmt: skip
+    run("eval/run_lm_eval.py", "--model", model, "--tasks", ",".join(TASKS), "--limit", limit, "--output", folder,
+        "--log_samples", "--device", "cpu", unless=folder)  # fmt: skip
     items = {}
     for file in folder.rglob("samples_*.jsonl"):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -88,8 +89,7 @@ def main(argv: list[str] | None = None) -> dict:
     moe, trained, mixtral = out / "moe", out / "run" / "final", out / "mixtral"
     result = {}
 
-    if not moe.exists():
-        run("-m", "modeling_pathmoe.convert", "upcycle", args.dense, moe, "--experts", 8, "--top-k", 2)
+    run("-m", "modeling_pathmoe.convert", "upcycle", args.dense, moe, "--experts", 8, "--top-k", 2, unless=moe)
     result["upcycle"] = json.loads((moe / "conversion.json").read_text())["verified"]
     dense_items, moe_items = (
         log_likelihoods(model, out / f"lm_eval_{model.name}", args.limit) for model in (args.dense, moe)
@@ -115,10 +115,10 @@ def main(argv: list[str] | None = None) -> dict:
     perplexities = []
     for model in (moe, trained):
         if model is trained:
-            run("train_accelerate.py", "--config", out / "recipe.json")
+            run("train_accelerate.py", "--config", out / "recipe.json", unless=trained)
         file = out / f"perplexity_{model.name}.json"
         run("eval/perplexity.py", "--model", model, "--data", args.text / "validation.jsonl", "--limit", 4,
-            "--max_length", 256, "--stride", 256, "--batch_size", 4, "--output", file)  # fmt: skip
+            "--max_length", 256, "--stride", 256, "--batch_size", 4, "--output", file, unless=file)  # fmt: skip
         perplexities.append(json.loads(file.read_text())["token_perplexity"])
     losses = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     result["training"] = {
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict:
     if perplexities[1] >= perplexities[0]:
         raise RuntimeError("Held-out perplexity did not fall.")
 
-    run("-m", "modeling_pathmoe.convert", "export", trained, mixtral, "--to", "mixtral")
+    run("-m", "modeling_pathmoe.convert", "export", trained, mixtral, "--to", "mixtral", unless=mixtral)
     run("-c", LOGITS, trained, out / "logits.pt")
     name, difference = run("-c", FRESH, mixtral, out / "logits.pt").split()[-2:]
     result["export"] = {"class": name, "largest_logit_difference_in_a_fresh_process": float(difference)}
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def to_gguf(mixtral: Path, file: Path, converter: Path) -> dict:
     """Converts with llama.cpp's own script and compares an expert and a router in the file with the source's."""
-    run(converter.resolve(), mixtral, "--outfile", file, "--outtype", "f32")
+    run(converter.resolve(), mixtral, "--outfile", file, "--outtype", "f32", unless=file)
     import numpy as np
     from gguf import GGUFReader
 

@@ -115,3 +115,17 @@ def test_figures_of_conversion_are_those_of_the_files_that_the_commands_write():
     for trip, moved in json.loads((results / "conversions.json").read_text(encoding="utf-8")).items():
         row = f"| {trip} | {moved['largest_logit']:.1f} | {moved['largest_logit_difference']:.1e} |"
         assert row in README
+    witness = json.loads((results / "convert_witness.json").read_text())
+    perplexity = witness["training"]["held_out_perplexity"]
+    for figure in (
+        f"differ by at most {witness['upcycle']['largest_logit_difference']:.1e}",
+        f"{witness['log_likelihoods']['values']} log-likelihoods differ by at most "
+        f"{witness['log_likelihoods']['largest_difference']:.1e}",
+        f"{perplexity['upcycled']:.2f} → {perplexity['trained']:.2f}",
+        f"logits differ by {witness['export']['largest_logit_difference_in_a_fresh_process']:.1e}",
+    ):
+        assert figure in README
+    for name, measured in json.loads((results / "quantization.json").read_text())["results"].items():
+        scheme, implementation = name.split()
+        row = f"| {scheme} | `{implementation}` | {measured['megabytes']:.1f} | "
+        assert row + (f"{measured['perplexity']:.2f} |" if "perplexity" in measured else "torchao lacks") in README

@@ -391,6 +391,7 @@ def _write_shards(folder: Path, plan: dict[str, Piece], max_shard_size: int | st
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder / file} could not be written ({error}). Nothing was kept.") from error
+        del tensors  # or they would stay until the next shard is complete
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

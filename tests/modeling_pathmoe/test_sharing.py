@@ -171,9 +171,14 @@ def test_lora_that_also_trains_the_routers_keeps_one_for_each_block(tiny_model, 
     """`modules_to_save` copies what it names once for each block, trains the copy, and saves it."""
     ids = tokens()
     model = get_peft_model(
-        tiny_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["0", "1", "2"], init_lora_weights=False)
+        tiny_model(),
+        LoraConfig(
+            target_modules=["q_proj"],
+            modules_to_save=[f"routers.{block}" for block in range(3)],
+            init_lora_weights=False,
+        ),
     )
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and "routers" in name]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name]
     assert trained == [f"base_model.model.model.routers.{block}.modules_to_save.default.weight" for block in range(3)]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     model(input_ids=ids, labels=ids).loss.backward()
