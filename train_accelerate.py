@@ -643,7 +643,7 @@ def main(args: list[str] | None = None) -> int:
         return 0
     recipe = parse_recipe(args)
     config = build_config(recipe)
-    if config.model_type == "pathmoe" and recipe.precision == "bf16" and recipe.experts_implementation != "eager":
+    if config.model_type == "pathmoe" and recipe.precision == "bf16" and recipe.experts_implementation == "grouped_mm":
         try:
             check_grouped_mm_rows(config, torch.bfloat16)
         except ValueError as error:

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from . import experts
 from .configuration_pathmoe import PathMoEConfig
 from .modeling_pathmoe import (
     PathMoEForCausalLM,
@@ -52,6 +53,7 @@ __all__ = [
     "PathMoEPreTrainedModel",
     "PathMoERouter",
     "PathTrace",
+    "experts",
     "load_balancing_loss",
     "record_paths",
     "register",

@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -192,6 +193,10 @@ class PathMoEPreTrainedModel(PreTrainedModel):
             module.init_selection_bias()
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if (
+            requested_experts is None and "pathmoe" in ALL_EXPERTS_FUNCTIONS
+        ):  # registered where the package is imported
+            requested_experts = "pathmoe"
         implementation = super().get_correct_experts_implementation(requested_experts)
         if implementation == "grouped_mm":
             # While the model is being built its dtype is torch's default one; afterwards that of its weights.

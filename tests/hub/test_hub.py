@@ -195,7 +195,7 @@ def test_a_checkpoint_of_every_class_loads_without_the_package(checkpoints, run_
     assert report.pop("config").startswith("transformers_modules.")
     for name, (class_name, difference, experts_implementation) in report.items():
         assert class_name == AUTO_CLASSES[name].__name__
-        assert difference <= 1e-6
+        assert difference <= 1e-5  # grouped_mm there, our own experts here
         assert experts_implementation == "grouped_mm"
     assert report.keys() == AUTO_CLASSES.keys()
 
@@ -286,7 +286,7 @@ def test_push_to_hub_and_load_from_there_without_the_package(checkpoints, run_fr
         run(push, {**env, "HF_HOME": str(tmp_path / "pusher"), "CUDA_VISIBLE_DEVICES": ""}, REPOSITORY)
         result = run_fresh(COMPARE, "someone/tiny-pathmoe", checkpoints / "AutoModelForCausalLM.pt", **env)
 
-    assert float(result.split()[-1]) <= 1e-6
+    assert float(result.split()[-1]) <= 1e-5
 
 
 def test_the_installed_package_is_the_model_package_alone(installed):

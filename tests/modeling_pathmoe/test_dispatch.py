@@ -33,26 +33,28 @@ def operators(model, ids):
 
 
 @pytest.mark.parametrize("cls", MODELS)
-def test_experts_are_grouped_mm_by_default(tiny_config, cls):
-    assert cls(tiny_config(pad_token_id=0)).config._experts_implementation == "grouped_mm"
+def test_experts_are_ours_by_default(tiny_config, cls):
+    """Without the package, `grouped_mm`: tests/hub."""
+    assert cls(tiny_config(pad_token_id=0)).config._experts_implementation == "pathmoe"
 
 
-def test_experts_are_grouped_mm_after_loading(tiny_model, tmp_path):
+def test_experts_are_ours_after_loading(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._experts_implementation == "grouped_mm"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._experts_implementation == "pathmoe"
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "eager", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["pathmoe", "grouped_mm", "eager", "batched_mm"])
 def test_experts_run_the_implementation_that_the_config_names(tiny_model, tokens, implementation):
     """The operator itself is looked for, because a wrong dispatch would be silent."""
     model = tiny_model()
     model.set_experts_implementation(implementation)
     assert model.config._experts_implementation == implementation
+    assert ("pathmoe::experts" in operators(model, tokens())) == (implementation == "pathmoe")
     assert ("aten::_grouped_mm" in operators(model, tokens())) == (implementation == "grouped_mm")
     assert ("aten::bmm" in operators(model, tokens())) == (implementation == "batched_mm")
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager", "batched_mm"])
 def test_expert_implementations_agree_in_logits_and_gradients(
     tiny_model, tokens, gradients, assert_same, implementation
 ):
@@ -128,7 +130,7 @@ def test_checkpointing_changes_no_gradient(tiny_model, tokens, gradients, assert
 def test_grouped_mm_with_unaligned_rows_is_refused_when_built(tiny_config, field):
     """18 float32 numbers are 72 bytes."""
     with pytest.raises(ValueError, match=rf'{field}=18 .*72 bytes.* multiple of 4, or pass .*="eager"'):
-        PathMoEForCausalLM(tiny_config(**{field: 18}))
+        AutoModelForCausalLM.from_config(tiny_config(**{field: 18}), experts_implementation="grouped_mm")
 
 
 def test_grouped_mm_with_unaligned_rows_is_refused_when_set(tiny_config, tokens):
@@ -142,17 +144,18 @@ def test_grouped_mm_with_unaligned_rows_is_refused_when_set(tiny_config, tokens)
 def test_alignment_is_judged_in_the_dtype_that_is_loaded(tiny_config, tokens, tmp_path):
     """20 numbers are 80 bytes in float32 and 40 in bfloat16."""
     PathMoEForCausalLM(tiny_config(moe_intermediate_size=20)).save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits.isfinite().all()
+    grouped = {"experts_implementation": "grouped_mm"}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, **grouped)(tokens()).logits.isfinite().all()
     with pytest.raises(ValueError, match="moe_intermediate_size=20 in torch.bfloat16 .* choose a multiple of 8"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    eager = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, experts_implementation="eager")
-    assert eager(tokens()).logits.isfinite().all()
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **grouped)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert ours(tokens()).logits.isfinite().all()
 
 
 def test_alignment_is_judged_in_the_dtype_that_is_built(tiny_config):
     config = tiny_config(moe_intermediate_size=20)
     with pytest.raises(ValueError, match="moe_intermediate_size=20 in torch.bfloat16"):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation="grouped_mm")
 
 
 @pytest.mark.parametrize("cls", MODELS)

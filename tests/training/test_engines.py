@@ -129,6 +129,6 @@ def test_router_gradients_are_summed_over_layers_where_experts_of_a_rank_are_idl
 def test_bfloat16_shards_run_the_experts_in_bfloat16_over_float32_weights(single, recipe, tmp_path, free_port):
     fields = FIELDS | {"max_steps": 4, "precision": "bf16", "gradient_checkpointing": True}
     output = accelerate_launch(recipe(tmp_path / "run", **fields), "fsdp", free_port)
-    assert "experts: grouped_mm in bfloat16" in output
+    assert "experts: pathmoe in bfloat16" in output
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
     assert metrics(tmp_path / "run")[1] == pytest.approx(metrics(single)[1], abs=0.01)

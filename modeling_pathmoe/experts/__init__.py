@@ -1,0 +1,112 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Fast experts for any mixture-of-experts model of transformers: `experts_implementation="pathmoe"`.
+
+loop.py     one expert after another, with one backward for all that they do: training on a CPU; and single tokens
+grouped.py  the same on torch's grouped matrix multiplication: other devices, and few tokens on a CPU
+"""
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _can_use_grouped_mm, grouped_mm_experts_forward
+from transformers.utils import logging
+
+from . import grouped, loop
+
+
+logger = logging.get_logger(__name__)
+
+# Up to so many rows (tokens times k) without gradients, the grouped product is faster on a CPU than expert by expert.
+FEW_ROWS = 4096
+
+
+def select_kernel(
+    experts: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> str:
+    """Tells which kernel `experts_implementation="pathmoe"` runs.
+
+    Args:
+        experts (`torch.nn.Module`): The experts of one layer, of any model with transformers' experts interface.
+        hidden_states (`torch.Tensor` of shape `(T, D)`): What they are given.
+        top_k_index (`torch.Tensor` of shape `(T, k)`): The experts that each token visits.
+        top_k_weights (`torch.Tensor` of shape `(T, k)`): Their weights.
+
+    Returns:
+        `str`: On a CPU, `"loop"`; where no gradient is asked for, `"token"` for a single one and `"grouped"` for up to
+        4,096 rows of experts. On other devices `"grouped"`. `"grouped_mm"`, transformers' own, where ours cannot: for
+        experts that are not plain SwiGLU (it warns), and outside a CPU where torch's grouped product does not take
+        the dtype or the device.
+
+    Raises:
+        ValueError: If a row of the hidden or inner states is no multiple of 16 bytes, outside a CPU.
+    """
+    if why_not(experts):
+        return "grouped_mm"
+    tensors = (hidden_states, top_k_weights, experts.gate_up_proj, experts.down_proj)
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    itemsize = compute_dtype(hidden_states, experts).itemsize
+    unaligned = [size for size in experts.down_proj.shape[1:] if size * itemsize % 16]
+    if hidden_states.device.type != "cpu":
+        if unaligned:
+            raise ValueError(
+                f"Rows of {unaligned[0] * itemsize} bytes are no multiple of 16, which grouped products need: choose "
+                f'widths that are multiples of {16 // itemsize}, or pass experts_implementation="eager".'
+            )
+        return "grouped" if _can_use_grouped_mm(hidden_states, experts.down_proj, None) else "grouped_mm"
+    if gradients or torch.compiler.is_compiling() and len(hidden_states) > 1:
+        return "loop"
+    if len(hidden_states) == 1:
+        return "token"
+    return "loop" if unaligned or top_k_index.numel() > FEW_ROWS else "grouped"
+
+
+def compute_dtype(hidden_states: torch.Tensor, experts: torch.nn.Module) -> torch.dtype:
+    """The experts' dtype; under autocast its own, which transformers' implementations ignore."""
+    device_type = hidden_states.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if autocast else experts.gate_up_proj.dtype
+
+
+def why_not(experts: torch.nn.Module) -> str | None:
+    """What keeps our kernels from computing these experts; nothing, if they are plain SwiGLU."""
+    activation = type(experts.act_fn).__name__
+    if not experts.has_gate or activation not in ("SiLU", "SiLUActivation"):
+        return f"their activation is {activation}, not SwiGLU"
+    if experts._apply_gate.__func__.__name__ != "_default_apply_gate" or not experts.is_concatenated:
+        return "they have a gate of their own"
+    if experts.has_bias or experts.has_post_expert_norm or experts.is_transposed:
+        return "they have biases, a norm or transposed weights"
+    if is_traceable_wrapper_subclass(experts.gate_up_proj):
+        return f"their weights are {type(experts.gate_up_proj).__name__}"
+    return None
+
+
+def pathmoe_experts_forward(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Runs SwiGLU experts, whatever the device; a member of transformers' experts interface.
+
+    Under autocast it computes in autocast's dtype, which transformers' own implementations ignore.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(T, D)`): Hidden states.
+        top_k_index (`torch.Tensor` of shape `(T, k)`): Experts of each token. Under expert parallelism, ids from
+            `num_experts` on stand for experts of other ranks: they add nothing.
+        top_k_weights (`torch.Tensor` of shape `(T, k)`): Their weights.
+
+    Returns:
+        `torch.Tensor` of shape `(T, D)`: Weighted sums of the experts' outputs, in the dtype of `hidden_states`.
+    """
+    kernel = select_kernel(self, hidden_states, top_k_index, top_k_weights)
+    if kernel == "grouped_mm":
+        if reason := why_not(self):
+            logger.warning_once(f"{type(self).__name__} are run by transformers' grouped_mm: {reason}.")
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    inputs = (hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
+    x, weights, *projections = (tensor.to(compute_dtype(hidden_states, self)) for tensor in inputs)
+    run = {"loop": loop.run, "token": loop.run_token, "grouped": grouped.run}[kernel]
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return run(x, top_k_index, weights, *projections).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register("pathmoe", pathmoe_experts_forward)

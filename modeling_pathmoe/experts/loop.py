@@ -1,0 +1,204 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""SwiGLU experts on a CPU: tokens sorted by expert, then one expert after another, so that what belongs to one expert
+stays in the cache.
+
+The router's weight enters before the down projection: its gradient then needs the inner state alone, which is computed
+anew, and no expert's output is kept (SonicMoE, arXiv 2512.14080). For the backward, only the outcome of the first
+projection is kept. Weight gradients are written in place, expert by expert.
+
+Rows are pairs of a token and one of its experts, S = T · k of them, sorted by expert.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+aten = torch.ops.aten
+
+# In bfloat16, a product of a vector and a matrix of at most so many elements is faster in float32.
+SMALL_MATRIX = 2**17
+
+
+def sort_rows(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """Sorts rows by expert; the tokens of one expert stay in order.
+
+    Returns:
+        `tuple`: The rows' places in `top_k_index.flatten()`, of shape `(S,)`; and how many rows each expert has. Rows
+        of experts that live elsewhere are last, and not counted.
+    """
+    experts = top_k_index.flatten().numpy()
+    # numpy sorts 16-bit numbers by radix, ten times faster than torch.
+    order = np.argsort(experts.astype(np.int16) if num_experts < 2**15 else experts, kind="stable")
+    return torch.from_numpy(order), np.bincount(experts, minlength=num_experts)[:num_experts].tolist()
+
+
+def sum_rows(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """Adds up the rows of each token, (S, D) → (T, D)."""
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    return torch.embedding_bag(rows, places, torch.arange(0, len(order), top_k), mode=0)[0]
+
+
+def packed(view: Tensor, buffer: Tensor) -> Tensor:
+    """A half of the first projection's outcome; copied in bfloat16, where silu of a view is not vectorised."""
+    return view if view.dtype == torch.float32 else buffer.copy_(view)
+
+
+@torch.library.custom_op("pathmoe::experts", mutates_args=())
+def experts(
+    x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the experts; gives the output (T, D), the outcome of the first projection (S, 2F) and the order of rows."""
+    order, counts = sort_rows(top_k_index, len(gate_up_proj))
+    top_k = top_k_index.shape[1]
+    tokens, row_weights = order // top_k, weights.flatten()[order].unsqueeze(1)
+    width, most = down_proj.shape[2], max(counts)
+    gate_up, rows = x.new_empty(len(order), 2 * width), x.new_empty(len(order), x.shape[1])
+    inputs, inners = x.new_empty(most, x.shape[1]), x.new_empty(most, width)
+    start = 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        here, mine = slice(start, start := start + count), slice(count)
+        torch.index_select(x, 0, tokens[here], out=inputs[mine])
+        torch.mm(inputs[mine], gate_up_proj[expert].t(), out=gate_up[here])
+        gate, up = gate_up[here].split(width, dim=1)
+        h = aten.silu.out(packed(gate, inners[mine]), out=inners[mine]).mul_(up).mul_(row_weights[here])
+        torch.mm(h, down_proj[expert].t(), out=rows[here])
+    rows[start:] = 0
+    return sum_rows(rows, order, top_k), gate_up, order
+
+
+@experts.register_fake
+def _(x, top_k_index, weights, gate_up_proj, down_proj):
+    rows = top_k_index.numel()
+    return torch.empty_like(x), x.new_empty(rows, gate_up_proj.shape[1]), top_k_index.new_empty(rows)
+
+
+@torch.library.custom_op("pathmoe::experts_backward", mutates_args=())
+def experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    top_k_index: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up: Tensor,
+    order: Tensor,
+    trained: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gives the gradients of x, weights, gate_up_proj and down_proj; of the two latter, empty ones unless trained."""
+    width, top_k = down_proj.shape[2], top_k_index.shape[1]
+    counts = np.bincount(top_k_index.flatten().numpy(), minlength=len(down_proj))[: len(down_proj)].tolist()
+    tokens, row_weights = order // top_k, weights.flatten()[order].unsqueeze(1)
+    grad_gate_up_proj, grad_down_proj = (
+        torch.empty_like(parameter) if wanted else parameter.new_empty(0)
+        for parameter, wanted in zip((gate_up_proj, down_proj), trained)
+    )
+    grad_rows, grad_weights = x.new_empty(len(order), x.shape[1]), weights.new_zeros(len(order))
+    most, ones = max(counts), x.new_ones(width)
+    inputs, grads = x.new_empty(2, most, x.shape[1])
+    gates, ups, silus, inners, grad_inners = x.new_empty(5, most, width)
+    grad_gate_ups = x.new_empty(most, 2 * width)
+    start = 0
+    for expert, count in enumerate(counts):
+        if not count:
+            for gradient, wanted in zip((grad_gate_up_proj, grad_down_proj), trained):
+                if wanted:
+                    gradient[expert] = 0
+            continue
+        here, mine = slice(start, start := start + count), slice(count)
+        gate, up = gate_up[here].split(width, dim=1)
+        gate, up = packed(gate, gates[mine]), packed(up, ups[mine])
+        silu = aten.silu.out(gate, out=silus[mine])
+        h = torch.mul(silu, up, out=inners[mine])
+
+        dy = torch.index_select(grad, 0, tokens[here], out=grads[mine])
+        dh = torch.mm(dy, down_proj[expert], out=grad_inners[mine])
+        # The fastest sum along rows is a product with ones.
+        grad_weights[here] = torch.mv(dh * h, ones)
+        dh.mul_(row_weights[here])
+        if trained[1]:
+            torch.mm(dy.t(), h.mul_(row_weights[here]), out=grad_down_proj[expert])
+
+        d_gate_up = grad_gate_ups[mine]
+        d_gate, d_up = d_gate_up.split(width, dim=1)
+        torch.mul(dh, silu, out=d_up)
+        d_gate.copy_(aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=h))
+        if trained[0]:
+            torch.index_select(x, 0, tokens[here], out=inputs[mine])
+            torch.mm(d_gate_up.t(), inputs[mine], out=grad_gate_up_proj[expert])
+        torch.mm(d_gate_up, gate_up_proj[expert], out=grad_rows[here])
+    grad_rows[start:] = 0
+    grad_weights = torch.empty_like(grad_weights).index_copy_(0, order, grad_weights)
+    return sum_rows(grad_rows, order, top_k), grad_weights.view_as(weights), grad_gate_up_proj, grad_down_proj
+
+
+@experts_backward.register_fake
+def _(grad, x, top_k_index, weights, gate_up_proj, down_proj, gate_up, order, trained):
+    parameters = (gate_up_proj, down_proj)
+    gradients = (torch.empty_like(p) if wanted else p.new_empty(0) for p, wanted in zip(parameters, trained))
+    return torch.empty_like(x), torch.empty_like(weights), *gradients
+
+
+def _save(ctx, inputs, output):
+    _, gate_up, order = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gate_up, order)
+    ctx.save_for_backward(*inputs, gate_up, order)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 5
+    trained = ctx.needs_input_grad[3:5]
+    grad_x, grad_weights, *gradients = experts_backward(grad, *ctx.saved_tensors, list(trained))
+    return grad_x, None, grad_weights, *(g if wanted else None for g, wanted in zip(gradients, trained))
+
+
+experts.register_autograd(_backward, setup_context=_save)
+
+
+def run(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """Runs the experts one after another.
+
+    Args:
+        x (`torch.Tensor` of shape `(T, D)`): Hidden states.
+        top_k_index (`torch.Tensor` of shape `(T, k)`): Experts; ids from E on add nothing.
+        weights (`torch.Tensor` of shape `(T, k)`): Weights.
+        gate_up_proj (`torch.Tensor` of shape `(E, 2F, D)`): First projections.
+        down_proj (`torch.Tensor` of shape `(E, D, F)`): Second projections.
+
+    Returns:
+        `torch.Tensor` of shape `(T, D)`: The output.
+    """
+    return experts(x, top_k_index, weights, gate_up_proj, down_proj)[0]
+
+
+def token_forward(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """Runs one token without gradients, as `run`: nothing is sorted or gathered, and no weight copied."""
+    width, dtype = down_proj.shape[2], x.dtype
+    chosen = [(row, expert) for row, expert in enumerate(top_k_index[0].tolist()) if expert < len(down_proj)]
+    # oneDNN's bfloat16 products take their time to start: those with small matrices are faster in float32.
+    work_dtype = torch.float32 if dtype == torch.bfloat16 and width * x.shape[1] <= SMALL_MATRIX else dtype
+    token = x[0].to(work_dtype)
+    gate_up = token.new_zeros(top_k_index.shape[1], 2 * width)
+    for row, expert in chosen:
+        torch.mv(gate_up_proj[expert].to(work_dtype), token, out=gate_up[row])
+    h = F.silu(gate_up[:, :width]).mul_(gate_up[:, width:]).mul_(weights[0].unsqueeze(1))
+    output = torch.zeros_like(token)
+    for row, expert in chosen:
+        output.addmv_(down_proj[expert].to(work_dtype), h[row])
+    return output.to(dtype).unsqueeze(0)
+
+
+token_op = torch.library.custom_op("pathmoe::experts_token", token_forward, mutates_args=())
+token_op.register_fake(lambda x, *_: torch.empty_like(x))
+
+
+def run_token(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """As `run`, for one token and without gradients; a compiler sees it as one operator."""
+    operator = token_op if torch.compiler.is_compiling() else token_forward
+    return operator(x, top_k_index, weights, gate_up_proj, down_proj)
