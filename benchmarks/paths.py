@@ -147,7 +147,7 @@ def main(args: list[str] | None = None):
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=64, help="of one token, after a prompt of 16")
+    parser.add_argument("--steps", type=int, default=32, help="of one token, after a prompt of 16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args(args)

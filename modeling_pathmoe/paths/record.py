@@ -496,8 +496,8 @@ def replay_paths(model: nn.Module, trace: PathTrace, *, check_routers: bool = Tr
     if check_routers:
         trace.model.check_routers(
             described,
-            "Record this model's own, or pass check_routers=False to replay it all the same, for instance if the model "
-            "was trained on since.",
+            "Record this model's own, or pass check_routers=False to replay it all the same, for instance if the "
+            "model was trained on since.",
         )
     done, tokens = 0, None
 

@@ -149,7 +149,7 @@ class Routing:
             )
 
     def describe(self, num_experts: int, top_k: int) -> RoutedModel:
-        """What identifies the model. Configurations name experts and k differently, so what a router returns is asked."""
+        """What identifies the model. Configurations name experts and k differently; a router's output shows them."""
         layers, model_type = len(self.layer_to_block), self.decoder.config.model_type
         return RoutedModel(model_type, layers, num_experts, top_k, self.layer_to_block, self.router_hash)
 
