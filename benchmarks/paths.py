@@ -1,11 +1,12 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What looking at expert paths costs: all measures on a million tokens, and recording beside a bare forward.
+"""What looking at expert paths costs: all measures on a million tokens, and recording beside a bare forward or decode.
 
     python benchmarks/paths.py --json benchmarks/paths.json
 
 The measured paths are drawn: tokens follow one of 20,000 paths, the frequent ones more often by Zipf's law, and stray
 from it in one layer out of ten. The overhead of recording is the median over rounds of the time of a forward that is
-recorded over that of one that is not, in the same round and in random order, with the quartiles.
+recorded over that of one that is not, in the same round and in random order, with the quartiles; and the same of a
+decode with a cache, in steps of one token.
 """
 
 import argparse
@@ -96,11 +97,16 @@ def measure_seconds(tokens: int, layers: int, num_experts: int, top_k: int) -> d
     return seconds
 
 
-def record_overhead(rounds: int, batch: int, length: int, device: str) -> dict[str, list[float]]:
-    """Time of a recorded forward over that of a bare one: lower quartile, median, upper quartile."""
+def record_overhead(rounds: int, batch: int, length: int, device: str, steps: int = 0) -> dict[str, list[float]]:
+    """Time of a recorded forward, and `steps` of one token after it, over that of bare ones: quartiles and median."""
     config = PathMoEConfig.from_json_file(ROOT / "configuration" / "model" / "quickstart.json")
     model = PathMoEForCausalLM(config).to(device).eval()
     ids = torch.randint(config.vocab_size, (batch, length), device=device)
+
+    def run():
+        cache = model(ids, use_cache=steps > 0).past_key_values
+        for _ in range(steps):
+            model(ids[:, -1:], past_key_values=cache)
 
     def seconds(**options) -> float:
         # On a CPU the time that the process itself computes, which a busy machine does not stretch.
@@ -110,9 +116,9 @@ def record_overhead(rounds: int, batch: int, length: int, device: str) -> dict[s
         start = clock()
         if options:
             with record_paths(model, **options):
-                model(ids, use_cache=False)
+                run()
         else:
-            model(ids, use_cache=False)
+            run()
         synchronize()
         return clock() - start
 
@@ -141,19 +147,26 @@ def main(args: list[str] | None = None):
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=32, help="of one token, after a prompt of 16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args(args)
-    overhead = record_overhead(options.rounds, options.batch_size, options.length, options.device)
+    batch, length, steps = options.batch_size, options.length, options.steps
+    overheads = {
+        f"forward of {batch} x {length} tokens": record_overhead(options.rounds, batch, length, options.device),
+        f"decode of 1 x {steps} tokens": record_overhead(options.rounds, 1, 16, options.device, steps),
+        f"decode of {batch} x {steps} tokens": record_overhead(options.rounds, batch, 16, options.device, steps),
+    }
     seconds = measure_seconds(options.tokens, options.layers, options.experts, options.top_k)
     seconds["all together"] = [sum(column) for column in zip(*seconds.values())]
     print(f"{options.tokens:,} tokens, {options.layers} layers, {options.top_k} of {options.experts} experts:")
     print("seconds by the clock, and of all threads together, which other work on the machine hardly stretches")
     for name, (wall, threads) in seconds.items():
         print(f"  {name:45} {wall:6.2f} {threads:6.2f}")
-    print(f"A recorded forward of {options.batch_size} x {options.length} tokens over a bare one:")
-    for name, (low, median, high) in overhead.items():
-        print(f"  {name:45} {median:6.3f} ({low:.3f} to {high:.3f})")
+    for what, overhead in overheads.items():
+        print(f"A recorded {what} over a bare one:")
+        for name, (low, median, high) in overhead.items():
+            print(f"  {name:45} {median:6.3f} ({low:.3f} to {high:.3f})")
     if options.json:
         figures = {
             "settings": {name: value for name, value in vars(options).items() if name != "json"},
@@ -161,7 +174,7 @@ def main(args: list[str] | None = None):
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "measure_seconds": seconds,
-            "record_overhead": overhead,
+            "record_overhead": overheads,
         }
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

@@ -10,7 +10,8 @@ each data file, equally many tokens are read, of documents in random order. Rows
 OUTPUT/report.html.
 
 In paths.json a path is a list with the first choice of every routed layer, shares are of tokens, `load` is of choices,
-entropies are in nats, and an interval is `{estimate, low, high}`: 95 %, by bootstrap over documents.
+entropies are in nats, and an interval is `{estimate, low, high}`: 95 % over documents, by bootstrap, or by jackknife
+for measures that a bootstrap would change as it repeats documents: those of distinct paths and of information.
 """
 
 import argparse
@@ -206,8 +207,8 @@ def measure(reading: Reading, tags: list[str | None], resamples: int, seed: int)
     """The table of measures: `key`, `name`, `note`, `unit`, `value`, the interval's `low` and `high`, and `baseline`.
 
     The baseline is the same measure after permutation: of each layer's choices, which leaves the load as it is, or of
-    the labels. A resample repeats documents, which changes how many paths there are and how much they tell: such
-    measures have no interval.
+    the labels. A resample repeats documents, which changes how many paths there are and how much they tell: the
+    intervals of such measures are by jackknife, all others by bootstrap. Tags of a single document give none.
     """
     experts, shape = reading.experts, reading.trace.model
     shuffled, undecided = permuted(experts, seed), math.log(shape.num_experts)
@@ -215,33 +216,40 @@ def measure(reading: Reading, tags: list[str | None], resamples: int, seed: int)
     def load(measure_load, experts):
         return measure_load(paths.expert_load(experts, shape.num_experts)).mean().item()
 
-    def row(key, name, note, unit, value, baseline=None, low=None, high=None):
+    def row(key, name, note, unit, interval, baseline=None):
         names = ("key", "name", "note", "unit", "value", "baseline", "low", "high")
-        return dict(zip(names, (key, name, note, unit, value, baseline, low, high)))
+        return dict(zip(names, (key, name, note, unit, interval.estimate, baseline, interval.low, interval.high)))
+
+    bootstrap = partial(paths.bootstrap, resamples=resamples, seed=seed)
+    jackknife = partial(paths.jackknife, seed=seed)
 
     rows = []
     possible = f"of {shape.num_experts}^{shape.num_layers} possible ones, taken by {len(experts):,} tokens"
     both = (experts, shuffled)
-    for key, name, note, unit, function, has_interval, (real, chance) in (
-        ("distinct_paths", "distinct paths", possible, "count", paths.distinct_paths, False, both),
+    for key, name, note, unit, function, interval, (real, chance) in (
+        ("distinct_paths", "distinct paths", possible, "count", paths.distinct_paths, jackknife, both),
         ("perplexity", "perplexity of the paths", "how many equally frequent paths would be as spread", "count",
-         paths.path_perplexity, False, both),
-        ("coverage_10", "tokens on the 10 most frequent paths", "", "share", partial(coverage, top=10), True,
+         paths.path_perplexity, jackknife, both),
+        ("coverage_10", "tokens on the 10 most frequent paths", "", "share", partial(coverage, top=10), bootstrap,
          (path_ranks(experts), path_ranks(shuffled))),
         ("agreement", "agreement of neighbouring layers", "Jaccard similarity of a token's expert sets", "number",
-         paths.adjacent_jaccard, True, both),
+         paths.adjacent_jaccard, bootstrap, both),
         ("load_variation", "variation of the load", "standard deviation over mean of the experts' loads, per layer",
-         "number", partial(load, paths.load_variation), True, (experts, None)),
+         "number", partial(load, paths.load_variation), bootstrap, (experts, None)),
         ("load_entropy", "entropy of the load", "over that of an even load, per layer", "share",
-         lambda e: load(paths.load_entropy, e) / undecided, True, (experts, None)),
+         lambda e: load(paths.load_entropy, e) / undecided, bootstrap, (experts, None)),
     ):  # fmt: skip
-        if has_interval:
-            interval = paths.bootstrap(function, reading.document_ids, real, resamples=resamples, seed=seed)
-            value, low, high = interval.estimate, interval.low, interval.high
-        else:
-            value, low, high = function(real), None, None
-        rows.append(row(key, name, note, unit, value, None if chance is None else function(chance), low, high))
-    entropy = paths.routing_entropy(reading.trace.probabilities).mean().item() / undecided
+        baseline = None if chance is None else function(chance)
+        rows.append(row(key, name, note, unit, interval(function, reading.document_ids, real), baseline))
+    # A mean over tokens: in a resample it is that of the documents' means, by their tokens.
+    probabilities = reading.trace.probabilities
+    of_documents = torch.stack(
+        [
+            paths.routing_entropy(probabilities[reading.document_ids == document]).mean() / undecided
+            for document in range(len(reading.documents))
+        ]
+    )
+    entropy = bootstrap(lambda x: x.mean().item(), reading.document_ids, of_documents[reading.document_ids])
     note = "of a token's router probabilities, over that of an undecided router, per layer"
     rows.append(row("routing_entropy", "routing entropy", note, "share", entropy))
 
@@ -271,7 +279,11 @@ def measure(reading: Reading, tags: list[str | None], resamples: int, seed: int)
     ids = paths.path_ids(experts)
     for key, name, note, unit, function, kept, values in against:
         baseline = paths.permutation_baseline(function, ids[kept], values, permutations=5, seed=seed).estimate
-        rows.append(row(key, name, note, unit, function(ids[kept], values), baseline))
+        if len((of := reading.document_ids[kept]).unique()) > 1:
+            interval = jackknife(function, of, ids[kept], values)
+        else:  # tags of one document
+            interval = paths.Interval(function(ids[kept], values), None, None)
+        rows.append(row(key, name, note, unit, interval, baseline))
     return rows
 
 

@@ -9,6 +9,7 @@ compare models at equal counts (`subsample_documents`) and information with `per
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -377,8 +378,9 @@ def bootstrap(
     """A measure with its percentile bootstrap interval over documents (Efron and Tibshirani 1993, section 13.3).
 
     Each resample draws as many documents as there are, with replacement, and measures all their tokens. Tokens of one
-    document are not independent; documents nearly are. A resample repeats documents, so intervals of measures that
-    count distinct things (paths) or grow with the sample (information) lie too low: read their width.
+    document are not independent; documents nearly are. A resample repeats documents, which changes measures that count
+    distinct things or depend on how many tokens a path has: take `jackknife` for distinct paths, path entropy and
+    perplexity, information and purity.
 
     Args:
         measure (`Callable`): Of `values`, to a float: `lambda experts: path_coverage(experts, 10)`.
@@ -394,12 +396,7 @@ def bootstrap(
     Raises:
         ValueError: If there are fewer than two documents, or not one document id per token.
     """
-    for value in values:
-        if len(value) != len(document_ids):
-            raise ValueError(f"document_ids has {len(document_ids)} tokens, but a value has {len(value)}.")
-    documents = _tokens_of_documents(document_ids)
-    if len(documents) < 2:
-        raise ValueError(f"A bootstrap over documents needs at least 2, got {len(documents)}.")
+    documents = _documents_of(document_ids, values)
     generator = torch.Generator().manual_seed(seed)
     estimates = []
     for _ in range(resamples):
@@ -407,6 +404,49 @@ def bootstrap(
         tokens = torch.cat([documents[i] for i in drawn.tolist()])
         estimates.append(measure(*(value[tokens] for value in values)))
     return Interval(float(measure(*values)), *central(estimates, confidence))
+
+
+def jackknife(
+    measure: Callable[..., float],
+    document_ids: torch.Tensor,
+    *values: torch.Tensor,
+    groups: int = 50,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """A measure with its normal interval from a jackknife over documents, which repeats none, unlike a bootstrap.
+
+    With θ_g the measure of all documents but those of group g, and G groups, se² = (G - 1) / G Σ_g (θ_g - mean θ)²
+    (Efron and Tibshirani 1993, chapter 11). It holds for any measure that does not depend on the order of documents:
+    on average it is at least the variance, at G - 1 groups (Efron and Stein 1981). The interval is that of the measure
+    at this number of documents: what grows with the sample is not extrapolated.
+
+    Args:
+        measure (`Callable`): Of `values`, to a float: `distinct_paths`, `mutual_information`, `cluster_purity`.
+        document_ids (`torch.Tensor` of shape `(T,)`): The document of each token, such as a trace's `sequence_ids`.
+        *values (`torch.Tensor` of first dimension T): What `measure` takes.
+        groups (`int`, defaults to 50): G, at most; random groups of documents, with one each where they are fewer.
+        confidence (`float`, defaults to 0.95): Of the interval.
+        seed (`int`, defaults to 0): Of the groups.
+
+    Returns:
+        `Interval`: The measure of all tokens, and the interval's ends.
+
+    Raises:
+        ValueError: If there are fewer than two documents or groups, or not one document id per token.
+    """
+    documents = _documents_of(document_ids, values)
+    if groups < 2:
+        raise ValueError(f"groups={groups} must be at least 2.")
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = min(groups, len(documents))
+    estimates = []
+    for left_out in range(groups):
+        tokens = torch.cat([documents[i] for place, i in enumerate(order) if place % groups != left_out])
+        estimates.append(measure(*(value[tokens] for value in values)))
+    error = np.std(estimates) * (groups - 1) ** 0.5
+    estimate, quantile = float(measure(*values)), NormalDist().inv_cdf((1 + confidence) / 2)
+    return Interval(estimate, float(estimate - quantile * error), float(estimate + quantile * error))
 
 
 def subsample_documents(document_ids: torch.Tensor, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -428,6 +468,17 @@ def subsample_documents(document_ids: torch.Tensor, tokens: int, seed: int = 0) 
     documents = _tokens_of_documents(document_ids)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     return torch.cat([documents[i] for i in order])[:tokens].sort().values
+
+
+def _documents_of(document_ids: torch.Tensor, values: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Indices of the tokens of each document, if an interval over documents can be had from them."""
+    for value in values:
+        if len(value) != len(document_ids):
+            raise ValueError(f"document_ids has {len(document_ids)} tokens, but a value has {len(value)}.")
+    documents = _tokens_of_documents(document_ids)
+    if len(documents) < 2:
+        raise ValueError(f"An interval over documents needs at least 2, got {len(documents)}.")
+    return documents
 
 
 def _tokens_of_documents(document_ids: torch.Tensor) -> list[torch.Tensor]:

@@ -309,7 +309,9 @@ def restrict_paths(
     if not all(top is None or top >= 1 for top in tops):
         raise ValueError(f"tops={tops} must be at least 1, or None for all paths.")
     paths, counts = trace.experts[:, :, 0].long().unique(dim=0, return_counts=True)
-    trace.model.check_same(Routing(model).describe(trace.model.num_experts, trace.model.top_k))
+    described = Routing(model).describe(trace.model.num_experts, trace.model.top_k)
+    trace.model.check_same(described)
+    trace.model.check_routers(described)
     paths = paths[counts.argsort(descending=True, stable=True)]
     tries = {top: _PathTrie(paths[:top], trace.model.num_experts).to(model.device) for top in tops}
 

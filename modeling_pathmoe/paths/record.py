@@ -6,11 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .routers import RoutedModel, Routing, check_indices, edit_paths
 
@@ -18,6 +21,10 @@ from .routers import RoutedModel, Routing, check_indices, edit_paths
 # What a trace holds of each token, besides its experts and what was asked for.
 _TOKEN_FIELDS = ("token_ids", "sequence_ids", "positions", "offsets")
 _METADATA = b"pathmoe_trace"
+# Forwards that a trace holds as they came, on their device, so that the many short ones of a generation are converted
+# together and the host waits for none of them.
+_HELD_FORWARDS = 256
+_HELD_BYTES = 2**20
 
 
 def _pyarrow():
@@ -47,14 +54,18 @@ class PathTrace:
             that `generate` adds belong to the sequence of their prompt (of their row, when a beam search reorders).
         positions (`torch.Tensor` of shape `(T,)`, int32): Position in the sequence, padding not counted.
         offsets (`torch.Tensor` of shape `(T, 2)`, int32): Start and end in the text, from the tokenizer's
-            `offset_mapping` when it was passed to the model along with the rest; else -1.
-        model (`RoutedModel`): The shape of the recorded model: `model_type`, `num_layers`, `num_experts`, `top_k`,
-            `layer_to_block`.
+            `offset_mapping` when it was passed to the model, or to `generate`, along with the rest; else -1, as for
+            the tokens that `generate` adds.
+        model (`RoutedModel`): What identifies the recorded model: `model_type`, `num_layers`, `num_experts`, `top_k`,
+            `layer_to_block`, `router_hash`.
     """
 
     def __init__(self, memory_limit: int = 2**28):
         self.model: RoutedModel | None = None
         self._memory_limit = memory_limit
+        self._held: list[tuple[dict[str, torch.Tensor], ForwardTokens, torch.Tensor | None]] = []
+        self._held_bytes = 0
+        self._sequences = _Sequences()
         self._pending: list[dict[str, np.ndarray]] = []
         self._pending_bytes = 0
         self._file: Path | None = None
@@ -82,12 +93,60 @@ class PathTrace:
         Yields:
             `dict[str, numpy.ndarray]`: The recorded attributes of some tokens.
         """
+        self._convert()
         if self._file is not None:
             pa = _pyarrow()
             with pa.memory_map(str(self._file)) as source, pa.ipc.open_stream(source) as reader:
                 for batch in reader:
                     yield {name: _to_numpy(batch[name], name, self.model) for name in batch.schema.names}
         yield from self._pending
+
+    def _hold(self, values: dict[str, torch.Tensor], tokens: "ForwardTokens", offsets: torch.Tensor | None):
+        """Takes over a forward: values `(T, L, …)`, and offsets `(T, 2)`."""
+        self._held.append((values, tokens, offsets))
+        self._held_bytes += sum(tensor.nbytes for tensor in values.values())
+        if len(self._held) >= _HELD_FORWARDS or self._held_bytes > min(_HELD_BYTES, self._memory_limit):
+            self._convert()
+
+    def _convert(self):
+        """Appends the forwards that are held, consecutive steps of one token per row as one batch."""
+        held, self._held, self._held_bytes = self._held, [], 0
+
+        def kind(number: int):
+            _, tokens, offsets = held[number]
+            batch, length = tokens.real.shape
+            is_step = length == 1 and tokens.past > 0 and offsets is None
+            return (batch, tokens.input_ids is None) if is_step else number
+
+        for _, numbers in groupby(range(len(held)), kind):
+            values, forwards, offsets = zip(*(held[number] for number in numbers))
+            batch, length = forwards[0].real.shape
+
+            shape = batch, len(forwards), length
+
+            real = _cat([tokens.real for tokens in forwards], dim=1).cpu().numpy()
+            starts = _cat([tokens.starts for tokens in forwards], dim=1).cpu().numpy()
+            sequence_ids, positions = self._sequences.number(real, starts, forwards[0].past)
+            ids = np.full(real.shape, -1)
+            if forwards[0].input_ids is not None:
+                ids = _cat([tokens.input_ids for tokens in forwards], dim=1).cpu().numpy()
+            appended = {}
+            for name in values[0]:
+                column = _cat([forward[name] for forward in values], dim=0)
+                if name == "probabilities":
+                    column = column.float().softmax(dim=-1)
+                dtype = _index_dtype(self.model.num_experts) if name == "experts" else torch.float16
+                appended[name] = column.to(dtype).cpu().numpy()
+            appended |= {
+                "token_ids": _in_order(ids, shape),
+                "sequence_ids": _in_order(sequence_ids, shape),
+                "positions": _in_order(positions, shape),
+                "offsets": np.full((real.size, 2), -1) if offsets[0] is None else offsets[0].cpu().numpy(),
+            }
+            for name in _TOKEN_FIELDS:
+                appended[name] = appended[name].astype(np.int32)
+            real = _in_order(real, shape)
+            self._append({name: array if real.all() else array[real] for name, array in appended.items()})
 
     def _append(self, batch: dict[str, np.ndarray]):
         self._pending.append(batch)
@@ -165,6 +224,11 @@ def _index_dtype(num_experts: int) -> torch.dtype:
     return torch.uint8 if num_experts <= 256 else torch.int16
 
 
+def _in_order(rows: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """From rows to one forward after the other, where `shape` is the batch, the forwards and their length."""
+    return rows.reshape(shape).swapaxes(0, 1).reshape(-1)
+
+
 def _schema(batch: dict[str, np.ndarray], model: RoutedModel):
     return _to_arrow([batch]).schema.with_metadata({_METADATA: json.dumps(asdict(model))})
 
@@ -222,19 +286,26 @@ def record_paths(
     ```
     """
     routing, trace = Routing(model), PathTrace(memory_limit)
-    layers, tokens, offsets = {}, None, None
-    sequences = _Sequences()
+    layers, tokens, offsets, prompt_offsets = {}, None, None, None
+    # Where in a router's output is what was asked for. Nothing else is kept until the forward ends.
+    places = {"experts": 2} | ({"weights": 1} if weights else {}) | ({"probabilities": 0} if probabilities else {})
 
     def on_call(module, args, kwargs):
         nonlocal offsets
+        if module is model:  # what a forward that failed has left
+            offsets = None
         if "offset_mapping" in kwargs:
-            offsets = torch.as_tensor(kwargs.pop("offset_mapping"))
+            offsets = torch.as_tensor(kwargs.pop("offset_mapping")).reshape(-1, 2)
         return args, kwargs
 
     def on_start(decoder, args, kwargs):
-        nonlocal tokens
+        nonlocal tokens, offsets
         layers.clear()
         tokens = ForwardTokens(routing.arguments(args, kwargs))
+        if prompt_offsets is not None:
+            offsets = _offsets_of_prompt(prompt_offsets, tokens)
+        if offsets is not None and len(offsets) != tokens.real.numel():
+            raise ValueError(f"offset_mapping has {len(offsets)} tokens, but input_ids has {tokens.real.numel()}.")
 
     def on_route(router, args, kwargs, output):
         if tokens is None:  # a backward pass computes a layer again
@@ -242,14 +313,7 @@ def record_paths(
         if trace.model is None:
             routing.check_output(router, output)
             trace.model = routing.describe(output[0].shape[-1], output[2].shape[-1])
-        logits, chosen_weights, indices = output[:3]
-        # Kept until the forward ends, so nothing but what is asked for.
-        kept = {"experts": indices}
-        if weights:
-            kept["weights"] = chosen_weights
-        if probabilities:
-            kept["probabilities"] = logits
-        layers[routing.layer_of(router, args, kwargs)] = kept
+        layers[routing.layer_of(router, args, kwargs)] = [output[place] for place in places.values()]
 
     def on_forward(decoder, args, output):
         nonlocal tokens, offsets
@@ -258,23 +322,8 @@ def record_paths(
                 f"{routing.name} has {len(routing.layer_to_block)} routed layers, but this forward passed through "
                 f"{len(layers)}: its paths cannot be recorded."
             )
-        batch = {}
-        for name in layers[0]:
-            values = _stack([layers[layer][name] for layer in sorted(layers)])
-            if name == "probabilities":
-                values = values.float().softmax(dim=-1)
-            dtype = _index_dtype(trace.model.num_experts) if name == "experts" else torch.float16
-            batch[name] = values.to(dtype).cpu().numpy()
-        real = tokens.real.reshape(-1)
-        sequence_ids, positions = sequences.number(tokens)
-        ids = np.full(real.shape, -1) if tokens.input_ids is None else tokens.input_ids.reshape(-1).cpu().numpy()
-        spans = np.full((len(real), 2), -1) if offsets is None else offsets.reshape(-1, 2).cpu().numpy()
-        if len(spans) != len(real):
-            raise ValueError(f"offset_mapping has {len(spans)} tokens, but input_ids has {len(real)}.")
-        batch |= {"token_ids": ids, "sequence_ids": sequence_ids, "positions": positions, "offsets": spans}
-        for name in _TOKEN_FIELDS:
-            batch[name] = batch[name].astype(np.int32)
-        trace._append({name: values if real.all() else values[real] for name, values in batch.items()})
+        in_order = [layers[layer] for layer in sorted(layers)]
+        trace._hold({name: _stack(column) for name, column in zip(places, zip(*in_order))}, tokens, offsets)
         layers.clear()
         tokens = offsets = None
 
@@ -282,21 +331,74 @@ def record_paths(
     handles += [router.register_forward_hook(on_route, with_kwargs=True) for router in routing.routers]
     handles.append(routing.decoder.register_forward_pre_hook(on_start, with_kwargs=True))
     handles.append(routing.decoder.register_forward_hook(on_forward))
+    own_generate = vars(model).get("generate")
+    if generate := getattr(model, "generate", None):
+
+        @wraps(generate)
+        def generate_with_offsets(*args, offset_mapping=None, **kwargs):
+            nonlocal prompt_offsets
+            if offset_mapping is not None:
+                prompt_offsets = _check_prompt_offsets(offset_mapping, args, kwargs)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                prompt_offsets = None
+
+        model.generate = generate_with_offsets
     try:
         yield trace
     finally:
         for handle in handles:
             handle.remove()
+        if own_generate is not None:
+            model.generate = own_generate
+        elif generate:
+            del model.generate
+        trace._convert()
 
 
-def _stack(layers: list[torch.Tensor]) -> torch.Tensor:
-    """`(T, L, …)` on the device of the first layer, so that the host waits for it once."""
-    device = layers[0].device
-    return torch.stack([layer.detach().flatten(0, -2).to(device) for layer in layers], dim=1)
+def _check_prompt_offsets(offset_mapping, args: tuple, kwargs: dict) -> torch.Tensor:
+    """`(batch, sequence, 2)`, if that is what the prompt has.
+
+    Raises:
+        ValueError: If the prompt has another number of tokens, or part of it is in a cache already.
+    """
+    given = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+    shape = next(tensor.shape[:2] for tensor in given if tensor is not None)
+    offsets = torch.as_tensor(offset_mapping).reshape(-1, 2)
+    if len(offsets) != shape.numel():
+        raise ValueError(f"offset_mapping has {len(offsets)} tokens, but the prompt has {shape.numel()}.")
+    if (cache := kwargs.get("past_key_values")) is not None and int(cache.get_seq_length()):
+        raise ValueError(
+            f"generate got an offset_mapping, and past_key_values with {int(cache.get_seq_length())} tokens already: "
+            "which tokens the offsets belong to cannot be told. Leave one of the two out."
+        )
+    return offsets.view(*shape, 2)
+
+
+def _offsets_of_prompt(prompt_offsets: torch.Tensor, tokens: "ForwardTokens") -> torch.Tensor | None:
+    """Of the tokens of one forward of `generate`, `(T, 2)`: -1 for those that it has added."""
+    batch, length = tokens.real.shape
+    if tokens.past >= prompt_offsets.shape[1]:
+        return None
+    rows = prompt_offsets.repeat_interleave(batch // len(prompt_offsets), dim=0)  # beams or several answers
+    rows = rows[:, tokens.past : tokens.past + length]
+    return F.pad(rows, (0, 0, 0, length - rows.shape[1]), value=-1).flatten(0, 1)
+
+
+@torch.no_grad()
+def _stack(layers: tuple[torch.Tensor]) -> torch.Tensor:
+    """`(T, L, …)` on the device of the first layer."""
+    return torch.stack([layer.to(layers[0].device) for layer in layers], dim=-2).flatten(0, -3)
+
+
+def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """On the device of the first one."""
+    return torch.cat([tensor.to(tensors[0].device) for tensor in tensors], dim=dim) if tensors[1:] else tensors[0]
 
 
 class ForwardTokens:
-    """The tokens of one forward of a decoder.
+    """The tokens of one forward of a decoder, as they are then: a caller may write the next ones in their place.
 
     Args:
         arguments (`dict`): What the decoder was called with, by name.
@@ -304,30 +406,33 @@ class ForwardTokens:
     Attributes:
         input_ids (`torch.Tensor` of shape `(batch, sequence)` or `None`): Token ids.
         past (`int`): Tokens in the cache before this forward.
-        real (`numpy.ndarray` of shape `(batch, sequence)`, bool): Which tokens are no padding.
-        starts (`numpy.ndarray` of shape `(batch, sequence)`, bool): Where `position_ids` begin from 0.
+        real (`torch.Tensor` of shape `(batch, sequence)`, bool): Which tokens are no padding.
+        starts (`torch.Tensor` of shape `(batch, sequence)`, bool): Where `position_ids` begin from 0.
     """
 
     def __init__(self, arguments: dict):
-        arguments = arguments | arguments.get("kwargs", {})
         self.input_ids = arguments.get("input_ids")
-        batch, length = (arguments["inputs_embeds"] if self.input_ids is None else self.input_ids).shape[:2]
+        if self.input_ids is None:
+            batch, length = arguments["inputs_embeds"].shape[:2]
+        else:
+            self.input_ids = self.input_ids.clone()
+            batch, length = self.input_ids.shape
         cache = arguments.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
         mask = arguments.get("attention_mask")
         if getattr(mask, "ndim", None) == 2:
-            self.real = mask[:, -length:].bool().cpu().numpy()
+            self.real = mask[:, -length:] != 0
         elif getattr(mask, "ndim", None) == 4:
             # As a static cache gets it: (batch, 1, sequence, cache). A padding token may not even attend to itself.
             own = mask.diagonal(self.past, dim1=-2, dim2=-1)[:, 0, :length]
-            self.real = (own if own.dtype == torch.bool else own == 0).expand(batch, length).cpu().numpy()
+            self.real = (own == (1 if own.dtype == torch.bool else 0)).expand(batch, length)
         else:
-            self.real = np.ones((batch, length), dtype=bool)
+            self.real = torch.ones(batch, length, dtype=torch.bool)
         positions = arguments.get("position_ids")
         if getattr(positions, "ndim", None) == 2:
-            self.starts = (positions == 0).expand(batch, length).cpu().numpy()
+            self.starts = (positions == 0).expand(batch, length)
         else:
-            self.starts = np.zeros((batch, length), dtype=bool)
+            self.starts = torch.zeros(batch, length, dtype=torch.bool)
 
 
 class _Sequences:
@@ -337,27 +442,27 @@ class _Sequences:
         self.begun = 0
         self.last_ids = self.next_positions = np.zeros(0, dtype=int)
 
-    def number(self, tokens: ForwardTokens) -> tuple[np.ndarray, np.ndarray]:
-        """The sequence and the position of each token, both `(batch · sequence,)`; of padding, anything."""
-        count = tokens.real.cumsum(axis=1)
-        goes_on = tokens.past > 0 and len(self.last_ids) == len(count)
-        positions = count - 1 + (self.next_positions[:, None] if goes_on else tokens.past)
-        starts = tokens.real & tokens.starts
+    def number(self, real: np.ndarray, starts: np.ndarray, past: int) -> tuple[np.ndarray, np.ndarray]:
+        """The sequence and the position of each token, both of the shape of `real`; of padding, anything."""
+        count = real.cumsum(axis=1)
+        goes_on = past > 0 and len(self.last_ids) == len(count)
+        positions = count - 1 + (self.next_positions[:, None] if goes_on else past)
+        starts = real & starts
         if starts.any():
             positions -= np.maximum.accumulate(np.where(starts, positions, 0), axis=1)
-        if not goes_on:
-            starts |= tokens.real & (count == 1)
+        not_begun = self.next_positions[:, None] == 0 if goes_on else True  # only padding so far
+        starts |= real & (count == 1) & not_begun
         started = starts.cumsum().reshape(starts.shape)
         ids = self.begun - 1 + started
         if goes_on:
             ids = np.where(starts.cumsum(axis=1) == 0, self.last_ids[:, None], ids)
         self.begun += int(started[-1, -1])
         self.last_ids, self.next_positions = ids[:, -1], positions[:, -1] + 1
-        return ids.reshape(-1), positions.reshape(-1)
+        return ids, positions
 
 
 @contextmanager
-def replay_paths(model: nn.Module, trace: PathTrace) -> Iterator[None]:
+def replay_paths(model: nn.Module, trace: PathTrace, *, check_routers: bool = True) -> Iterator[None]:
     """Sends the tokens of a trace through the experts of the trace, recorded or edited.
 
     The model must get the same tokens in the same forwards as when the trace was recorded. Weights come from the
@@ -365,8 +470,10 @@ def replay_paths(model: nn.Module, trace: PathTrace) -> Iterator[None]:
     gives its logits again.
 
     Args:
-        model (`torch.nn.Module`): The recorded model, or one of the same shape.
+        model (`torch.nn.Module`): The recorded model.
         trace (`PathTrace`): From [`record_paths`], [`PathTrace.load`] or [`PathTrace.replace`].
+        check_routers (`bool`, defaults to `True`): Whether to refuse a trace of a model whose routers have other
+            parameters. `False` for another model of the same shape, such as one that was trained further.
 
     Raises:
         TypeError: If the model has no routers that are recognised, or computes weights in a way that replay cannot
@@ -384,7 +491,14 @@ def replay_paths(model: nn.Module, trace: PathTrace) -> Iterator[None]:
     """
     routing = Routing(model)
     experts, token_ids = trace.experts, trace.token_ids
-    trace.model.check_same(routing.describe(trace.model.num_experts, trace.model.top_k))
+    described = routing.describe(trace.model.num_experts, trace.model.top_k)
+    trace.model.check_same(described)
+    if check_routers:
+        trace.model.check_routers(
+            described,
+            "Record this model's own, or pass check_routers=False to replay it all the same, for instance if the "
+            "model was trained on since.",
+        )
     done, tokens = 0, None
 
     def on_start(decoder, args, kwargs):
@@ -394,7 +508,7 @@ def replay_paths(model: nn.Module, trace: PathTrace) -> Iterator[None]:
         if done + count > len(experts):
             raise ValueError(f"The trace has {len(experts)} tokens, but the model is given {done + count}.")
         if tokens.input_ids is not None:
-            given = tokens.input_ids.cpu()[torch.from_numpy(tokens.real)]
+            given = tokens.input_ids.cpu()[tokens.real.cpu()]
             recorded = token_ids[done : done + count]
             if (different := (given != recorded) & (recorded >= 0)).any():
                 first = int(different.nonzero()[0])
@@ -407,9 +521,8 @@ def replay_paths(model: nn.Module, trace: PathTrace) -> Iterator[None]:
 
     def forced(layer_idx, logits, indices):
         trace.model.check_same(routing.describe(logits.shape[-1], indices.shape[-1]))
-        real = torch.from_numpy(tokens.real.reshape(-1))
         flat = indices.flatten(0, -2).clone()
-        flat[real.to(flat.device)] = tokens.experts[:, layer_idx].to(flat)
+        flat[tokens.real.reshape(-1).to(flat.device)] = tokens.experts[:, layer_idx].to(flat)
         return flat.view_as(indices)
 
     with edit_paths(model, forced):

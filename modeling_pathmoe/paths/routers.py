@@ -1,13 +1,16 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Where a model routes, and how to make it route otherwise."""
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -15,7 +18,7 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class RoutedModel:
-    """What of a model's shape decides whether the paths of one model mean anything in another.
+    """What decides whether the paths of one model mean anything in another.
 
     Attributes:
         model_type (`str`): The configuration's `model_type`.
@@ -23,6 +26,9 @@ class RoutedModel:
         num_experts (`int`): Experts per layer.
         top_k (`int`): Experts per token and layer.
         layer_to_block (`tuple[int, ...]`): The router of each layer; 0, 1, 2, … where each layer has its own.
+        router_hash (`str` or `None`): Of the routers' parameters, rounded to bfloat16, so that the precision in which
+            a model is loaded makes no difference. `None` where they are not all there, as when they are sharded, and
+            in a trace of a version without it. Fixed random routers that were drawn with the same seed are the same.
     """
 
     model_type: str
@@ -30,6 +36,7 @@ class RoutedModel:
     num_experts: int
     top_k: int
     layer_to_block: tuple[int, ...]
+    router_hash: str | None = None
 
     def check_same(self, other: "RoutedModel"):
         """Refuses a trace (`self`) of a model of another shape than `other`.
@@ -40,11 +47,29 @@ class RoutedModel:
         differences = [
             f"{name} is {value!r} in the trace and {getattr(other, name)!r} in the model"
             for name, value in vars(self).items()
-            if value != getattr(other, name)
+            if name != "router_hash" and value != getattr(other, name)
         ]
         if differences:
             raise ValueError(
                 f"This trace belongs to another model: {'; '.join(differences)}. Record this model's own."
+            )
+
+    def check_routers(self, other: "RoutedModel", advice: str = "Record this model's own."):
+        """Refuses a trace (`self`) of a model whose routers have other parameters than those of `other`.
+
+        Raises:
+            ValueError: If they differ, or cannot be compared; ends with `advice`.
+        """
+        if self.router_hash is None or other.router_hash is None:
+            raise ValueError(
+                "Whether this trace belongs to another model cannot be told: router_hash is None in the "
+                f"{'trace' if self.router_hash is None else 'model'}, where the parameters of the routers are sharded "
+                f"or not known. {advice}"
+            )
+        if self.router_hash != other.router_hash:
+            raise ValueError(
+                "This trace belongs to another model: the parameters of the routers differ, "
+                f"router_hash is {self.router_hash} in the trace and {other.router_hash} in the model. {advice}"
             )
 
 
@@ -92,7 +117,7 @@ class Routing:
         self._layers = {router: getattr(router, "layers", [i]) for i, router in enumerate(self.routers)}
         blocks = {layer: block for block, layers in enumerate(self._layers.values()) for layer in layers}
         self.layer_to_block = tuple(blocks[layer] for layer in sorted(blocks))
-        self._parameters = inspect.signature(self.decoder.forward)
+        self._arguments = list(inspect.signature(self.decoder.forward).parameters)
 
     def layer_of(self, router: nn.Module, args: tuple, kwargs: dict) -> int:
         """The layer that calls the router with these arguments."""
@@ -103,7 +128,7 @@ class Routing:
 
     def arguments(self, args: tuple, kwargs: dict) -> dict:
         """The arguments of a forward of the decoder, by name."""
-        return self._parameters.bind(*args, **kwargs).arguments
+        return dict(zip(self._arguments, args)) | kwargs
 
     def check_output(self, router: nn.Module, output):
         """Refuses a router that returns something else than `(logits, weights, indices)`.
@@ -124,9 +149,33 @@ class Routing:
             )
 
     def describe(self, num_experts: int, top_k: int) -> RoutedModel:
-        """The model's shape. Configurations name experts and k differently; what a router returns shows them."""
-        layers = len(self.layer_to_block)
-        return RoutedModel(self.decoder.config.model_type, layers, num_experts, top_k, self.layer_to_block)
+        """What identifies the model. Configurations name experts and k differently; a router's output shows them."""
+        layers, model_type = len(self.layer_to_block), self.decoder.config.model_type
+        return RoutedModel(model_type, layers, num_experts, top_k, self.layer_to_block, self.router_hash)
+
+    @cached_property
+    def router_hash(self) -> str | None:
+        """See [`RoutedModel`]. As of the first time that it is asked for."""
+        digest = hashlib.blake2b(digest_size=8)
+        for router in self.routers:
+            with _loaded(router):
+                for name, tensor in router.state_dict().items():
+                    if isinstance(tensor, DTensor) or tensor.is_meta or not tensor.numel():
+                        return None
+                    if tensor.is_floating_point():
+                        tensor = tensor.bfloat16()
+                    digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                    digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def _loaded(module: nn.Module) -> AbstractContextManager:
+    """Brings back, for a while, the parameters that accelerate has offloaded."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
 
 
 def check_indices(what: str, indices: torch.Tensor, shape: tuple[int, ...], num_experts: int):

@@ -1,5 +1,6 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import json
+import math
 import re
 import shutil
 import warnings
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from data.brown import tagged_document
-from modeling_pathmoe.paths import jaccard_matrix, path_coverage, record_paths
+from modeling_pathmoe.paths import jaccard_matrix, path_coverage, record_paths, routing_entropy
 
 
 ENTRIES = "The/at quick/jj fox/nn jumps/vbz over/in a/at lazy/jj dog/nn ,/, and/cc the/at dogs/nns sleep/vb ./."
@@ -149,12 +150,14 @@ def test_models_are_compared_on_equally_many_tokens(figures, tokenizer):
 
 
 def test_figures_are_those_of_a_trace_of_its_own(figures, model, tokenizer):
-    with record_paths(model) as trace:
+    with record_paths(model, probabilities=True) as trace:
         for document in documents():
             model(**tokenizer(document["text"], return_tensors="pt"))
     shown, top1 = figures["models"][0], trace.experts[:, :, 0].long()
     measures = {measure["key"]: measure["value"] for measure in shown["measures"]}
     assert measures["distinct_paths"] == len(top1.unique(dim=0))
+    entropy = routing_entropy(trace.probabilities).mean().item() / math.log(trace.model.num_experts)
+    assert measures["routing_entropy"] == pytest.approx(entropy)
     np.testing.assert_allclose(shown["jaccard"], jaccard_matrix(trace.experts))
     flow = {(layer, a, b): share for layer, links in enumerate(shown["flow"]) for a, b, share in links}
     for layer in range(3):
@@ -164,6 +167,11 @@ def test_figures_are_those_of_a_trace_of_its_own(figures, model, tokenizer):
                 assert flow.get((layer, a, b), 0) == pytest.approx(share)
     for path in shown["paths"]:
         assert path["tokens"] == (top1 == torch.tensor(path["path"])).all(dim=1).sum()
+
+
+def test_every_measure_has_an_interval(figures):
+    for measure in [measure for model in figures["models"] for measure in model["measures"]]:
+        assert measure["low"] <= measure["value"] <= measure["high"], measure["key"]
 
 
 def test_page_holds_all_figures_and_needs_nothing_else(output, figures):

@@ -119,6 +119,52 @@ def test_offsets_of_the_tokenizer_lead_back_to_the_text(tiny_model):
     assert trace.offsets[4:].unique().tolist() == [-1]
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}, {"prefill_chunk_size": 2}], ids=str)
+def test_offsets_go_through_generate_to_the_tokens_of_the_prompt(tiny_model, options):
+    model, ids = tiny_model(), torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    offsets, mask = torch.arange(16).view(2, 4, 2), (ids > 0).long()
+    options = options | {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with record_paths(model) as trace:
+        model.generate(ids, attention_mask=mask, offset_mapping=offsets, **options)
+    tokens = [*zip(trace.sequence_ids.tolist(), trace.positions.tolist(), trace.token_ids.tolist())]
+    rows = {sequence: {5: 0, 7: 1}[token] for sequence, position, token in tokens if position == 0}
+    for (sequence, position, _), span in zip(tokens, trace.offsets.tolist()):
+        prompt = offsets[rows[sequence]][mask[rows[sequence]].bool()].tolist()
+        assert span == (prompt[position] if position < len(prompt) else [-1, -1])
+    assert (trace.offsets >= 0).any() and (trace.offsets < 0).any()
+    assert "generate" not in vars(model)
+
+
+def test_offsets_of_another_prompt_are_refused(tiny_model, tokens):
+    model = tiny_model()
+    with record_paths(model):
+        with pytest.raises(ValueError, match="offset_mapping has 8 tokens, but the prompt has 14"):
+            model.generate(tokens(), offset_mapping=torch.zeros(2, 4, 2), max_new_tokens=2)
+        with pytest.raises(ValueError, match="offset_mapping has 8 tokens, but input_ids has 14"):
+            model(tokens(), offset_mapping=torch.zeros(2, 4, 2))
+        cache = model(tokens()[:, :3]).past_key_values
+        with pytest.raises(ValueError, match="and past_key_values with 3 tokens already"):
+            model.generate(tokens(), past_key_values=cache, offset_mapping=torch.zeros(2, 7, 2), max_new_tokens=2)
+
+
+def test_steps_that_reuse_their_input_are_recorded_as_they_were(tiny_model, tokens):
+    model, ids, step, lengths = tiny_model(), tokens(), torch.empty(2, 1, dtype=torch.long), []
+    with record_paths(model) as trace:
+        cache = model(ids[:, :3]).past_key_values
+        for place in (3, 4, 5):
+            model(step.copy_(ids[:, place : place + 1]), past_key_values=cache)
+            if place != 4:  # read amid the steps, and before them
+                lengths.append(len(trace))
+    assert lengths == [8, 12]
+    assert trace.token_ids.tolist() == [*ids[:, :3].flatten().tolist(), *ids[:, 3:6].T.flatten().tolist()]
+    assert trace.sequence_ids.tolist() == [0] * 3 + [1] * 3 + [0, 1] * 3
+    assert trace.positions.tolist() == [0, 1, 2] * 2 + [3, 3, 4, 4, 5, 5]
+    with record_paths(model) as whole:
+        model(ids[:, :6])
+    order = (6 * trace.sequence_ids + trace.positions).argsort()
+    assert torch.equal(trace.experts[order], whole.experts)
+
+
 @pytest.mark.parametrize("kind", [{"router_type": "recurrent"}, {"router_sharing": "decision"}, "olmoe"], ids=str)
 def test_backward_of_checkpointed_layers_is_not_recorded(any_model, tokens, kind):
     model, ids = any_model(kind).train(), tokens(1, 4)
@@ -172,6 +218,16 @@ def test_a_trace_beyond_its_limit_goes_to_disk_and_is_the_same(tiny_model, token
     del trace, traces
     gc.collect()
     assert not folder.exists()
+
+
+def test_rows_that_are_all_padding_in_the_first_chunk_begin_later(tiny_model):
+    model, ids = tiny_model(), torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    with record_paths(model) as trace:
+        cache = model(ids[:, :2], attention_mask=(ids > 0)[:, :2]).past_key_values
+        model(ids[:, 2:], attention_mask=ids > 0, past_key_values=cache)
+    assert trace.token_ids.tolist() == [7, 8, 5, 6, 9, 10]
+    assert trace.sequence_ids.tolist() == [0, 0, 1, 1, 0, 0]
+    assert trace.positions.tolist() == [0, 1, 0, 1, 2, 3]
 
 
 def test_a_saved_trace_is_the_same_in_another_process(any_model, tokens, tmp_path):

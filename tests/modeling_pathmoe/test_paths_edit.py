@@ -1,6 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from modeling_pathmoe import PathTrace, record_paths, replay_paths
 from modeling_pathmoe.paths import edit_paths
@@ -143,7 +144,7 @@ def test_traces_that_do_not_fit_are_refused(any_model, tokens, tmp_path):
             with replay_paths(any_model({"router_block_size": 1} if other == "twin" else other), trace):
                 pass
     with pytest.raises(ValueError, match="num_experts is 8 in the trace and 9 in the model"):
-        with replay_paths(wider := any_model({"num_experts": 9}), trace):
+        with replay_paths(wider := any_model({"num_experts": 9}), trace, check_routers=False):
             wider(tokens())
     with replay_paths(model, trace):
         with pytest.raises(ValueError, match=r"Token 0 of the trace is \d+, but the model is given \d+"):
@@ -155,6 +156,48 @@ def test_traces_that_do_not_fit_are_refused(any_model, tokens, tmp_path):
         trace.replace(trace.experts[1:])
     with pytest.raises(ValueError, match="experts has indices from 8 to 8, but experts are 0 to 7"):
         trace.replace(torch.full((14, 5, 2), 8))
+
+
+def test_trace_of_a_twin_is_refused_unless_it_is_asked_for(any_model, tokens, kind, tmp_path):
+    model = any_model(kind)
+    with record_paths(model) as trace:
+        model(tokens())
+    trace.save(tmp_path / "trace.arrow")
+    trace = PathTrace.load(tmp_path / "trace.arrow")
+    twin = any_model(kind, seed=1)
+    for refused in (lambda: replay_paths(twin, trace), lambda: replay_paths(twin, trace.replace(trace.experts))):
+        with pytest.raises(
+            ValueError, match="belongs to another model: the parameters of the routers differ.*pass check"
+        ):
+            with refused():
+                pass
+    with replay_paths(twin, trace, check_routers=False), record_paths(twin) as taken:
+        twin(tokens())
+    assert torch.equal(taken.experts, trace.experts)
+    with replay_paths(model.bfloat16(), trace):  # the same in another precision
+        model(tokens())
+
+
+def test_trace_of_an_offloaded_model_is_its_own(any_model, tokens):
+    whole, model = any_model("qwen3_moe"), cpu_offload(any_model("qwen3_moe"), execution_device=torch.device("cpu"))
+    with record_paths(model) as trace:
+        expected = model(tokens()).logits
+    assert model.model.layers[0].mlp.gate.weight.is_meta
+    for same in (whole, model):
+        with replay_paths(same, trace):
+            torch.testing.assert_close(same(tokens()).logits, expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="parameters of the routers differ"):
+        with replay_paths(any_model("qwen3_moe", seed=1), trace):
+            pass
+
+
+def test_routers_that_cannot_be_compared_are_refused(any_model, tokens):
+    model = any_model({})
+    with record_paths(model) as trace:
+        model(tokens())
+    with pytest.raises(ValueError, match="cannot be told: router_hash is None in the model, .* sharded or not known"):
+        with replay_paths(any_model({}).to("meta"), trace):
+            pass
 
 
 def test_routers_whose_weights_do_not_follow_the_indices_are_recorded_but_not_replayed(tokens):

@@ -17,6 +17,7 @@ from modeling_pathmoe.paths import (
     distinct_paths,
     expert_load,
     jaccard_matrix,
+    jackknife,
     load_entropy,
     load_variation,
     mutual_information,
@@ -176,6 +177,31 @@ def test_bootstrap_draws_whole_documents_in_any_order_of_tokens():
     ) or 3 <= interval.low <= interval.high <= 6
 
 
+def test_jackknife_of_a_mean_has_its_standard_error():
+    values = torch.randn(40, generator=torch.manual_seed(0), dtype=torch.float64)
+    interval = jackknife(lambda x: x.mean().item(), torch.arange(40), values)
+    half = 1.959964 * values.std().item() / 40**0.5
+    expected = values.mean().item() - half, values.mean().item(), values.mean().item() + half
+    assert (interval.low, interval.estimate, interval.high) == pytest.approx(expected)
+
+
+def test_jackknife_covers_what_grows_with_the_sample_as_often_as_it_says():
+    def draw(seed):
+        """Documents of tokens on a few of many paths, with labels that the paths tell something of."""
+        generator = torch.Generator().manual_seed(seed)
+        kinds = torch.rand(30, 4, generator=generator).mul(math.log(400)).exp().long()
+        paths = kinds.gather(1, torch.randint(4, (30, 6), generator=generator)).flatten()
+        labels = (paths + torch.randint(2, (180,), generator=generator)) % 5
+        return torch.arange(30).repeat_interleave(6), paths, labels
+
+    for measure in (lambda paths, labels: distinct_paths(paths[:, None, None]), mutual_information, cluster_purity):
+        found = np.array([measure(*draw(seed)[1:]) for seed in range(1000, 1200)])
+        intervals = [jackknife(measure, *draw(seed), groups=15) for seed in range(60)]
+        assert sum(interval.low <= found.mean() <= interval.high for interval in intervals) >= 53
+        width = np.mean([interval.high - interval.low for interval in intervals])
+        assert width < 1.3 * 2 * 1.96 * found.std()
+
+
 def test_subsample_has_that_many_tokens_of_whole_documents():
     documents = torch.randint(0, 20, (500,), generator=torch.manual_seed(0))
     indices = subsample_documents(documents, 200)
@@ -196,6 +222,8 @@ def test_what_cannot_be_measured_is_refused():
         mutual_information(torch.zeros(3), torch.zeros(4))
     with pytest.raises(ValueError, match="needs at least 2, got 1"):
         bootstrap(lambda x: 0.0, torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="groups=1 must be at least 2"):
+        jackknife(lambda x: 0.0, torch.arange(3), torch.zeros(3), groups=1)
     with pytest.raises(ValueError, match="document_ids has 3 tokens, but a value has 2"):
         bootstrap(lambda x: 0.0, torch.arange(3), torch.zeros(2))
     with pytest.raises(ValueError, match="tokens=9 must be between 1 and the number of tokens, 3"):
