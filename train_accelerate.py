@@ -321,6 +321,11 @@ def count_targets(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return (inputs["labels"][:, 1:] != -100).sum()
 
 
+def loss_alone(config: PreTrainedConfig, recipe: Recipe) -> dict[str, bool]:
+    """What makes a forward compute the loss without holding all logits: PathMoE can, unless its head is sharded."""
+    return {"skip_logits": True} if config.model_type == "pathmoe" and recipe.ep_size == 1 else {}
+
+
 @torch.no_grad()
 def evaluate(
     model, held_out: np.ndarray, recipe: Recipe, accelerator: Accelerator, end_of_text: int
@@ -333,6 +338,7 @@ def evaluate(
     # Other MoE models add their balancing loss whenever they return router logits.
     config = accelerator.unwrap_model(model).config
     plain = {"output_router_logits": False} if hasattr(config, "output_router_logits") else {}
+    plain |= loss_alone(config, recipe)
     rows = recipe.micro_batch_size
     stride = rows * accelerator.num_processes
     totals = torch.zeros(2, dtype=torch.float64)
@@ -423,12 +429,13 @@ def train(
             loss_sum, router_logits = torch.zeros((), device=accelerator.device), None
             for number, inputs in enumerate(micro):
                 wanted = {"output_router_logits": True} if monitored and number == 0 else {}
+                wanted |= loss_alone(config, recipe)
                 with accumulate(accelerator, model, last=number == accumulation - 1):
                     output = model(**inputs, num_items_in_batch=targets, use_cache=False, **wanted)
                     loss = output.loss
                     loss_sum += cross_entropy(output, config, count_targets(inputs) / targets)
-                    router_logits = output.router_logits if wanted else router_logits
-                    del output  # and with it the logits, the largest tensor of all
+                    router_logits = output.router_logits if "output_router_logits" in wanted else router_logits
+                    del output  # and with it, in most models, the logits: the largest tensor of all
                     accelerator.backward(loss)
             norm = gradient_norm(unwrapped)
             loss, norm, stopping = agree(accelerator, loss_sum, norm, stop.signalled)

@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import (
 )
 
 from .configuration_pathmoe import PathMoEConfig
+from .loss_pathmoe import linear_cross_entropy
 from .routing_pathmoe import ROUTERS, PathMoERouter, load_balancing_loss, router_z_loss
 
 
@@ -394,6 +395,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PathMoECausalLMOutputWithPast:
         """Predicts the next token. Arguments that are not listed are those of [`PathMoEModel.forward`].
@@ -405,6 +407,8 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
                 the config's value when unset.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): How many last positions get logits, or which; 0
                 means all.
+            skip_logits (`bool`, defaults to `False`): Whether to compute the loss without the logits of the whole
+                batch, which is faster and takes less memory; `logits` is then `None`.
             **kwargs: `num_items_in_batch`, the number of targets in all micro-batches of an optimizer step, and what
                 the model takes.
 
@@ -413,8 +417,14 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             cross-entropy alone in evaluation mode.
 
         Raises:
-            ValueError: If auxiliary losses are needed and `attention_mask` is not two-dimensional.
+            ValueError: If auxiliary losses are needed and `attention_mask` is not two-dimensional, or if `skip_logits`
+                is given without `labels` or with a head that is not a plain, unsharded linear layer.
         """
+        if skip_logits and (labels is None or type(self.lm_head) is not nn.Linear):
+            raise ValueError(
+                f"skip_logits=True needs labels and a plain lm_head, but labels is {'' if labels is None else 'not '}"
+                f"None and lm_head is a {type(self.lm_head).__name__}: leave skip_logits out."
+            )
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         lb_coef, z_coef = self.config.router_aux_loss_coef, self.config.router_z_loss_coef
@@ -431,11 +441,13 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, slice_indices, :])
-
-        loss = aux_loss = z_loss = None
-        if labels is not None:
+        logits = loss = aux_loss = z_loss = None
+        if skip_logits:
+            loss = linear_cross_entropy(hidden_states, self.lm_head.weight, labels, **kwargs)
+        else:
+            slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, slice_indices, :])
+        if labels is not None and not skip_logits:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         if outputs.router_logits is not None:
             mask = self._token_mask(attention_mask, sequence_length=hidden_states.shape[1])

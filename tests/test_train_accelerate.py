@@ -44,7 +44,7 @@ def test_final_folder_loads_generates_and_has_a_card(trained):
     assert (
         "AutoModelForCausalLM.from_pretrained" in card and "validation perplexity" in card and "max_steps: 6" in card
     )
-    assert len(list((trained / "final").glob("*_pathmoe.py"))) == 3
+    assert len(list((trained / "final").glob("*_pathmoe.py"))) == 4
 
 
 def split_at(block, *, after):
@@ -257,7 +257,11 @@ def test_engine_of_the_recipe_must_be_in_force(recipe, tmp_path):
         ({"min_lr_ratio": -1.0}, "min_lr_ratio=-1.0 must be from 0 to 1"),
         ({"weight_decay": float("nan")}, "weight_decay=nan"),
         (
-            {"precision": "bf16", "model_overrides": {"moe_intermediate_size": 20}},
+            {
+                "precision": "bf16",
+                "experts_implementation": "grouped_mm",
+                "model_overrides": {"moe_intermediate_size": 20},
+            },
             "moe_intermediate_size=20 in torch.bf",
         ),
         ({"precision": "fp8"}, "precision='fp8' must be one of fp32, bf16"),

@@ -98,11 +98,12 @@ def trace_working_memory(recipe: Recipe, config: PreTrainedConfig, layers: int, 
     fields = config.to_dict() | {"num_hidden_layers": layers or 1, "router_block_size": 1}
     names = ("micro_batch_size", "sequence_length", "precision", "gradient_checkpointing")
     names += ("attn_implementation", "experts_implementation")
-    return _trace(json.dumps(fields), *(getattr(recipe, name) for name in names), cast, layers > 0)
+    alone = config.model_type == "pathmoe" and recipe.ep_size == 1  # the loss, without the logits of the whole batch
+    return _trace(json.dumps(fields), *(getattr(recipe, name) for name in names), cast, layers > 0, alone)
 
 
 @functools.cache
-def _trace(fields, rows, length, precision, checkpointing, attention, experts, cast, head) -> float:
+def _trace(fields, rows, length, precision, checkpointing, attention, experts, cast, head, alone) -> float:
     fields, bf16 = json.loads(fields), precision == "bf16"
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     # grouped_mm does not know float32 tensors that are fake; transformers' stand-in for it does.
@@ -123,7 +124,8 @@ def _trace(fields, rows, length, precision, checkpointing, attention, experts, c
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not cast):
                 inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
                 if head:
-                    loss = model(**inputs, labels=tokens, num_items_in_batch=1).loss
+                    skip = {"skip_logits": True} if alone else {}
+                    loss = model(**inputs, labels=tokens, num_items_in_batch=1, **skip).loss
                 else:
                     loss = model.base_model(**inputs).last_hidden_state.sum()
             loss.backward()

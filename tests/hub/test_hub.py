@@ -31,7 +31,7 @@ from modeling_pathmoe import (
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CODE_FILES = ["configuration_pathmoe.py", "modeling_pathmoe.py", "routing_pathmoe.py"]
+CODE_FILES = ["configuration_pathmoe.py", "loss_pathmoe.py", "modeling_pathmoe.py", "routing_pathmoe.py"]
 AUTO_CLASSES = {
     "AutoModel": PathMoEModel,
     "AutoModelForCausalLM": PathMoEForCausalLM,
@@ -260,7 +260,7 @@ def test_weights_are_saved_as_safetensors_only(checkpoints, saved):
 
 
 @pytest.mark.parametrize("saved", AUTO_CLASSES)
-def test_the_saved_code_is_the_three_model_files(checkpoints, saved):
+def test_the_saved_code_is_the_model_files(checkpoints, saved):
     assert sorted(path.name for path in (checkpoints / saved).glob("*.py")) == CODE_FILES
 
 

@@ -1,0 +1,83 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Cross-entropy of a language-modelling head that never holds the logits of the whole batch.
+
+torch's `linear_cross_entropy` does so too, but sums a bfloat16 loss up in bfloat16: over 4,096 tokens, the mean was
+wrong by 0.2.
+"""
+
+import torch
+from torch import nn
+
+
+# Fewer make the products with the head's weight inefficient.
+CHUNK_TOKENS = 1024
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the losses. Its gradients are computed along with it, chunk by chunk, in the memory of the logits."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, labels):
+        of_hidden_states, of_weight, _ = ctx.needs_input_grad
+        grad_hidden_states = torch.empty_like(hidden_states) if of_hidden_states else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        for start in range(0, len(labels), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            counted = (labels[chunk] >= 0).unsqueeze(1)
+            targets = labels[chunk].clamp(min=0).unsqueeze(1)
+            logits = (hidden_states[chunk] @ weight.t()).float()
+            log_normalizer = logits.logsumexp(dim=1, keepdim=True)
+            total += ((log_normalizer - logits.gather(1, targets)) * counted).sum()
+            if not (of_hidden_states or of_weight):
+                continue
+            grad_logits = logits.sub_(log_normalizer).exp_()
+            grad_logits.scatter_add_(1, targets, grad_logits.new_full(targets.shape, -1.0))
+            grad_logits = grad_logits.mul_(counted).to(weight.dtype)
+            if of_hidden_states:
+                grad_hidden_states[chunk] = grad_logits @ weight
+            if of_weight:
+                grad_weight += grad_logits.t() @ hidden_states[chunk]
+        ctx.save_for_backward(grad_hidden_states, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *(None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None
+
+
+def linear_cross_entropy(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.LongTensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.LongTensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """The loss of transformers' `ForCausalLMLoss` on `hidden_states @ weight.T`, in float32.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch, sequence, D)`): What the head is given.
+        weight (`torch.Tensor` of shape `(vocab_size, D)`): The head's weight.
+        labels (`torch.LongTensor` of shape `(batch, sequence)`): Token ids to predict, unshifted; -100 is ignored.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): What to divide the sum by; the number of targets when
+            unset.
+        shift_labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Shifted labels, instead.
+
+    Returns:
+        `torch.Tensor`, a scalar: The loss.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    shift_labels = shift_labels.flatten().to(hidden_states.device)
+    device_type = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    with torch.autocast(device_type, enabled=False):
+        hidden_states = hidden_states.flatten(0, -2).to(dtype)
+        total = LinearCrossEntropy.apply(hidden_states, weight.to(dtype), shift_labels)
+    if num_items_in_batch is None:
+        num_items_in_batch = (shift_labels >= 0).sum()
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch

@@ -1,0 +1,69 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from modeling_pathmoe.loss_pathmoe import CHUNK_TOKENS, linear_cross_entropy
+
+
+def example(dtype=torch.float32, rows=5, length=300):
+    torch.manual_seed(0)
+    hidden_states, weight = torch.randn(rows, length, 12).to(dtype), torch.randn(37, 12).to(dtype)
+    labels = torch.randint(0, 37, (rows, length))
+    labels[0, 7:90] = -100
+    assert rows * length > CHUNK_TOKENS
+    return hidden_states.requires_grad_(), weight.requires_grad_(), labels
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("items", [None, 123, torch.tensor(77)], ids=str)
+def test_loss_and_gradients_are_those_of_the_logits(dtype, tolerance, items):
+    hidden_states, weight, labels = example(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden_states, weight)]
+    loss = linear_cross_entropy(hidden_states, weight, labels, items)
+    expected = ForCausalLMLoss(exact[0] @ exact[1].t(), labels, 37, items)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=tolerance, atol=0)
+    got, wanted = torch.autograd.grad(loss, [hidden_states, weight]), torch.autograd.grad(expected, exact)
+    for ours, reference in zip(got, wanted):
+        assert (ours - reference).norm() <= tolerance * reference.norm()
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden_states, weight, labels = example()
+    expected = torch.autograd.grad(linear_cross_entropy(hidden_states, weight, labels), hidden_states)
+    got = torch.autograd.grad(linear_cross_entropy(hidden_states, weight.detach(), labels), hidden_states)
+    assert torch.equal(*got, *expected)
+
+
+def test_shifted_labels_are_taken_as_they_are():
+    hidden_states, weight, labels = example()
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    expected = linear_cross_entropy(hidden_states, weight, labels)
+    assert torch.equal(linear_cross_entropy(hidden_states, weight, None, shift_labels=shifted), expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, {"router_aux_loss_coef": 0.1}], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_model_without_logits_learns_the_same(tiny_model, tokens, fields, autocast):
+    model, ids = tiny_model(**fields).train(), tokens(3, 9)
+    gradients, losses = [], []
+    for skip in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(ids, labels=ids, num_items_in_batch=torch.tensor(50), skip_logits=skip)
+        assert (output.logits is None) == skip
+        losses.append(output.loss)
+        gradients.append(torch.autograd.grad(output.loss, list(model.parameters())))
+    tolerance = 3e-2 if autocast else 1e-5
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
+    for whole, chunked in zip(*gradients):
+        assert (whole - chunked).norm() <= tolerance * (whole.norm() + 1e-4)
+
+
+def test_logits_are_not_skipped_where_that_would_be_wrong(tiny_model, tokens):
+    model, ids = tiny_model(), tokens()
+    with pytest.raises(ValueError, match="skip_logits=True needs labels .* labels is None"):
+        model(ids, skip_logits=True)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="lm_head is a Sequential"):
+        model(ids, labels=ids, skip_logits=True)
