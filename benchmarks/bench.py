@@ -1,9 +1,9 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """PathMoE beside its peers, in one run: training step, experts alone, prefill, decoding, scaling, loss.
 
-    python benchmarks/bench.py --compile --json benchmarks/bench.json --plot benchmarks/scaling.png    # make bench
+    python benchmarks/bench.py --compile train_step --json benchmarks/bench.json --plot benchmarks/scaling.png
     python benchmarks/bench.py --suite train_step --shape quickstart 0.9b-layer --json OUT
-    python benchmarks/bench.py --table benchmarks/bench.json                                           # the README's table
+    python benchmarks/bench.py --table benchmarks/bench.json
 
 Peers are OLMoE, Qwen3-MoE and Mixtral of transformers, each with the fastest of transformers' experts backends (found
 by a trial in the same run), and a dense Qwen3 of equal active parameters. All have PathMoE's shape, dtype, attention
@@ -18,6 +18,7 @@ beyond parameters, optimizer state and inputs; on a CPU it is counted over live 
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
@@ -83,8 +84,10 @@ PEERS = ["OLMoE", "Qwen3-MoE", "Mixtral"]
 # a backend that is hopeless beside those before it is called only once.
 BACKENDS = ["eager", *(n for n, f in ALL_EXPERTS_FUNCTIONS.items() if f.__module__.startswith("transformers."))]
 BACKENDS = sorted(BACKENDS, reverse=True)
+# What PathMoE must agree with: with the routers copied into its layers it is a Qwen3-MoE.
+SAME_FUNCTION = ["Qwen3-MoE", "transformers"]
 DECODE_BATCHES = [1, 8, 64]
-DECODE_STEPS = 16
+DECODE_STEPS = 8
 SWEEPS = {
     "experts": [8, 16, 32, 64, 128, 256],
     "top_k": [1, 2, 4, 8],
@@ -191,7 +194,8 @@ class Zoo:
             name (`str`): `"PathMoE"`, one of the peers, or the dense model.
             backend (`str`, *optional*): Name of the experts implementation.
         """
-        config = self.config if name == OURS else peer_config(name, self.config)
+        # A copy, because a model writes the name of its backend into its configuration and reads it there.
+        config = copy.deepcopy(self.config) if name == OURS else peer_config(name, self.config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, experts_implementation=backend)
         state = {key: self._parameter(key, parameter.shape) for key, parameter in model.named_parameters()}
@@ -413,7 +417,10 @@ def activation_memory(contender: Contender) -> dict[str, int]:
 
 
 def peak_memory(contender: Contender, zoo: Zoo, case: Case) -> int | None:
-    """Bytes that a call allocates at its worst moment, beyond what it finds there."""
+    """Bytes that a call allocates at its worst moment, beyond what it finds there; None where that is not known, or
+    beside weights and cache not of interest."""
+    if case.mode in ("decode", "forward"):
+        return None
     if zoo.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -436,35 +443,39 @@ def seconds_of(run: Callable, device: str) -> float:
     return time.perf_counter() - start
 
 
-def batched_mm_bytes(zoo: Zoo, case: Case) -> int:
-    """What `batched_mm` needs for the weights that it gathers for every token: kept for the backward, in all layers."""
+def refuse_batched_mm(zoo: Zoo, case: Case) -> str | None:
+    """Why `batched_mm` is not tried, if so: it gathers the weights anew for every token and chosen expert."""
     config = zoo.config
-    layer = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts_per_tok * zoo.dtype.itemsize
+    tokens = case.batch * (1 if case.mode == "decode" else case.length)
+    times = tokens * config.num_experts_per_tok / config.num_experts
+    # A training step keeps those of all layers for its backward, which makes gradients of their size.
     layers = {"step": config.num_hidden_layers + 2, "forward + backward": 3}.get(case.mode, 1)
-    return layer * layers * case.batch * (1 if case.mode == "decode" else case.length)
+    size = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * zoo.dtype.itemsize
+    free = psutil.virtual_memory().available if zoo.device == "cpu" else torch.cuda.mem_get_info()[0]
+    if times > 32 or times * size * layers > free / 2:
+        return f"gathers all experts {times:.0f} times, {times * size * layers / 1e9:.1f} GB"
+    return None
 
 
-def free_memory(device: str) -> int:
-    return psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
-
-
-def try_backends(build: Callable, zoo: Zoo, case: Case, name: str) -> tuple[dict, dict[str, Contender]]:
-    """Times every backend of a peer shortly.
+def try_backends(
+    build: Callable, zoo: Zoo, case: Case, name: str, backends: list[str]
+) -> tuple[dict, dict[str, Contender]]:
+    """Times backends of a peer shortly.
 
     Returns:
         `tuple`: By backend, the seconds of a call or why there are none; and the contenders that ran, fastest first.
     """
     trials, contenders = {}, {}
-    for backend in BACKENDS:
-        if backend == "batched_mm" and (needed := batched_mm_bytes(zoo, case)) > free_memory(zoo.device) / 2:
-            trials[backend] = f"would gather {needed / 1e9:.0f} GB of weights"
+    for backend in backends:
+        if backend == "batched_mm" and (reason := refuse_batched_mm(zoo, case)):
+            trials[backend] = reason
             continue
         try:
             contender = build(zoo, case, name, backend)
             check_finite(contender.run(), name, backend)
             trials[backend] = seconds_of(contender.run, zoo.device)
             if trials[backend] < HOPELESS * min(trials[other] for other in [*contenders, backend]):
-                trials[backend] = min(trials[backend], *(seconds_of(contender.run, zoo.device) for _ in range(2)))
+                trials[backend] = min(trials[backend], seconds_of(contender.run, zoo.device))
             contenders[backend] = contender
         except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
             trials[backend] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
@@ -476,10 +487,26 @@ def check_finite(result: torch.Tensor, name: str, backend: str | None):
         raise SystemExit(f"{name} with experts {backend!r} computed values that are not finite.")
 
 
+def check_agreement(ours: torch.Tensor, other: torch.Tensor, name: tuple):
+    """Stops when ours does not compute what others compute from the same weights. In bfloat16 some tokens that are
+    between two experts are routed otherwise."""
+    error = ((ours.float() - other.float()).norm() / other.float().norm()).item()
+    if error > (1e-3 if ours.dtype == torch.float32 and other.dtype == torch.float32 else 0.1):
+        raise SystemExit(f"Ours and {name} differ by {error:.1e} of the result's norm.")
+
+
 BUILDERS = {"train_step": train_step, "prefill": prefill, "decode": decode, "loss": run_loss, "scaling": train_step}
 
 
-def gather(zoo: Zoo, case: Case, our_backend: str) -> tuple[dict, tuple, dict[tuple, Contender]]:
+def worth_compiling(case: Case, done: list[dict]) -> list[str]:
+    """The backends that were not hopeless in the same comparison without compilation, which takes long."""
+    twin = {**dataclasses.asdict(case), "compiled": False}
+    trials = next(next(iter(c["trials"].values())) for c in done if twin.items() <= c.items())
+    seconds = {backend: result for backend, result in trials.items() if not isinstance(result, str)}
+    return [backend for backend in seconds if seconds[backend] < HOPELESS * min(seconds.values())]
+
+
+def gather(zoo: Zoo, case: Case, our_backend: str, backends: list[str]) -> tuple[dict, tuple, dict[tuple, Contender]]:
     """Builds what is compared: ours, and the best of each peer.
 
     Returns:
@@ -492,14 +519,21 @@ def gather(zoo: Zoo, case: Case, our_backend: str) -> tuple[dict, tuple, dict[tu
     contenders = {ours: build(zoo, case, *ours)}
     if case.experts_alone:
         # All peers have the same experts module, which is also ours.
-        trials[OURS], running = try_backends(build, zoo, case, OURS)
-        limit = HOPELESS * min(trials[OURS][backend] for backend in running)
-        rivals = {("transformers", name): contender for name, contender in running.items() if trials[OURS][name] <= limit}
-        return trials, ours, {**rivals, **contenders}
+        trials["transformers"], running = try_backends(build, zoo, case, OURS, backends)
+        fastest = min(trials["transformers"][backend] for backend in running)
+        for backend, contender in running.items():
+            if trials["transformers"][backend] < HOPELESS * fastest:
+                contenders["transformers", backend] = contender
+        return trials, ours, contenders
     for peer in ["Qwen3-MoE"] if case.suite == "scaling" else PEERS:
-        trials[peer], running = try_backends(build, zoo, case, peer)
+        trials[peer], running = try_backends(build, zoo, case, peer, backends)
+        if not running:
+            continue
         best = next(iter(running))
         contenders[peer, best] = running[best]
+        if case.compiled:
+            # Compilation takes long, and the experts modules of the peers are the same code.
+            backends = [best]
     if case.suite != "scaling":
         contenders[DENSE, None] = build(zoo, case, DENSE, None)
     if case.suite == "decode":
@@ -507,22 +541,26 @@ def gather(zoo: Zoo, case: Case, our_backend: str) -> tuple[dict, tuple, dict[tu
     return trials, ours, contenders
 
 
-def compare(zoo: Zoo, case: Case, our_backend: str, seconds: float) -> dict:
+def compare(zoo: Zoo, case: Case, our_backend: str, backends: list[str], seconds: float) -> dict:
     """Runs one comparison: trials of the peers' backends, then interleaved rounds with the best of each.
 
     Args:
         zoo (`Zoo`): The contenders' shape and parameters.
         case (`Case`): What is compared.
         our_backend (`str`): Experts implementation of PathMoE.
+        backends (`list[str]`): Those that are tried for the peers.
         seconds (`float`): How long the rounds go on, if `MIN_ROUNDS` do not take longer.
     """
     if case.compiled:
         # Code that was compiled for other cases counts towards the limit after which dynamo falls back to eager.
         torch._dynamo.reset()
-    trials, ours, contenders = gather(zoo, case, our_backend)
+    start = time.perf_counter()
+    trials, ours, contenders = gather(zoo, case, our_backend, backends)
     outcomes = {key: contender.run() for key, contender in contenders.items()}
     for key, outcome in outcomes.items():
         check_finite(outcome, *key)
+        if key[0] in SAME_FUNCTION:
+            check_agreement(outcomes[ours], outcome, key)
     times = take_turns({key: contender.run for key, contender in contenders.items()}, seconds, zoo.device)
     flops = count_flops(zoo, case)
     results = []
@@ -538,7 +576,8 @@ def compare(zoo: Zoo, case: Case, our_backend: str, seconds: float) -> dict:
         if contender.forward and not case.compiled:
             result["activation_memory"] = activation_memory(contender)
         results.append(result)
-    return {**dataclasses.asdict(case), "rounds": len(times[ours]), "flops": flops, "trials": trials, "results": results}
+    counts = {"rounds": len(times[ours]), "took": time.perf_counter() - start, "flops": flops}
+    return {**dataclasses.asdict(case), **counts, "trials": trials, "results": results}
 
 
 def take_turns(runs: dict, seconds: float, device: str) -> dict[object, list[float]]:
@@ -571,35 +610,41 @@ def matmul_peak(config: PathMoEConfig, dtype: str, device: str, tokens: int) -> 
 
 
 def plan_cases(options) -> list[Case]:
-    """All comparisons, those of one shape and dtype after each other."""
-    small, modes = options.device == "cpu", [False, True] if options.compile else [False]
+    """All comparisons; those without compilation before their twins with it."""
     cases = []
     for suite in options.suite:
         for shape in options.shape or SUITES[suite]:
-            length = options.length or (512 if small else 2048)
-            batch = options.batch_size or ((4 if shape == "quickstart" else 1) if small else 8)
-            for dtype in options.dtype:
-                for compiled in modes:
-                    add = functools.partial(Case, suite, shape, dtype, compiled)
-                    if suite == "train_step":
-                        cases.append(add("step", batch, length))
-                    elif suite == "prefill":
-                        cases.append(add("prefill", 1, length))
-                    elif suite == "decode":
-                        cases += [add("decode", size, options.length or 128) for size in DECODE_BATCHES]
-                    elif suite == "loss":
-                        cases.append(add("forward + backward", batch, length))
-                    elif suite == "experts":
-                        cases.append(add("forward + backward", batch, length))
-                        cases += [add("forward", size, 1) for size in DECODE_BATCHES]
-                    elif not compiled:
-                        tokens = batch * length
-                        for sweep, values in SWEEPS.items():
-                            for value in values:
-                                size = {"length": (max(1, max(SWEEPS["length"]) // value), value),
-                                        "tokens": (1, value)}.get(sweep, (1, tokens))  # fmt: skip
-                                cases.append(add("forward + backward", *size, sweep, value))
+            few_layers = load_config(shape).num_hidden_layers <= 2
+            compiled = suite in (options.compile or []) and suite != "scaling" and (few_layers or options.shape)
+            for dtype in options.dtype[:1] if suite == "scaling" else options.dtype:
+                for mode in [False, True] if compiled else [False]:
+                    cases += [Case(suite, shape, dtype, mode, *sizes) for sizes in plan_sizes(suite, shape, options)]
     return cases
+
+
+def plan_sizes(suite: str, shape: str, options) -> list[tuple]:
+    """Mode, sequences, tokens in each, and for a sweep its name and value."""
+    small = options.device == "cpu"
+    length = options.length or (512 if small else 2048)
+    batch = options.batch_size or ((2 if shape == "quickstart" else 1) if small else 8)
+    if suite == "train_step":
+        return [("step", batch, length)]
+    if suite == "prefill":
+        return [("prefill", 1, length)]
+    if suite == "decode":
+        return [("decode", size, options.length or 128) for size in DECODE_BATCHES]
+    if suite == "loss":
+        return [("forward + backward", batch, length)]
+    alone = ("forward + backward", 1, batch * length)
+    if suite == "experts":
+        return [alone, *(("forward", size, 1) for size in DECODE_BATCHES)]
+    longest = max(SWEEPS["length"])
+    return [
+        *((*alone, "experts", value) for value in SWEEPS["experts"]),
+        *((*alone, "top_k", value) for value in SWEEPS["top_k"]),
+        *(("step", longest // value, value, "length", value) for value in SWEEPS["length"]),
+        *(("forward + backward", 1, value, "tokens", value) for value in SWEEPS["tokens"]),
+    ]
 
 
 def overrides_of(case: Case) -> dict:
@@ -659,16 +704,22 @@ def parse_options(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--shape", nargs="+", help=f"{', '.join(SHAPES)}, or a JSON file; each suite's own when unset")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="also with both sides compiled")
+    parser.add_argument(
+        "--compile", nargs="*", choices=list(SUITES), metavar="SUITE",
+        help="the suites to run also with all sides compiled, all when none is named; unless --shape names them, only "
+        "shapes of at most two layers",
+    )  # fmt: skip
     parser.add_argument("--ours", default="pathmoe", help="experts implementation of PathMoE")
     parser.add_argument("--batch_size", type=int, help="sequences in a training step")
     parser.add_argument("--length", type=int, help="tokens in a sequence")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for the rounds of one comparison")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one comparison")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the figures, after each comparison")
     parser.add_argument("--plot", type=Path, help="where to draw the scaling suite, here or of --table")
     parser.add_argument("--table", type=Path, help="only print the table of such a file")
     options = parser.parse_args(args)
+    if options.compile == []:
+        options.compile = list(SUITES)
     if not options.table and options.ours not in ["eager", *ALL_EXPERTS_FUNCTIONS]:
         parser.error(f"--ours {options.ours}: not registered; there are eager, {', '.join(ALL_EXPERTS_FUNCTIONS)}.")
     for shape in options.shape or []:
@@ -700,8 +751,11 @@ def main(args: list[str] | None = None):
         peaks = report["matmul_peak"].setdefault(case.shape, {})
         if case.dtype not in peaks:
             peaks[case.dtype] = matmul_peak(zoo.config, case.dtype, options.device, case.tokens)
-        report["comparisons"].append(compare(zoo, case, options.ours, options.seconds))
-        tqdm.write(describe(report["comparisons"][-1], peaks[case.dtype]))
+        done = report["comparisons"]
+        backends = worth_compiling(case, done) if case.compiled and case.suite != "loss" else BACKENDS
+        seconds = options.seconds / (4 if case.sweep else 1)
+        done.append(compare(zoo, case, options.ours, backends, seconds))
+        tqdm.write(describe(done[-1], peaks[case.dtype]))
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:

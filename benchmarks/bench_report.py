@@ -82,8 +82,7 @@ def make_table(report: dict) -> str:
         report (`dict`): What `bench.py --json` wrote.
     """
     lines = [
-        "| | shape | dtype | | ours, ms | best peer | its time / ours | dense / ours | share of matmul peak, ours | peer "
-        "| memory, ours / peer |",
+        "| | shape | dtype | | ours, ms | best peer | its time / ours | dense / ours | of peak | peer's | memory |",
         "|---|---|---|---|--:|---|--:|--:|--:|--:|--:|",
     ]
     for comparison in report["comparisons"]:
