@@ -1,4 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import functools
 import json
 
 import pytest
@@ -145,6 +146,32 @@ def test_saved_activations_of_grouped_mm_are_counted_by_hand(zoo, shape):
     # integers that say where rows come from are left to the tolerance.
     floats = rows * (hidden + 2 * width + width + width + hidden + 1)
     assert 4 * floats <= found["saved"] <= 4 * floats + 8 * (5 * rows + 2 * 8)
+
+
+@pytest.mark.parametrize(
+    "suite", ["experts", *(pytest.param(s, marks=pytest.mark.slow) for s in ("decode", "train_step"))]
+)
+def test_a_compiled_comparison_follows_its_twin_with_the_backends_that_had_a_chance(suite, tmp_path):
+    shape = tmp_path / "shape.json"
+    shape.write_text(json.dumps(SHAPE | {"num_hidden_layers": 1}))
+    with pytest.MonkeyPatch.context() as patch:
+        # Inductor needs minutes; what it is given is the same.
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        patch.setattr(bench, "DECODE_BATCHES", [2])
+        patch.setattr(bench, "DECODE_STEPS", 2)
+        args = ["--shape", str(shape), "--ours", "grouped_mm", "--seconds", "0", "--length", "8"]
+        file = tmp_path / "bench.json"
+        args += ["--dtype", "float32", "--device", "cpu", "--json", str(file)]
+        bench.main([*args, "--suite", suite, "--compile"])
+    comparisons = json.loads(file.read_text())["comparisons"]
+    half = len(comparisons) // 2
+    for twin, compiled in zip(comparisons[:half], comparisons[half:], strict=True):
+        assert (twin["compiled"], compiled["compiled"]) == (False, True)
+        trials = next(iter(twin["trials"].values()))
+        seconds = [result for result in trials.values() if not isinstance(result, str)]
+        tried = next(iter(compiled["trials"].values()))
+        assert set(tried) == {name for name in trials if trials[name] in seconds and trials[name] < 5 * min(seconds)}
+        assert all(result["peak_memory"] is None for result in compiled["results"])
 
 
 def test_token_ids_follow_zipfs_law():
