@@ -1,8 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """PathMoE beside its peers, in one run: training step, experts alone, prefill, decoding, scaling, loss.
 
-    python benchmarks/bench.py --compile train_step --json benchmarks/bench.json --plot benchmarks/scaling.png
-    python benchmarks/bench.py --suite train_step --shape quickstart 0.9b-layer --json OUT
+    python benchmarks/bench.py --json benchmarks/bench.json --plot benchmarks/scaling.png
+    python benchmarks/bench.py --suite train_step --shape quickstart 0.9b-layer --compile --json OUT
     python benchmarks/bench.py --table benchmarks/bench.json
 
 Peers are OLMoE, Qwen3-MoE and Mixtral of transformers, each with the fastest of transformers' experts backends (found
@@ -96,6 +96,8 @@ SWEEPS = {
 }
 # A backend that is slower than the fastest by this factor sits out the rounds; the seconds of its trial are kept.
 HOPELESS = 5
+# Only a backend within this factor of the fastest is tried compiled as well, for compiling takes long.
+WORTH_COMPILING = 2
 MIN_ROUNDS = 5
 
 
@@ -452,7 +454,7 @@ def refuse_batched_mm(zoo: Zoo, case: Case) -> str | None:
     layers = {"step": config.num_hidden_layers + 2, "forward + backward": 3}.get(case.mode, 1)
     size = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * zoo.dtype.itemsize
     free = psutil.virtual_memory().available if zoo.device == "cpu" else torch.cuda.mem_get_info()[0]
-    if times > 32 or times * size * layers > free / 2:
+    if times > 8 or times * size * layers > free / 2:
         return f"gathers all experts {times:.0f} times, {times * size * layers / 1e9:.1f} GB"
     return None
 
@@ -499,11 +501,11 @@ BUILDERS = {"train_step": train_step, "prefill": prefill, "decode": decode, "los
 
 
 def worth_compiling(case: Case, done: list[dict]) -> list[str]:
-    """The backends that were not hopeless in the same comparison without compilation, which takes long."""
+    """The backends that were not far from the fastest in the same comparison without compilation."""
     twin = {**dataclasses.asdict(case), "compiled": False}
     trials = next(next(iter(c["trials"].values())) for c in done if twin.items() <= c.items())
     seconds = {backend: result for backend, result in trials.items() if not isinstance(result, str)}
-    return [backend for backend in seconds if seconds[backend] < HOPELESS * min(seconds.values())]
+    return [backend for backend in seconds if seconds[backend] < WORTH_COMPILING * min(seconds.values())]
 
 
 def gather(zoo: Zoo, case: Case, our_backend: str, backends: list[str]) -> tuple[dict, tuple, dict[tuple, Contender]]:
@@ -671,8 +673,8 @@ def takes_too_long(case: Case, done: list[dict], seconds: float) -> bool:
     before = [c for c in done if case.sweep and all(c[field] == getattr(case, field) for field in same)]
     if not before:
         return False
-    growth = case.value / before[-1]["value"] if case.sweep in ("length", "tokens") else 1
-    return sum(result["seconds"] for result in before[-1]["results"]) * growth * MIN_ROUNDS > 5 * seconds
+    growth = case.tokens / (before[-1]["batch"] * before[-1]["length"])
+    return sum(result["seconds"] for result in before[-1]["results"]) * growth * MIN_ROUNDS > 10 * seconds
 
 
 def describe_machine(options) -> dict:
@@ -715,8 +717,8 @@ def parse_options(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one comparison")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the figures, after each comparison")
-    parser.add_argument("--plot", type=Path, help="where to draw the scaling suite, here or of --table")
-    parser.add_argument("--table", type=Path, help="only print the table of such a file")
+    parser.add_argument("--plot", type=Path, help="where to draw the scaling suite, or that of the first --table")
+    parser.add_argument("--table", type=Path, nargs="+", help="only print the table of such files")
     options = parser.parse_args(args)
     if options.compile == []:
         options.compile = list(SUITES)
@@ -731,15 +733,15 @@ def parse_options(args: list[str] | None) -> argparse.Namespace:
 def main(args: list[str] | None = None):
     options = parse_options(args)
     if options.table:
-        report = json.loads(options.table.read_text())
-        print(make_table(report))
+        reports = [json.loads(file.read_text()) for file in options.table]
+        print(make_table(*reports))
         if options.plot:
-            plot_scaling(report, options.plot)
+            plot_scaling(reports[0], options.plot)
         return
     if options.compile:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=options.device))  # a missing compiler shows up here
         torch._dynamo.config.recompile_limit = 64
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings = {key: value for key, value in vars(options).items() if key not in ("json", "plot", "table")}
     report = {"settings": settings, **describe_machine(options), "matmul_peak": {}, "comparisons": [], "left_out": []}
     progress = tqdm(plan_cases(options), desc="comparisons", disable=None)
     for case in progress:

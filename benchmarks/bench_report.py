@@ -75,19 +75,22 @@ def describe(comparison: dict, peaks: dict[str, float]) -> str:
     )
 
 
-def make_table(report: dict) -> str:
+def make_table(*reports: dict) -> str:
     """The comparisons as a Markdown table, but for the scaling suite, which is drawn.
 
     Args:
-        report (`dict`): What `bench.py --json` wrote.
+        reports (`dict`): What `bench.py --json` wrote; what several have is taken from the first of them.
     """
     lines = [
         "| | shape | dtype | | ours, ms | best peer | its time / ours | dense / ours | of peak | peer's | memory |",
         "|---|---|---|---|--:|---|--:|--:|--:|--:|--:|",
     ]
-    for comparison in report["comparisons"]:
-        if comparison["suite"] == "scaling":
+    seen = set()
+    for report, comparison in ((report, comparison) for report in reports for comparison in report["comparisons"]):
+        case = tuple(comparison[field] for field in ("suite", "shape", "dtype", "compiled", "mode", "batch", "length"))
+        if comparison["suite"] == "scaling" or case in seen:
             continue
+        seen.add(case)
         ours, peer = find_ours(comparison), find_best_peer(comparison)
         peak = max(report["matmul_peak"][comparison["shape"]][comparison["dtype"]].values())
         dense = find_result(comparison, "dense Qwen3")
@@ -143,6 +146,12 @@ def plot_scaling(report: dict, file: Path):
                 axes.plot(*zip(*line), marker="o", markersize=3, label=name, linewidth=2 if "ours" in name else 1)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            for axis in (
+                axes.xaxis.set_major_formatter,
+                axes.yaxis.set_major_formatter,
+                axes.yaxis.set_minor_formatter,
+            ):
+                axis("{x:g}")
             axes.set_title(f"{title}, {dtype}", fontsize=8)
             axes.legend(fontsize=7)
         axes_of_dtype[0].set_ylabel("microseconds per token")
