@@ -37,8 +37,8 @@ VENV_FLAGS := $(if $(GPU),--system-site-packages)
 WITNESS := runs/witness
 LIMIT ?= 200
 
-.PHONY: demo test witness compare path-report browser-test conformance presets bench bench-compiled bench-gpu bench-routers bench-memory \
-	bench-paths plan training-plot convert-witness faults lint clean
+.PHONY: demo test witness compare path-report browser-test conformance presets bench bench-compiled bench-gpu \
+	bench-routers bench-memory bench-paths plan training-plot convert-witness faults lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md

@@ -85,12 +85,13 @@ def make_table(*reports: dict) -> str:
         "| | shape | dtype | | ours, ms | best peer | its time / ours | dense / ours | of peak | peer's | memory |",
         "|---|---|---|---|--:|---|--:|--:|--:|--:|--:|",
     ]
-    seen = set()
-    for report, comparison in ((report, comparison) for report in reports for comparison in report["comparisons"]):
-        case = tuple(comparison[field] for field in ("suite", "shape", "dtype", "compiled", "mode", "batch", "length"))
-        if comparison["suite"] == "scaling" or case in seen:
-            continue
-        seen.add(case)
+    fields = ("suite", "shape", "dtype", "compiled", "mode", "batch", "length")
+    rows = {}
+    for report in reports:
+        for comparison in report["comparisons"]:
+            if comparison["suite"] != "scaling":
+                rows.setdefault(tuple(comparison[field] for field in fields), (report, comparison))
+    for report, comparison in rows.values():
         ours, peer = find_ours(comparison), find_best_peer(comparison)
         peak = max(report["matmul_peak"][comparison["shape"]][comparison["dtype"]].values())
         dense = find_result(comparison, "dense Qwen3")
