@@ -9,7 +9,8 @@ Peers are OLMoE, Qwen3-MoE and Mixtral of transformers, each with the fastest of
 by a trial in the same run), and a dense Qwen3 of equal active parameters. All have PathMoE's shape, dtype, attention
 implementation and tokens, and hold the very same parameter tensors where theirs have the same name and shape (routers
 are copies of the blocks'), so that all route alike and large shapes fit. Token ids are drawn by Zipf's law, and so are
-the experts where the experts run alone: the load is skewed. The contenders take turns in an order drawn anew in each
+the experts where the experts run alone: the load is skewed. Every call takes another batch, so that an expert's number
+of tokens changes as it does in training. The contenders take turns in an order drawn anew in each
 round; a ratio is the median over rounds of a peer's time over ours in the same round, with the quartiles.
 
 A training step is forward, loss, backward, a step of fused AdamW and zero_grad, with weights and moments in `--dtype`;
@@ -21,6 +22,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import platform
@@ -88,6 +90,8 @@ BACKENDS = sorted(BACKENDS, reverse=True)
 SAME_FUNCTION = ["Qwen3-MoE", "transformers"]
 DECODE_BATCHES = [1, 8, 64]
 DECODE_STEPS = 8
+# Calls take turns among so many batches.
+BATCHES = 8
 SWEEPS = {
     "experts": [8, 16, 32, 64, 128, 256],
     "top_k": [1, 2, 4, 8],
@@ -95,7 +99,7 @@ SWEEPS = {
     "tokens": [1, 4, 16, 64, 256, 1024, 4096, 16384, 65536],
 }
 # A backend that is slower than the fastest by this factor sits out the rounds; the seconds of its trial are kept.
-HOPELESS = 5
+HOPELESS = 3
 # Only a backend within this factor of the fastest is tried compiled as well, for compiling takes long.
 WORTH_COMPILING = 2
 MIN_ROUNDS = 5
@@ -237,8 +241,13 @@ def zipf(size: int, count: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return torch.multinomial(weights, torch.Size(count).numel(), replacement=True, generator=generator).view(count)
 
 
-def draw_routing(zoo: Zoo, tokens: int, seed: int):
-    """Hidden states (T, D), chosen experts (T, k) by Zipf's law without repetition, and their weights (T, k)."""
+def draw_batches(zoo: Zoo, case: Case) -> list[torch.Tensor]:
+    size = (case.batch, case.length)
+    return [zipf(zoo.config.vocab_size, size, seed).to(zoo.device) for seed in range(BATCHES)]
+
+
+def draw_routing(zoo: Zoo, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chosen experts (T, k), by Zipf's law without repetition, and their weights (T, k)."""
     generator = torch.Generator().manual_seed(seed)
     experts, top_k = zoo.config.num_experts, zoo.config.num_experts_per_tok
     # The largest of log-probability plus Gumbel noise are a draw without replacement. Which experts are the frequent
@@ -247,47 +256,58 @@ def draw_routing(zoo: Zoo, tokens: int, seed: int):
     noise = -torch.empty(tokens, experts).exponential_(generator=generator).log()
     index = (logits + noise).topk(top_k).indices
     weights = torch.rand(tokens, top_k, generator=generator).softmax(-1)
-    hidden_states = torch.randn(tokens, zoo.config.hidden_size, generator=generator)
-    return (
-        hidden_states.to(zoo.device, zoo.dtype),
-        index.to(zoo.device),
-        weights.to(zoo.device, zoo.dtype),
-    )
+    return index.to(zoo.device), weights.to(zoo.device, zoo.dtype)
 
 
 class Contender:
-    """Something to be timed. `run` makes one call and returns a tensor; `known` is what the call finds there."""
+    """Something to be timed.
+
+    Args:
+        run (`Callable`): Makes one call and returns a tensor.
+        known (`list[torch.Tensor]`): What the call finds there.
+        forward (`Callable`, *optional*): The forward of a call that is forward and backward.
+    """
 
     def __init__(self, run: Callable[[], torch.Tensor], known: list[torch.Tensor], forward: Callable | None = None):
         self.run, self.known, self.forward = run, known, forward
+        self.first = None
+
+    def start(self, name: str):
+        """Makes the first call, which may compile, and keeps what it returns."""
+        self.first = self.run()
+        if not self.first.isfinite().all():
+            raise SystemExit(f"{name} computes values that are not finite.")
 
 
 def train_step(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
     model = zoo.build(name, backend).train()
     optimizer = zoo.optimizer(model)
-    ids = zipf(zoo.config.vocab_size, (case.batch, case.length)).to(zoo.device)
+    batches = draw_batches(zoo, case)
+    turns = itertools.cycle(batches)
     call = torch.compile(model) if case.compiled else model
 
     def run():
+        ids = next(turns)
         loss = call(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
 
-    return Contender(run, [*model.parameters(), *model.buffers(), ids])
+    return Contender(run, [*model.parameters(), *model.buffers(), *batches])
 
 
 def prefill(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
     model = zoo.build(name, backend).eval()
-    ids = zipf(zoo.config.vocab_size, (case.batch, case.length)).to(zoo.device)
+    batches = draw_batches(zoo, case)
+    turns = itertools.cycle(batches)
     call = torch.compile(model) if case.compiled else model
 
     @torch.no_grad()
     def run():
-        return call(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+        return call(input_ids=next(turns), use_cache=True, logits_to_keep=1).logits
 
-    return Contender(run, [*model.parameters(), *model.buffers(), ids])
+    return Contender(run, [*model.parameters(), *model.buffers(), *batches])
 
 
 def decode(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
@@ -318,39 +338,43 @@ def decode(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
 
 
 def run_experts(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
-    """The experts alone: forward and backward of one layer, or forwards of all layers with ever new routing."""
+    """The experts alone: forward and backward of one layer, or forwards of all layers on all batches."""
     layers = [layer.mlp.experts for layer in zoo.build(name, backend).model.layers]
-    known = list(zoo.parameters.values())
-    if case.mode != "forward":
-        experts = torch.compile(layers[0]) if case.compiled else layers[0]
-        hidden_states, index, weights = draw_routing(zoo, case.tokens, seed=0)
-        gradient = torch.randn_like(hidden_states)
-        hidden_states.requires_grad_()
-        weights.requires_grad_()
-        trained = [hidden_states, weights, *layers[0].parameters()]
-
-        def forward():
-            return experts(hidden_states, index, weights)
-
-        def run():
-            output = forward()
-            output.backward(gradient)
-            for tensor in trained:
-                tensor.grad = None
-            return output.detach()
-
-        return Contender(run, [*known, hidden_states, index, weights, gradient], forward)
     calls = [torch.compile(experts) if case.compiled else experts for experts in layers]
-    draws = [draw_routing(zoo, case.tokens, seed) for seed in range(DECODE_STEPS)]
+    generator = torch.Generator().manual_seed(0)
+    hidden_states, gradient = (
+        torch.randn(case.tokens, zoo.config.hidden_size, generator=generator).to(zoo.device, zoo.dtype)
+        for _ in range(2)
+    )
+    draws = [draw_routing(zoo, case.tokens, seed) for seed in range(BATCHES)]
+    known = [*zoo.parameters.values(), hidden_states, gradient, *itertools.chain(*draws)]
+    if case.mode == "forward":
 
-    @torch.no_grad()
+        @torch.no_grad()
+        def run():
+            for draw in draws:
+                for experts in calls:
+                    output = experts(hidden_states, *draw)
+            return output
+
+        return Contender(run, known)
+
+    turns = itertools.cycle(draws)
+    trained = [hidden_states, *layers[0].parameters(), *(weights for _, weights in draws)]
+    for tensor in trained:
+        tensor.requires_grad_()
+
+    def forward():
+        return calls[0](hidden_states, *next(turns))
+
     def run():
-        for draw in draws:
-            for experts in calls:
-                output = experts(*draw)
-        return output
+        output = forward()
+        output.backward(gradient)
+        for tensor in trained:
+            tensor.grad = None
+        return output.detach()
 
-    return Contender(run, [*known, *(tensor for draw in draws for tensor in draw)])
+    return Contender(run, known, forward)
 
 
 def run_loss(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
@@ -385,7 +409,7 @@ def count_flops(zoo: Zoo, case: Case) -> float:
         return forward_flops_per_token(config, context) * case.batch * DECODE_STEPS
     if case.experts_alone:
         flops = 6 * config.hidden_size * config.moe_intermediate_size * config.num_experts_per_tok * tokens
-        return flops * (DECODE_STEPS * config.num_hidden_layers if case.mode == "forward" else 3)
+        return flops * (BATCHES * config.num_hidden_layers if case.mode == "forward" else 3)
     flops = forward_flops_per_token(config, case.length) * tokens
     if case.mode == "prefill":
         return flops - head * (tokens - case.batch)
@@ -474,7 +498,7 @@ def try_backends(
             continue
         try:
             contender = build(zoo, case, name, backend)
-            check_finite(contender.run(), name, backend)
+            contender.start(f"{name} with {backend} experts")
             trials[backend] = seconds_of(contender.run, zoo.device)
             if trials[backend] < HOPELESS * min(trials[other] for other in [*contenders, backend]):
                 trials[backend] = min(trials[backend], seconds_of(contender.run, zoo.device))
@@ -482,11 +506,6 @@ def try_backends(
         except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
             trials[backend] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     return trials, {backend: contenders[backend] for backend in sorted(contenders, key=trials.get)}
-
-
-def check_finite(result: torch.Tensor, name: str, backend: str | None):
-    if not result.isfinite().all():
-        raise SystemExit(f"{name} with experts {backend!r} computed values that are not finite.")
 
 
 def check_agreement(ours: torch.Tensor, other: torch.Tensor, name: tuple):
@@ -558,11 +577,12 @@ def compare(zoo: Zoo, case: Case, our_backend: str, backends: list[str], seconds
         torch._dynamo.reset()
     start = time.perf_counter()
     trials, ours, contenders = gather(zoo, case, our_backend, backends)
-    outcomes = {key: contender.run() for key, contender in contenders.items()}
-    for key, outcome in outcomes.items():
-        check_finite(outcome, *key)
+    for key, contender in contenders.items():
+        if contender.first is None:
+            contender.start(key[0])
+    for key, contender in contenders.items():
         if key[0] in SAME_FUNCTION:
-            check_agreement(outcomes[ours], outcome, key)
+            check_agreement(contenders[ours].first, contender.first, key)
     times = take_turns({key: contender.run for key, contender in contenders.items()}, seconds, zoo.device)
     flops = count_flops(zoo, case)
     results = []
@@ -573,8 +593,8 @@ def compare(zoo: Zoo, case: Case, our_backend: str, backends: list[str], seconds
         result["ratio"] = statistics.quantiles(ratios, n=4)
         result["gflops"] = None if key[0] in (DENSE, FREE) else flops / median / 1e9
         result["peak_memory"] = peak_memory(contender, zoo, case)
-        if outcomes[key].ndim == 0:
-            result["loss"] = outcomes[key].item()
+        if contender.first.ndim == 0:
+            result["loss"] = contender.first.item()
         if contender.forward and not case.compiled:
             result["activation_memory"] = activation_memory(contender)
         results.append(result)
