@@ -6,6 +6,9 @@
 # make compare evaluates it and the quick start, item by item    (LIMIT=200 items a task: hours on 2 cores)
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
+# make bench   times PathMoE beside its peers                    (5 to 10 minutes on 2 cores)
+# make bench-compiled  training steps with all sides compiled too (as long again; needs a C++ compiler)
+# make bench-gpu     the same on a GPU, with larger shapes
 # make bench-routers times a training step of every router, side by side
 # make bench-memory  runs small models on every engine and compares their memory with the planner's
 # make plan          memory per GPU of the paper's 16B model
@@ -34,8 +37,8 @@ VENV_FLAGS := $(if $(GPU),--system-site-packages)
 WITNESS := runs/witness
 LIMIT ?= 200
 
-.PHONY: demo test witness compare path-report browser-test conformance presets bench-routers bench-memory bench-paths \
-	plan training-plot convert-witness faults lint clean
+.PHONY: demo test witness compare path-report browser-test conformance presets bench bench-compiled bench-gpu \
+	bench-routers bench-memory bench-paths plan training-plot convert-witness faults lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -67,6 +70,22 @@ conformance: .venv/.dev
 
 presets: .venv/.demo
 	@$(BIN)/python -m modeling_pathmoe.accounting configuration/model/indep-moe.json configuration/model/*.json
+
+bench: .venv/.demo
+	$(BIN)/python benchmarks/bench.py --json benchmarks/bench.json --plot benchmarks/scaling.png $(ARGS)
+	$(BIN)/python benchmarks/bench.py --table benchmarks/bench.json
+
+bench-compiled: .venv/.demo
+	$(BIN)/python benchmarks/bench.py --suite train_step --shape 0.9b-layer --compile \
+		--json benchmarks/bench-compiled.json $(ARGS)
+	$(BIN)/python benchmarks/bench.py --table benchmarks/bench.json benchmarks/bench-compiled.json
+
+bench-gpu: .venv/.demo
+	$(BIN)/python benchmarks/bench.py --device cuda --dtype bfloat16 --shape 0.9b-layer 16b-layer 0.9b \
+		--suite train_step experts prefill decode --compile train_step --json benchmarks/bench-gpu.json $(ARGS)
+	$(BIN)/python benchmarks/bench.py --device cuda --dtype bfloat16 --shape 16b --suite scaling loss \
+		--json benchmarks/scaling-gpu.json --plot benchmarks/scaling-gpu.png $(ARGS)
+	$(BIN)/python benchmarks/bench.py --table benchmarks/bench-gpu.json
 
 bench-routers: .venv/.demo
 	$(BIN)/python benchmarks/routers.py --json benchmarks/routers.json

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.bench_report import make_table
 from data.text import train_tokenizer
 from modeling_pathmoe import PathMoEForCausalLM
 from modeling_pathmoe.accounting import count_parameters
@@ -129,3 +130,10 @@ def test_figures_of_conversion_are_those_of_the_files_that_the_commands_write():
         scheme, implementation = name.split()
         row = f"| {scheme} | `{implementation}` | {measured['megabytes']:.1f} | "
         assert row + (f"{measured['perplexity']:.2f} |" if "perplexity" in measured else "torchao lacks") in README
+
+
+def test_table_of_speed_is_made_of_the_file_that_make_bench_writes():
+    command, shown = re.search(r"<!-- python (.*) -->\n(.*?)<!-- end of table -->", README, re.DOTALL).groups()
+    files = [ROOT / file for file in command.split() if file.endswith(".json")]
+    reports = [json.loads(file.read_text()) for file in files if file.exists()]
+    assert shown.strip() == (make_table(*reports) if reports else "")

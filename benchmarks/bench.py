@@ -1,0 +1,788 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""PathMoE beside its peers, in one run: training step, experts alone, prefill, decoding, scaling, loss.
+
+    python benchmarks/bench.py --json benchmarks/bench.json --plot benchmarks/scaling.png
+    python benchmarks/bench.py --suite train_step --shape quickstart 0.9b-layer --compile --json OUT
+    python benchmarks/bench.py --table benchmarks/bench.json
+
+Peers are OLMoE, Qwen3-MoE and Mixtral of transformers, each with the fastest of transformers' experts backends (found
+by a trial in the same run), and a dense Qwen3 of equal active parameters. All have PathMoE's shape, dtype, attention
+implementation and tokens, and hold the very same parameter tensors where theirs have the same name and shape (routers
+are copies of the blocks'), so that all route alike and large shapes fit. Token ids are drawn by Zipf's law, and so are
+the experts where the experts run alone: the load is skewed. Every call takes another batch, so that an expert's number
+of tokens changes as it does in training. The contenders take turns in an order drawn anew in each
+round; a ratio is the median over rounds of a peer's time over ours in the same round, with the quartiles.
+
+A training step is forward, loss, backward, a step of fused AdamW and zero_grad, with weights and moments in `--dtype`;
+the learning rate is 0, so that every step does the same work. Memory is what a call allocates at its worst moment
+beyond parameters, optimizer state and inputs; on a CPU it is counted over live tensors and not known when compiled.
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    StaticCache,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.bench_report import describe, make_table, plot_scaling  # noqa: E402
+from modeling_pathmoe import PathMoEConfig  # noqa: E402
+from modeling_pathmoe.accounting import forward_flops_per_token  # noqa: E402
+from training.plan import PeakMemory  # noqa: E402
+
+
+# A preset and what of it is changed: one or two layers of a large model, with a small vocabulary.
+SHAPES = {
+    "quickstart": ("quickstart", {}),
+    "0.9b-layer": ("pathmoe-0.9b", {"num_hidden_layers": 2, "vocab_size": 4096}),
+    "16b-layer": ("pathmoe-16b", {"num_hidden_layers": 1, "vocab_size": 4096}),
+    "0.9b": ("pathmoe-0.9b", {}),
+    "16b": ("pathmoe-16b", {}),
+}
+# The shapes that a suite takes unless told.
+SUITES = {
+    "train_step": ["quickstart", "0.9b-layer"],
+    "experts": ["quickstart", "0.9b-layer", "16b-layer"],
+    "prefill": ["quickstart", "0.9b-layer"],
+    "decode": ["quickstart", "0.9b-layer"],
+    "scaling": ["quickstart"],
+    "loss": ["0.9b"],
+}
+OURS, DENSE, FREE = "PathMoE", "dense Qwen3", "experts that cost nothing"
+PEERS = ["OLMoE", "Qwen3-MoE", "Mixtral"]
+# Those of transformers; reversed, because the gathered weights of batched_mm are slow for more than a few tokens, and
+# a backend that is hopeless beside those before it is called only once.
+BACKENDS = ["eager", *(n for n, f in ALL_EXPERTS_FUNCTIONS.items() if f.__module__.startswith("transformers."))]
+BACKENDS = sorted(BACKENDS, reverse=True)
+# What PathMoE must agree with: with the routers copied into its layers it is a Qwen3-MoE.
+SAME_FUNCTION = ["Qwen3-MoE", "transformers"]
+DECODE_BATCHES = [1, 8, 64]
+DECODE_STEPS = 8
+# Calls take turns among so many batches.
+BATCHES = 8
+SWEEPS = {
+    "experts": [8, 16, 32, 64, 128, 256],
+    "top_k": [1, 2, 4, 8],
+    "length": [128, 256, 512, 1024, 2048, 4096, 8192],
+    "tokens": [1, 4, 16, 64, 256, 1024, 4096, 16384, 65536],
+}
+# A backend that is slower than the fastest by this factor sits out the rounds; the seconds of its trial are kept.
+HOPELESS = 3
+# Only a backend within this factor of the fastest is tried compiled as well, for compiling takes long.
+WORTH_COMPILING = 2
+MIN_ROUNDS = 5
+
+
+def free_experts(module, hidden_states, top_k_index, top_k_weights):
+    """Experts that cost nothing: the bound for anything that makes experts faster."""
+    return torch.zeros_like(hidden_states)
+
+
+ALL_EXPERTS_FUNCTIONS.register(FREE, free_experts)
+
+
+def transformers_loss(hidden_states, weight, labels):
+    return ForCausalLMLoss(F.linear(hidden_states, weight), labels, vocab_size=weight.shape[0])
+
+
+def chunked_loss(hidden_states, weight, labels):
+    return F.linear_cross_entropy(hidden_states[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
+
+
+# Cross-entropy of hidden states (batch, length, D), output weights (V, D) and labels (batch, length).
+LOSSES = {"transformers": transformers_loss, "torch.nn.functional.linear_cross_entropy": chunked_loss}
+OUR_LOSS = "torch.nn.functional.linear_cross_entropy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One comparison. `sweep` and `value` name a point of the scaling suite."""
+
+    suite: str
+    shape: str
+    dtype: str
+    compiled: bool
+    mode: str
+    batch: int
+    length: int
+    sweep: str | None = None
+    value: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def experts_alone(self) -> bool:
+        return self.suite == "experts" or self.sweep in ("experts", "top_k", "tokens")
+
+
+def load_config(shape: str, **overrides) -> PathMoEConfig:
+    """The configuration of a shape: one of `SHAPES`, or a JSON file."""
+    preset, changes = SHAPES.get(shape, (None, {}))
+    file = ROOT / "configuration" / "model" / f"{preset}.json" if preset else Path(shape)
+    return PathMoEConfig.from_dict({**json.loads(file.read_text()), **changes, **overrides})
+
+
+def peer_config(name: str, config: PathMoEConfig) -> PreTrainedConfig:
+    """The configuration of another architecture with the shape of a PathMoE."""
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "rope_parameters")  # fmt: skip
+    common = {field: getattr(config, field) for field in same}
+    common |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    width, top_k = config.moe_intermediate_size, config.num_experts_per_tok
+    if name == DENSE:
+        return Qwen3Config(**common, intermediate_size=top_k * width, head_dim=config.head_dim)
+    common |= {"num_experts_per_tok": top_k, "router_aux_loss_coef": 0.0}
+    if name == "Mixtral":
+        return MixtralConfig(
+            **common, intermediate_size=width, num_local_experts=config.num_experts, head_dim=config.head_dim
+        )
+    common |= {"num_experts": config.num_experts, "norm_topk_prob": config.norm_topk_prob}
+    if name == "OLMoE":
+        return OlmoeConfig(**common, intermediate_size=width)
+    return Qwen3MoeConfig(**common, moe_intermediate_size=width, head_dim=config.head_dim)
+
+
+class Zoo:
+    """PathMoE and its peers of one shape, over one set of parameters and of optimizer moments.
+
+    Args:
+        config (`PathMoEConfig`): The shape.
+        dtype (`torch.dtype`): Of all parameters.
+        device (`str`): Where they are.
+    """
+
+    def __init__(self, config: PathMoEConfig, dtype: torch.dtype, device: str):
+        self.config, self.dtype, self.device = config, dtype, device
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.ours = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.parameters = dict(self.ours.named_parameters())
+        self.moments = defaultdict(dict)
+
+    def build(self, name: str, backend: str | None = None) -> torch.nn.Module:
+        """A model over the shared parameters; those that it alone has are its own.
+
+        Args:
+            name (`str`): `"PathMoE"`, one of the peers, or the dense model.
+            backend (`str`, *optional*): Name of the experts implementation.
+        """
+        # A copy, because a model writes the name of its backend into its configuration and reads it there.
+        config = copy.deepcopy(self.config) if name == OURS else peer_config(name, self.config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, experts_implementation=backend)
+        state = {key: self._parameter(key, parameter.shape) for key, parameter in model.named_parameters()}
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        # Its frequencies are not among the parameters, and still on the meta device.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(self.device)
+        return model
+
+    def _parameter(self, name: str, shape: torch.Size) -> torch.nn.Parameter:
+        shared = self.parameters.get(name)
+        if shared is not None and shared.shape == shape:
+            return shared
+        if name.endswith("mlp.gate.weight"):
+            block = self.config.layer_to_block[int(name.split(".")[2])]
+            return torch.nn.Parameter(self.parameters[f"model.routers.{block}.weight"].detach().clone())
+        weight = torch.ones(shape, dtype=self.dtype, device=self.device)
+        if weight.ndim > 1:
+            weight.normal_(std=self.config.initializer_range)
+        return torch.nn.Parameter(weight)
+
+    def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        optimizer.state = self.moments
+        return optimizer
+
+
+@functools.lru_cache(maxsize=1)
+def make_zoo(shape: str, dtype: str, device: str, **overrides) -> Zoo:
+    return Zoo(load_config(shape, **overrides), getattr(torch, dtype), device)
+
+
+def zipf(size: int, count: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Numbers below `size`; the n-th is drawn with a probability proportional to 1/n."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = 1 / torch.arange(1, size + 1, dtype=torch.float64)
+    return torch.multinomial(weights, torch.Size(count).numel(), replacement=True, generator=generator).view(count)
+
+
+def draw_batches(zoo: Zoo, case: Case) -> list[torch.Tensor]:
+    size = (case.batch, case.length)
+    return [zipf(zoo.config.vocab_size, size, seed).to(zoo.device) for seed in range(BATCHES)]
+
+
+def draw_routing(zoo: Zoo, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chosen experts (T, k), by Zipf's law without repetition, and their weights (T, k)."""
+    generator = torch.Generator().manual_seed(seed)
+    experts, top_k = zoo.config.num_experts, zoo.config.num_experts_per_tok
+    # The largest of log-probability plus Gumbel noise are a draw without replacement. Which experts are the frequent
+    # ones is drawn too, or calls that follow each other would find the same weights in the cache.
+    logits = -torch.arange(1.0, experts + 1).log()[torch.randperm(experts, generator=generator)]
+    noise = -torch.empty(tokens, experts).exponential_(generator=generator).log()
+    index = (logits + noise).topk(top_k).indices
+    weights = torch.rand(tokens, top_k, generator=generator).softmax(-1)
+    return index.to(zoo.device), weights.to(zoo.device, zoo.dtype)
+
+
+class Contender:
+    """Something to be timed.
+
+    Args:
+        run (`Callable`): Makes one call and returns a tensor.
+        known (`list[torch.Tensor]`): What the call finds there.
+        forward (`Callable`, *optional*): The forward of a call that is forward and backward.
+    """
+
+    def __init__(self, run: Callable[[], torch.Tensor], known: list[torch.Tensor], forward: Callable | None = None):
+        self.run, self.known, self.forward = run, known, forward
+        self.first = None
+
+    def start(self, name: str):
+        """Makes the first call, which may compile, and keeps what it returns."""
+        self.first = self.run()
+        if not self.first.isfinite().all():
+            raise SystemExit(f"{name} computes values that are not finite.")
+
+
+def train_step(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
+    model = zoo.build(name, backend).train()
+    optimizer = zoo.optimizer(model)
+    batches = draw_batches(zoo, case)
+    turns = itertools.cycle(batches)
+    call = torch.compile(model) if case.compiled else model
+
+    def run():
+        ids = next(turns)
+        loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return Contender(run, [*model.parameters(), *model.buffers(), *batches])
+
+
+def prefill(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
+    model = zoo.build(name, backend).eval()
+    batches = draw_batches(zoo, case)
+    turns = itertools.cycle(batches)
+    call = torch.compile(model) if case.compiled else model
+
+    @torch.no_grad()
+    def run():
+        return call(input_ids=next(turns), use_cache=True, logits_to_keep=1).logits
+
+    return Contender(run, [*model.parameters(), *model.buffers(), *batches])
+
+
+def decode(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
+    """Steps of one token after `case.length` tokens in the cache; a static cache when compiled, as `generate` does."""
+    model = zoo.build(name, backend).eval()
+    ids = zipf(zoo.config.vocab_size, (case.batch, case.length + DECODE_STEPS)).to(zoo.device)
+    prompt, steps = ids[:, : case.length], ids[:, case.length :].split(1, dim=1)
+    call = torch.compile(model) if case.compiled else model
+    if case.compiled:
+        cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    else:
+        cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    @torch.no_grad()
+    def run():
+        for step in steps:
+            logits = call(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        if case.compiled:
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(case.length)
+        else:
+            cache.crop(-DECODE_STEPS)
+        return logits
+
+    return Contender(run, [*model.parameters(), *model.buffers(), ids])
+
+
+def run_experts(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
+    """The experts alone: forward and backward of one layer, or forwards of all layers on all batches."""
+    layers = [layer.mlp.experts for layer in zoo.build(name, backend).model.layers]
+    calls = [torch.compile(experts) if case.compiled else experts for experts in layers]
+    generator = torch.Generator().manual_seed(0)
+    hidden_states, gradient = (
+        torch.randn(case.tokens, zoo.config.hidden_size, generator=generator).to(zoo.device, zoo.dtype)
+        for _ in range(2)
+    )
+    draws = [draw_routing(zoo, case.tokens, seed) for seed in range(BATCHES)]
+    known = [*zoo.parameters.values(), hidden_states, gradient, *itertools.chain(*draws)]
+    if case.mode == "forward":
+
+        @torch.no_grad()
+        def run():
+            for draw in draws:
+                for experts in calls:
+                    output = experts(hidden_states, *draw)
+            return output
+
+        return Contender(run, known)
+
+    turns = itertools.cycle(draws)
+    trained = [hidden_states, *layers[0].parameters(), *(weights for _, weights in draws)]
+    for tensor in trained:
+        tensor.requires_grad_()
+
+    def forward():
+        return calls[0](hidden_states, *next(turns))
+
+    def run():
+        output = forward()
+        output.backward(gradient)
+        for tensor in trained:
+            tensor.grad = None
+        return output.detach()
+
+    return Contender(run, known, forward)
+
+
+def run_loss(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
+    """A cross-entropy over the preset's whole vocabulary, forward and backward."""
+    function = torch.compile(LOSSES[name]) if case.compiled else LOSSES[name]
+    config = zoo.config
+    torch.manual_seed(0)
+    hidden_states = torch.randn(case.batch, case.length, config.hidden_size, dtype=zoo.dtype, device=zoo.device)
+    weight = torch.randn(config.vocab_size, config.hidden_size, dtype=zoo.dtype, device=zoo.device) * 0.02
+    labels = zipf(config.vocab_size, (case.batch, case.length)).to(zoo.device)
+    hidden_states.requires_grad_()
+    weight.requires_grad_()
+
+    def run():
+        loss = function(hidden_states, weight, labels)
+        loss.backward()
+        hidden_states.grad = weight.grad = None
+        return loss.detach()
+
+    return Contender(run, [hidden_states, weight, labels])
+
+
+def count_flops(zoo: Zoo, case: Case) -> float:
+    """Floating-point operations of one timed call, for a MoE; recomputation does not count."""
+    config, tokens = zoo.config, case.tokens
+    head = 2 * config.hidden_size * config.vocab_size
+    if case.suite == "loss":
+        return 3 * head * tokens
+    if case.mode == "decode":
+        # A token looks at all before it, which is what a sequence of twice the length costs on average.
+        context = 2 * case.length + DECODE_STEPS
+        return forward_flops_per_token(config, context) * case.batch * DECODE_STEPS
+    if case.experts_alone:
+        flops = 6 * config.hidden_size * config.moe_intermediate_size * config.num_experts_per_tok * tokens
+        return flops * (BATCHES * config.num_hidden_layers if case.mode == "forward" else 3)
+    flops = forward_flops_per_token(config, case.length) * tokens
+    if case.mode == "prefill":
+        return flops - head * (tokens - case.batch)
+    return 3 * flops
+
+
+def activation_memory(contender: Contender) -> dict[str, int]:
+    """What a forward leaves for its backward.
+
+    Returns:
+        `dict`: Bytes `saved`, of the distinct storages that autograd was given to keep, but for parameters; and
+        `held`, of all tensors that the forward made and that live on, but for its output: more than `saved` when
+        something is kept past autograd, less by the inputs that are saved.
+    """
+    parameters = {p.untyped_storage()._cdata for p in contender.known if isinstance(p, torch.nn.Parameter)}
+    saved = {}
+
+    def pack(tensor):
+        # The tensor is kept, or another could take its storage's address.
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = contender.forward()
+    sizes = {key: tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in parameters}
+    del output
+    saved.clear()
+    with PeakMemory(contender.known) as memory:
+        output = contender.forward()
+    return {"saved": sum(sizes.values()), "held": memory.now - output.untyped_storage().nbytes()}
+
+
+def peak_memory(contender: Contender, zoo: Zoo, case: Case) -> int | None:
+    """Bytes that a call allocates at its worst moment, beyond what it finds there; None where that is not known, or
+    beside weights and cache not of interest."""
+    if case.mode in ("decode", "forward"):
+        return None
+    if zoo.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contender.run()
+        return torch.cuda.max_memory_allocated() - before
+    if case.compiled:
+        return None
+    moments = [value for state in zoo.moments.values() for value in state.values()]
+    with PeakMemory([*contender.known, *moments]) as memory:
+        contender.run()
+    return memory.peak
+
+
+def seconds_of(run: Callable, device: str) -> float:
+    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def refuse_batched_mm(zoo: Zoo, case: Case) -> str | None:
+    """Why `batched_mm` is not tried, if so: it gathers the weights anew for every token and chosen expert."""
+    config = zoo.config
+    tokens = case.batch * (1 if case.mode == "decode" else case.length)
+    times = tokens * config.num_experts_per_tok / config.num_experts
+    # A training step keeps those of all layers for its backward, which makes gradients of their size.
+    layers = {"step": config.num_hidden_layers + 2, "forward + backward": 3}.get(case.mode, 1)
+    size = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * zoo.dtype.itemsize
+    free = psutil.virtual_memory().available if zoo.device == "cpu" else torch.cuda.mem_get_info()[0]
+    if times > 8 or times * size * layers > free / 2:
+        return f"gathers all experts {times:.0f} times, {times * size * layers / 1e9:.1f} GB"
+    return None
+
+
+def try_backends(
+    build: Callable, zoo: Zoo, case: Case, name: str, backends: list[str]
+) -> tuple[dict, dict[str, Contender]]:
+    """Times backends of a peer shortly.
+
+    Returns:
+        `tuple`: By backend, the seconds of a call or why there are none; and the contenders that ran, fastest first.
+    """
+    trials, contenders = {}, {}
+    for backend in backends:
+        if backend == "batched_mm" and (reason := refuse_batched_mm(zoo, case)):
+            trials[backend] = reason
+            continue
+        try:
+            contender = build(zoo, case, name, backend)
+            contender.start(f"{name} with {backend} experts")
+            trials[backend] = seconds_of(contender.run, zoo.device)
+            if trials[backend] < HOPELESS * min(trials[other] for other in [*contenders, backend]):
+                trials[backend] = min(trials[backend], seconds_of(contender.run, zoo.device))
+            contenders[backend] = contender
+        except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
+            trials[backend] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    return trials, {backend: contenders[backend] for backend in sorted(contenders, key=trials.get)}
+
+
+def check_agreement(ours: torch.Tensor, other: torch.Tensor, name: tuple):
+    """Stops when ours does not compute what others compute from the same weights. In bfloat16 some tokens that are
+    between two experts are routed otherwise."""
+    error = ((ours.float() - other.float()).norm() / other.float().norm()).item()
+    if error > (1e-3 if ours.dtype == torch.float32 and other.dtype == torch.float32 else 0.1):
+        raise SystemExit(f"Ours and {name} differ by {error:.1e} of the result's norm.")
+
+
+BUILDERS = {"train_step": train_step, "prefill": prefill, "decode": decode, "loss": run_loss, "scaling": train_step}
+
+
+def worth_compiling(case: Case, done: list[dict]) -> list[str]:
+    """The backends that were not far from the fastest in the same comparison without compilation."""
+    twin = {**dataclasses.asdict(case), "compiled": False}
+    trials = next(next(iter(c["trials"].values())) for c in done if twin.items() <= c.items())
+    seconds = {backend: result for backend, result in trials.items() if not isinstance(result, str)}
+    return [backend for backend in seconds if seconds[backend] < WORTH_COMPILING * min(seconds.values())]
+
+
+def gather(zoo: Zoo, case: Case, our_backend: str, backends: list[str]) -> tuple[dict, tuple, dict[tuple, Contender]]:
+    """Builds what is compared: ours, and the best of each peer.
+
+    Returns:
+        `tuple`: The trials of each peer's backends; the name and backend of ours; all contenders by theirs.
+    """
+    build = run_experts if case.experts_alone else BUILDERS[case.suite]
+    if case.suite == "loss":
+        return {}, (OUR_LOSS, None), {(name, None): build(zoo, case, name, None) for name in LOSSES}
+    ours, trials = (OURS, our_backend), {}
+    contenders = {ours: build(zoo, case, *ours)}
+    if case.experts_alone:
+        # All peers have the same experts module, which is also ours.
+        trials["transformers"], running = try_backends(build, zoo, case, OURS, backends)
+        fastest = min(trials["transformers"][backend] for backend in running)
+        for backend, contender in running.items():
+            if trials["transformers"][backend] < HOPELESS * fastest:
+                contenders["transformers", backend] = contender
+        return trials, ours, contenders
+    for peer in ["Qwen3-MoE"] if case.suite == "scaling" else PEERS:
+        trials[peer], running = try_backends(build, zoo, case, peer, backends)
+        if not running:
+            continue
+        best = next(iter(running))
+        contenders[peer, best] = running[best]
+        if case.compiled:
+            # Compilation takes long, and the experts modules of the peers are the same code.
+            backends = [best]
+    if case.suite != "scaling":
+        contenders[DENSE, None] = build(zoo, case, DENSE, None)
+    if case.suite == "decode":
+        contenders[FREE, FREE] = build(zoo, case, OURS, FREE)
+    return trials, ours, contenders
+
+
+def compare(zoo: Zoo, case: Case, our_backend: str, backends: list[str], seconds: float) -> dict:
+    """Runs one comparison: trials of the peers' backends, then interleaved rounds with the best of each.
+
+    Args:
+        zoo (`Zoo`): The contenders' shape and parameters.
+        case (`Case`): What is compared.
+        our_backend (`str`): Experts implementation of PathMoE.
+        backends (`list[str]`): Those that are tried for the peers.
+        seconds (`float`): How long the rounds go on, if `MIN_ROUNDS` do not take longer.
+    """
+    if case.compiled:
+        # Code that was compiled for other cases counts towards the limit after which dynamo falls back to eager.
+        torch._dynamo.reset()
+    start = time.perf_counter()
+    trials, ours, contenders = gather(zoo, case, our_backend, backends)
+    for key, contender in contenders.items():
+        if contender.first is None:
+            contender.start(key[0])
+    for key, contender in contenders.items():
+        if key[0] in SAME_FUNCTION:
+            check_agreement(contenders[ours].first, contender.first, key)
+    times = take_turns({key: contender.run for key, contender in contenders.items()}, seconds, zoo.device)
+    flops = count_flops(zoo, case)
+    results = []
+    for key, contender in contenders.items():
+        ratios = [other / own for other, own in zip(times[key], times[ours])]
+        median = statistics.median(times[key])
+        result = {"model": key[0], "backend": key[1], "ours": key == ours, "seconds": median}
+        result["ratio"] = statistics.quantiles(ratios, n=4)
+        result["gflops"] = None if key[0] in (DENSE, FREE) else flops / median / 1e9
+        result["peak_memory"] = peak_memory(contender, zoo, case)
+        if contender.first.ndim == 0:
+            result["loss"] = contender.first.item()
+        if contender.forward and not case.compiled:
+            result["activation_memory"] = activation_memory(contender)
+        results.append(result)
+    counts = {"rounds": len(times[ours]), "took": time.perf_counter() - start, "flops": flops}
+    return {**dataclasses.asdict(case), **counts, "trials": trials, "results": results}
+
+
+def take_turns(runs: dict, seconds: float, device: str) -> dict[object, list[float]]:
+    """Seconds of each run in each round, in an order drawn anew for every round."""
+    times = {key: [] for key in runs}
+    order = random.Random(0)
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < MIN_ROUNDS or time.perf_counter() < deadline:
+        for key in order.sample(list(runs), len(runs)):
+            times[key].append(seconds_of(runs[key], device))
+        rounds += 1
+    return times
+
+
+def matmul_peak(config: PathMoEConfig, dtype: str, device: str, tokens: int) -> dict[str, float]:
+    """GFLOP/s of matrix products: of squares, and of one expert's share of the tokens with its first weight."""
+    squares = [512, 1024, 2048] + ([4096, 8192] if device != "cpu" else [])
+    rows = max(1, tokens * config.num_experts_per_tok // config.num_experts)
+    shapes = [(size, size, size) for size in squares]
+    shapes.append((rows, config.hidden_size, 2 * config.moe_intermediate_size))
+    rates = {}
+    for rows, inner, columns in shapes:
+        a, b = (torch.randn(size, dtype=getattr(torch, dtype), device=device)
+                for size in ((rows, inner), (columns, inner)))  # fmt: skip
+        F.linear(a, b)
+        best = min(seconds_of(lambda: F.linear(a, b), device) for _ in range(10))  # noqa: B023
+        rates[f"{rows} x {inner} x {columns}"] = 2 * rows * inner * columns / best / 1e9
+    return rates
+
+
+def plan_cases(options) -> list[Case]:
+    """All comparisons; those without compilation before their twins with it."""
+    cases = []
+    for suite in options.suite:
+        for shape in options.shape or SUITES[suite]:
+            few_layers = load_config(shape).num_hidden_layers <= 2
+            compiled = suite in (options.compile or []) and suite != "scaling" and (few_layers or options.shape)
+            for dtype in options.dtype[:1] if suite == "scaling" else options.dtype:
+                for mode in [False, True] if compiled else [False]:
+                    cases += [Case(suite, shape, dtype, mode, *sizes) for sizes in plan_sizes(suite, shape, options)]
+    return cases
+
+
+def plan_sizes(suite: str, shape: str, options) -> list[tuple]:
+    """Mode, sequences, tokens in each, and for a sweep its name and value."""
+    small = options.device == "cpu"
+    length = options.length or (512 if small else 2048)
+    batch = options.batch_size or ((2 if shape == "quickstart" else 1) if small else 8)
+    if suite == "train_step":
+        return [("step", batch, length)]
+    if suite == "prefill":
+        return [("prefill", 1, length)]
+    if suite == "decode":
+        return [("decode", size, options.length or 128) for size in DECODE_BATCHES]
+    if suite == "loss":
+        return [("forward + backward", batch, length)]
+    alone = ("forward + backward", 1, batch * length)
+    if suite == "experts":
+        return [alone, *(("forward", size, 1) for size in DECODE_BATCHES)]
+    longest = max(SWEEPS["length"])
+    return [
+        *((*alone, "experts", value) for value in SWEEPS["experts"]),
+        *((*alone, "top_k", value) for value in SWEEPS["top_k"]),
+        *(("step", longest // value, value, "length", value) for value in SWEEPS["length"]),
+        *(("forward + backward", 1, value, "tokens", value) for value in SWEEPS["tokens"]),
+    ]
+
+
+def overrides_of(case: Case) -> dict:
+    """The fields of the shape's configuration that a case changes."""
+    if case.suite == "loss":
+        return {"num_hidden_layers": 1}
+    if case.suite != "scaling":
+        return {}
+    fields = {"num_hidden_layers": 1, "vocab_size": 512, "max_position_embeddings": max(SWEEPS["length"])}
+    if case.sweep == "experts":
+        fields["num_experts"] = case.value
+    if case.sweep == "top_k":
+        # Finer experts: as many parameters, active and in all.
+        config = load_config(case.shape)
+        fields["num_experts_per_tok"] = case.value
+        fields["num_experts"] = config.num_experts * case.value // config.num_experts_per_tok
+        fields["moe_intermediate_size"] = config.moe_intermediate_size * config.num_experts_per_tok // case.value
+    return fields
+
+
+def takes_too_long(case: Case, done: list[dict], seconds: float) -> bool:
+    """Whether a point of a sweep would take much longer than its budget, to judge by the point before it."""
+    same = ("suite", "shape", "dtype", "sweep")
+    before = [c for c in done if case.sweep and all(c[field] == getattr(case, field) for field in same)]
+    if not before:
+        return False
+    growth = case.tokens / (before[-1]["batch"] * before[-1]["length"])
+    return sum(result["seconds"] for result in before[-1]["results"]) * growth * MIN_ROUNDS > 10 * seconds
+
+
+def describe_machine(options) -> dict:
+    """What the figures depend on: machine, versions, commit."""
+    cpu = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    commit = git(["git", "rev-parse", "HEAD"]).stdout.strip() or None
+    changed = bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+    return {
+        "machine": {
+            "cpu": names[0] if names else platform.processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if options.device != "cpu" else None,
+            "load_before": os.getloadavg()[0],
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "commit": commit + (" with changes" if changed else "") if commit else None,
+    }
+
+
+def parse_options(args: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--shape", nargs="+", help=f"{', '.join(SHAPES)}, or a JSON file; each suite's own when unset")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--compile", nargs="*", choices=list(SUITES), metavar="SUITE",
+        help="the suites to run also with all sides compiled, all when none is named; unless --shape names them, only "
+        "shapes of at most two layers",
+    )  # fmt: skip
+    parser.add_argument("--ours", default="pathmoe", help="experts implementation of PathMoE")
+    parser.add_argument("--batch_size", type=int, help="sequences in a training step")
+    parser.add_argument("--length", type=int, help="tokens in a sequence")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one comparison")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="where to write the figures, after each comparison")
+    parser.add_argument("--plot", type=Path, help="where to draw the scaling suite, or that of the first --table")
+    parser.add_argument("--table", type=Path, nargs="+", help="only print the table of such files")
+    options = parser.parse_args(args)
+    if options.compile == []:
+        options.compile = list(SUITES)
+    if not options.table and options.ours not in ["eager", *ALL_EXPERTS_FUNCTIONS]:
+        parser.error(f"--ours {options.ours}: not registered; there are eager, {', '.join(ALL_EXPERTS_FUNCTIONS)}.")
+    for shape in options.shape or []:
+        if shape not in SHAPES and not Path(shape).is_file():
+            parser.error(f"--shape {shape}: neither a file nor one of {', '.join(SHAPES)}.")
+    return options
+
+
+def main(args: list[str] | None = None):
+    options = parse_options(args)
+    if options.table:
+        reports = [json.loads(file.read_text()) for file in options.table]
+        print(make_table(*reports))
+        if options.plot:
+            plot_scaling(reports[0], options.plot)
+        return
+    if options.compile:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=options.device))  # a missing compiler shows up here
+        torch._dynamo.config.recompile_limit = 64
+    settings = {key: value for key, value in vars(options).items() if key not in ("json", "plot", "table")}
+    report = {"settings": settings, **describe_machine(options), "matmul_peak": {}, "comparisons": [], "left_out": []}
+    progress = tqdm(plan_cases(options), desc="comparisons", disable=None)
+    for case in progress:
+        progress.set_postfix_str(f"{case.suite} {case.shape} {case.dtype}")
+        if takes_too_long(case, report["comparisons"], options.seconds):
+            report["left_out"].append(dataclasses.asdict(case))
+            continue
+        zoo = make_zoo(case.shape, case.dtype, options.device, **overrides_of(case))
+        peaks = report["matmul_peak"].setdefault(case.shape, {})
+        if case.dtype not in peaks:
+            peaks[case.dtype] = matmul_peak(zoo.config, case.dtype, options.device, case.tokens)
+        done = report["comparisons"]
+        backends = worth_compiling(case, done) if case.compiled and case.suite != "loss" else BACKENDS
+        seconds = options.seconds / (4 if case.sweep else 1)
+        done.append(compare(zoo, case, options.ours, backends, seconds))
+        tqdm.write(describe(done[-1], peaks[case.dtype]))
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.plot:
+        plot_scaling(report, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""What `bench.py` found, as a line, a table and a picture."""
+
+from pathlib import Path
+
+
+# Neither competes: the dense model has no experts, and the bound none that compute.
+BESIDE = ("dense Qwen3", "experts that cost nothing")
+
+
+def find_ours(comparison: dict) -> dict:
+    return next(result for result in comparison["results"] if result["ours"])
+
+
+def find_best_peer(comparison: dict) -> dict:
+    """The fastest of those that compete with ours."""
+    peers = [r for r in comparison["results"] if not r["ours"] and r["model"] not in BESIDE]
+    return min(peers, key=lambda result: result["seconds"])
+
+
+def find_result(comparison: dict, model: str) -> dict | None:
+    return next((result for result in comparison["results"] if result["model"] == model), None)
+
+
+def _name(result: dict) -> str:
+    return f"{result['model']}, {result['backend']}" if result["backend"] else result["model"]
+
+
+def _case(comparison: dict) -> str:
+    suite = {"train_step": "training step", "experts": f"experts, {comparison['mode']}"}.get(
+        comparison["suite"], comparison["suite"]
+    )
+    if comparison["suite"] == "decode":
+        size = f"batch {comparison['batch']}"
+    elif comparison["suite"] == "experts":
+        size = f"{comparison['batch'] * comparison['length']} tokens"
+    else:
+        size = f"{comparison['batch']} x {comparison['length']}"
+    if comparison["sweep"]:
+        size += f", {comparison['sweep']} {comparison['value']}"
+    return f"{suite}, {size}"
+
+
+def _ratio(comparison: dict) -> str:
+    low, middle, high = find_best_peer(comparison)["ratio"]
+    text = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    if bound := find_result(comparison, "experts that cost nothing"):
+        # The peer over the bound, from both over ours.
+        text += f" of {middle / bound['ratio'][1]:.2f}"
+    return text
+
+
+def _memory(comparison: dict) -> str:
+    ours, peer = find_ours(comparison), find_best_peer(comparison)
+    if "activation_memory" in ours:
+        grouped = next(r for r in comparison["results"] if r["backend"] == "grouped_mm")
+        return f"{ours['activation_memory']['saved'] / grouped['activation_memory']['saved']:.2f} of grouped_mm's"
+    if ours["peak_memory"] and peer["peak_memory"]:
+        return f"{ours['peak_memory'] / peer['peak_memory']:.2f}"
+    return ""
+
+
+def describe(comparison: dict, peaks: dict[str, float]) -> str:
+    """One line for the terminal.
+
+    Args:
+        comparison (`dict`): An entry of the file's `comparisons`.
+        peaks (`dict`): GFLOP/s of matrix products by size, in the same dtype.
+    """
+    ours, mode = find_ours(comparison), "compiled" if comparison["compiled"] else "eager"
+    return (
+        f"{_case(comparison)}, {comparison['shape']}, {comparison['dtype']}, {mode}: {ours['seconds'] * 1e3:.3g} ms, "
+        f"{ours['gflops']:.3g} GFLOP/s of {max(peaks.values()):.3g}; "
+        f"{_name(find_best_peer(comparison))} / ours: {_ratio(comparison)}"
+    )
+
+
+def make_table(*reports: dict) -> str:
+    """The comparisons as a Markdown table, but for the scaling suite, which is drawn.
+
+    Args:
+        reports (`dict`): What `bench.py --json` wrote; what several have is taken from the first of them.
+    """
+    lines = [
+        "| | shape | dtype | | ours, ms | best peer | its time / ours | dense / ours | of peak | peer's | memory |",
+        "|---|---|---|---|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    fields = ("suite", "shape", "dtype", "compiled", "mode", "batch", "length")
+    rows = {}
+    for report in reports:
+        for comparison in report["comparisons"]:
+            if comparison["suite"] != "scaling":
+                rows.setdefault(tuple(comparison[field] for field in fields), (report, comparison))
+    for report, comparison in rows.values():
+        ours, peer = find_ours(comparison), find_best_peer(comparison)
+        peak = max(report["matmul_peak"][comparison["shape"]][comparison["dtype"]].values())
+        dense = find_result(comparison, "dense Qwen3")
+        cells = [
+            _case(comparison),
+            Path(comparison["shape"]).stem if comparison["shape"].endswith(".json") else comparison["shape"],
+            comparison["dtype"],
+            "compiled" if comparison["compiled"] else "eager",
+            f"{ours['seconds'] * 1e3:.3g}",
+            _name(peer),
+            _ratio(comparison),
+            f"{dense['ratio'][1]:.2f}" if dense else "",
+            f"{ours['gflops'] / peak:.0%}",
+            f"{peer['gflops'] / peak:.0%}",
+            _memory(comparison),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot_scaling(report: dict, file: Path):
+    """Draws the scaling suite: microseconds per token over each of the four sizes, a line for each contender.
+
+    Args:
+        report (`dict`): What `bench.py --json` wrote.
+        file (`Path`): The picture.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    titles = {
+        "experts": "experts E, k of them for a token",
+        "top_k": "k chosen of finer experts, active parameters equal",
+        "length": "length, one layer's training step, equal tokens",
+        "tokens": "tokens in a step",
+    }
+    points = [comparison for comparison in report["comparisons"] if comparison["suite"] == "scaling"]
+    dtypes = list(dict.fromkeys(point["dtype"] for point in points))
+    figure, rows = pyplot.subplots(len(dtypes), len(titles), figsize=(17, 3.8 * len(dtypes)), squeeze=False)
+    for axes_of_dtype, dtype in zip(rows, dtypes):
+        for axes, (sweep, title) in zip(axes_of_dtype, titles.items()):
+            lines = {}
+            for point in points:
+                if (point["sweep"], point["dtype"]) != (sweep, dtype):
+                    continue
+                for result in point["results"]:
+                    name = "PathMoE (ours)" if result["ours"] else _name(result)
+                    per_token = result["seconds"] * 1e6 / (point["batch"] * point["length"])
+                    lines.setdefault(name, []).append((point["value"], per_token))
+            for name, line in lines.items():
+                axes.plot(*zip(*line), marker="o", markersize=3, label=name, linewidth=2 if "ours" in name else 1)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            for axis in (
+                axes.xaxis.set_major_formatter,
+                axes.yaxis.set_major_formatter,
+                axes.yaxis.set_minor_formatter,
+            ):
+                axis("{x:g}")
+            axes.set_title(f"{title}, {dtype}", fontsize=8)
+            axes.legend(fontsize=7)
+        axes_of_dtype[0].set_ylabel("microseconds per token")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
