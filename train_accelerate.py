@@ -321,9 +321,10 @@ def count_targets(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return (inputs["labels"][:, 1:] != -100).sum()
 
 
-def loss_alone(config: PreTrainedConfig, recipe: Recipe) -> dict[str, bool]:
+def loss_alone(model) -> dict[str, bool]:
     """What makes a forward compute the loss without holding all logits: PathMoE can, unless its head is sharded."""
-    return {"skip_logits": True} if config.model_type == "pathmoe" and recipe.ep_size == 1 else {}
+    plain_head = model.config.model_type == "pathmoe" and type(model.lm_head) is torch.nn.Linear
+    return {"skip_logits": True} if plain_head else {}
 
 
 @torch.no_grad()
@@ -336,9 +337,9 @@ def evaluate(
     """
     model.eval()
     # Other MoE models add their balancing loss whenever they return router logits.
-    config = accelerator.unwrap_model(model).config
-    plain = {"output_router_logits": False} if hasattr(config, "output_router_logits") else {}
-    plain |= loss_alone(config, recipe)
+    unwrapped = accelerator.unwrap_model(model)
+    plain = {"output_router_logits": False} if hasattr(unwrapped.config, "output_router_logits") else {}
+    plain |= loss_alone(unwrapped)
     rows = recipe.micro_batch_size
     stride = rows * accelerator.num_processes
     totals = torch.zeros(2, dtype=torch.float64)
@@ -429,7 +430,7 @@ def train(
             loss_sum, router_logits = torch.zeros((), device=accelerator.device), None
             for number, inputs in enumerate(micro):
                 wanted = {"output_router_logits": True} if monitored and number == 0 else {}
-                wanted |= loss_alone(config, recipe)
+                wanted |= loss_alone(unwrapped)
                 with accumulate(accelerator, model, last=number == accumulation - 1):
                     output = model(**inputs, num_items_in_batch=targets, use_cache=False, **wanted)
                     loss = output.loss

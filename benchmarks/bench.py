@@ -60,6 +60,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.bench_report import describe, make_table, plot_scaling  # noqa: E402
 from modeling_pathmoe import PathMoEConfig  # noqa: E402
 from modeling_pathmoe.accounting import forward_flops_per_token  # noqa: E402
+from modeling_pathmoe.loss_pathmoe import linear_cross_entropy  # noqa: E402
 from training.plan import PeakMemory  # noqa: E402
 
 
@@ -117,13 +118,9 @@ def transformers_loss(hidden_states, weight, labels):
     return ForCausalLMLoss(F.linear(hidden_states, weight), labels, vocab_size=weight.shape[0])
 
 
-def chunked_loss(hidden_states, weight, labels):
-    return F.linear_cross_entropy(hidden_states[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
-
-
 # Cross-entropy of hidden states (batch, length, D), output weights (V, D) and labels (batch, length).
-LOSSES = {"transformers": transformers_loss, "torch.nn.functional.linear_cross_entropy": chunked_loss}
-OUR_LOSS = "torch.nn.functional.linear_cross_entropy"
+OUR_LOSS = "PathMoE, without logits"
+LOSSES = {"transformers": transformers_loss, OUR_LOSS: linear_cross_entropy}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,10 +282,12 @@ def train_step(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contende
     batches = draw_batches(zoo, case)
     turns = itertools.cycle(batches)
     call = torch.compile(model) if case.compiled else model
+    # As train_accelerate.py calls it.
+    alone = {"skip_logits": True} if name == OURS else {}
 
     def run():
         ids = next(turns)
-        loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = call(input_ids=ids, labels=ids, use_cache=False, **alone).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

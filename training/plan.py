@@ -98,7 +98,8 @@ def trace_working_memory(recipe: Recipe, config: PreTrainedConfig, layers: int, 
     fields = config.to_dict() | {"num_hidden_layers": layers or 1, "router_block_size": 1}
     names = ("micro_batch_size", "sequence_length", "precision", "gradient_checkpointing")
     names += ("attn_implementation", "experts_implementation")
-    alone = config.model_type == "pathmoe" and recipe.ep_size == 1  # the loss, without the logits of the whole batch
+    # The loss comes without the logits of the whole batch, unless the head is sharded: so are all weights, then.
+    alone = config.model_type == "pathmoe" and not cast
     return _trace(json.dumps(fields), *(getattr(recipe, name) for name in names), cast, layers > 0, alone)
 
 

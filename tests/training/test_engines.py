@@ -34,8 +34,12 @@ def test_two_processes_train_the_model_of_one(single, recipe, tmp_path, free_por
     assert {"ddp": "MULTI_CPU x 2", "fsdp": "FSDP x 2", "fsdp_ep": "FSDP x EP x 2"}[engine] in output
     tolerance = 1e-4 if engine == "fsdp_ep" else 1e-5
     assert metrics(tmp_path / "two") == pytest.approx(metrics(single), abs=tolerance)
+    # Expert parallelism sums in another order, and a token between two experts may then take the other.
+    relative = 1e-2 if engine == "fsdp_ep" else 1e-3
     for key in ("eval_loss", "grad_norm"):
-        assert metrics(tmp_path / "two", key=key) == pytest.approx(metrics(single, key=key), rel=1e-3, abs=tolerance)
+        assert metrics(tmp_path / "two", key=key) == pytest.approx(
+            metrics(single, key=key), rel=relative, abs=tolerance
+        )
     # Half of a run's first micro-batch each, so the routing is measured on other tokens.
     assert metrics(tmp_path / "two", key="router_grad_norm")[10] == pytest.approx(
         metrics(single, key="router_grad_norm")[10], rel=1e-2
