@@ -9,7 +9,7 @@ Peers are OLMoE, Qwen3-MoE and Mixtral of transformers, each with the fastest of
 by a trial in the same run), and a dense Qwen3 of equal active parameters. All have PathMoE's shape, dtype, attention
 implementation and tokens, and hold the very same parameter tensors where theirs have the same name and shape (routers
 are copies of the blocks'), so that all route alike and large shapes fit. Token ids are drawn by Zipf's law, and so are
-the experts where the experts run alone: the load is skewed. Every call takes another batch, so that an expert's number
+the experts where the experts run alone: the load is skewed. Every round takes another batch, so that an expert's number
 of tokens changes as it does in training. The contenders take turns in an order drawn anew in each
 round; a ratio is the median over rounds of a peer's time over ours in the same round, with the quartiles.
 
@@ -90,7 +90,7 @@ BACKENDS = sorted(BACKENDS, reverse=True)
 SAME_FUNCTION = ["Qwen3-MoE", "transformers"]
 DECODE_BATCHES = [1, 8, 64]
 DECODE_STEPS = 8
-# Calls take turns among so many batches.
+# Rounds take turns among so many batches.
 BATCHES = 8
 SWEEPS = {
     "experts": [8, 16, 32, 64, 128, 256],
@@ -263,12 +263,12 @@ class Contender:
     """Something to be timed.
 
     Args:
-        run (`Callable`): Makes one call and returns a tensor.
+        run (`Callable`): Makes one call and returns a tensor. Takes the number of the round, which tells the batch.
         known (`list[torch.Tensor]`): What the call finds there.
         forward (`Callable`, *optional*): The forward of a call that is forward and backward.
     """
 
-    def __init__(self, run: Callable[[], torch.Tensor], known: list[torch.Tensor], forward: Callable | None = None):
+    def __init__(self, run: Callable[[int], torch.Tensor], known: list[torch.Tensor], forward: Callable | None = None):
         self.run, self.known, self.forward = run, known, forward
         self.first = None
 
@@ -283,11 +283,10 @@ def train_step(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contende
     model = zoo.build(name, backend).train()
     optimizer = zoo.optimizer(model)
     batches = draw_batches(zoo, case)
-    turns = itertools.cycle(batches)
     call = torch.compile(model) if case.compiled else model
 
-    def run():
-        ids = next(turns)
+    def run(turn=0):
+        ids = batches[turn % BATCHES]
         loss = call(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -300,12 +299,11 @@ def train_step(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contende
 def prefill(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
     model = zoo.build(name, backend).eval()
     batches = draw_batches(zoo, case)
-    turns = itertools.cycle(batches)
     call = torch.compile(model) if case.compiled else model
 
     @torch.no_grad()
-    def run():
-        return call(input_ids=next(turns), use_cache=True, logits_to_keep=1).logits
+    def run(turn=0):
+        return call(input_ids=batches[turn % BATCHES], use_cache=True, logits_to_keep=1).logits
 
     return Contender(run, [*model.parameters(), *model.buffers(), *batches])
 
@@ -324,7 +322,7 @@ def decode(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
         model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
-    def run():
+    def run(turn=0):
         for step in steps:
             logits = call(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         if case.compiled:
@@ -351,7 +349,7 @@ def run_experts(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contend
     if case.mode == "forward":
 
         @torch.no_grad()
-        def run():
+        def run(turn=0):
             for draw in draws:
                 for experts in calls:
                     output = experts(hidden_states, *draw)
@@ -359,16 +357,15 @@ def run_experts(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contend
 
         return Contender(run, known)
 
-    turns = itertools.cycle(draws)
     trained = [hidden_states, *layers[0].parameters(), *(weights for _, weights in draws)]
     for tensor in trained:
         tensor.requires_grad_()
 
-    def forward():
-        return calls[0](hidden_states, *next(turns))
+    def forward(turn=0):
+        return calls[0](hidden_states, *draws[turn % BATCHES])
 
-    def run():
-        output = forward()
+    def run(turn=0):
+        output = forward(turn)
         output.backward(gradient)
         for tensor in trained:
             tensor.grad = None
@@ -388,7 +385,7 @@ def run_loss(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
     hidden_states.requires_grad_()
     weight.requires_grad_()
 
-    def run():
+    def run(turn=0):
         loss = function(hidden_states, weight, labels)
         loss.backward()
         hidden_states.grad = weight.grad = None
@@ -610,7 +607,7 @@ def take_turns(runs: dict, seconds: float, device: str) -> dict[object, list[flo
     rounds = 0
     while rounds < MIN_ROUNDS or time.perf_counter() < deadline:
         for key in order.sample(list(runs), len(runs)):
-            times[key].append(seconds_of(runs[key], device))
+            times[key].append(seconds_of(functools.partial(runs[key], rounds), device))
         rounds += 1
     return times
 
