@@ -9,9 +9,9 @@ Peers are OLMoE, Qwen3-MoE and Mixtral of transformers, each with the fastest of
 by a trial in the same run), and a dense Qwen3 of equal active parameters. All have PathMoE's shape, dtype, attention
 implementation and tokens, and hold the very same parameter tensors where theirs have the same name and shape (routers
 are copies of the blocks'), so that all route alike and large shapes fit. Token ids are drawn by Zipf's law, and so are
-the experts where the experts run alone: the load is skewed. Every round takes another batch, so that an expert's number
-of tokens changes as it does in training. The contenders take turns in an order drawn anew in each
-round; a ratio is the median over rounds of a peer's time over ours in the same round, with the quartiles.
+the experts where the experts run alone: the load is skewed. Every round takes another batch, so that an expert's
+number of tokens changes as it does in training, and the contenders take turns in an order drawn anew; a ratio is the
+median over rounds of a peer's time over ours in the same round, with the quartiles.
 
 A training step is forward, loss, backward, a step of fused AdamW and zero_grad, with weights and moments in `--dtype`;
 the learning rate is 0, so that every step does the same work. Memory is what a call allocates at its worst moment
@@ -91,7 +91,7 @@ SAME_FUNCTION = ["Qwen3-MoE", "transformers"]
 DECODE_BATCHES = [1, 8, 64]
 DECODE_STEPS = 8
 # Rounds take turns among so many batches.
-BATCHES = 8
+BATCHES = 4
 SWEEPS = {
     "experts": [8, 16, 32, 64, 128, 256],
     "top_k": [1, 2, 4, 8],
@@ -600,7 +600,11 @@ def compare(zoo: Zoo, case: Case, our_backend: str, backends: list[str], seconds
 
 
 def take_turns(runs: dict, seconds: float, device: str) -> dict[object, list[float]]:
-    """Seconds of each run in each round, in an order drawn anew for every round."""
+    """Seconds of each run in each round, in an order drawn anew for every round, after one call with every batch."""
+    # oneDNN compiles bfloat16 products for each new number of rows: who met a batch first would pay for the others.
+    for turn in range(BATCHES):
+        for run in runs.values():
+            run(turn)
     times = {key: [] for key in runs}
     order = random.Random(0)
     deadline = time.perf_counter() + seconds
@@ -613,7 +617,8 @@ def take_turns(runs: dict, seconds: float, device: str) -> dict[object, list[flo
 
 
 def matmul_peak(config: PathMoEConfig, dtype: str, device: str, tokens: int) -> dict[str, float]:
-    """GFLOP/s of matrix products: of squares, and of one expert's share of the tokens with its first weight."""
+    """GFLOP/s of matrix products: of squares, and of one expert's share of the tokens with its first weight. Before
+    every comparison, so that a busy moment does not pass for the machine's peak."""
     squares = [512, 1024, 2048] + ([4096, 8192] if device != "cpu" else [])
     rows = max(1, tokens * config.num_experts_per_tok // config.num_experts)
     shapes = [(size, size, size) for size in squares]
@@ -623,7 +628,7 @@ def matmul_peak(config: PathMoEConfig, dtype: str, device: str, tokens: int) -> 
         a, b = (torch.randn(size, dtype=getattr(torch, dtype), device=device)
                 for size in ((rows, inner), (columns, inner)))  # fmt: skip
         F.linear(a, b)
-        best = min(seconds_of(lambda: F.linear(a, b), device) for _ in range(10))  # noqa: B023
+        best = min(seconds_of(lambda: F.linear(a, b), device) for _ in range(3))  # noqa: B023
         rates[f"{rows} x {inner} x {columns}"] = 2 * rows * inner * columns / best / 1e9
     return rates
 
@@ -767,14 +772,14 @@ def main(args: list[str] | None = None):
             report["left_out"].append(dataclasses.asdict(case))
             continue
         zoo = make_zoo(case.shape, case.dtype, options.device, **overrides_of(case))
-        peaks = report["matmul_peak"].setdefault(case.shape, {})
-        if case.dtype not in peaks:
-            peaks[case.dtype] = matmul_peak(zoo.config, case.dtype, options.device, case.tokens)
+        peaks = report["matmul_peak"].setdefault(case.shape, {}).setdefault(case.dtype, {})
+        for size, rate in matmul_peak(zoo.config, case.dtype, options.device, case.tokens).items():
+            peaks[size] = max(rate, peaks.get(size, 0))
         done = report["comparisons"]
         backends = worth_compiling(case, done) if case.compiled and case.suite != "loss" else BACKENDS
         seconds = options.seconds / (4 if case.sweep else 1)
         done.append(compare(zoo, case, options.ours, backends, seconds))
-        tqdm.write(describe(done[-1], peaks[case.dtype]))
+        tqdm.write(describe(done[-1], peaks))
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:
