@@ -9,9 +9,9 @@ Peers are OLMoE, Qwen3-MoE and Mixtral of transformers, each with the fastest of
 by a trial in the same run), and a dense Qwen3 of equal active parameters. All have PathMoE's shape, dtype, attention
 implementation and tokens, and hold the very same parameter tensors where theirs have the same name and shape (routers
 are copies of the blocks'), so that all route alike and large shapes fit. Token ids are drawn by Zipf's law, and so are
-the experts where the experts run alone: the load is skewed. Every call takes another batch, so that an expert's number
-of tokens changes as it does in training. The contenders take turns in an order drawn anew in each
-round; a ratio is the median over rounds of a peer's time over ours in the same round, with the quartiles.
+the experts where the experts run alone: the load is skewed. Every round takes another batch, so that an expert's
+number of tokens changes as it does in training, and the contenders take turns in an order drawn anew; a ratio is the
+median over rounds of a peer's time over ours in the same round, with the quartiles.
 
 A training step is forward, loss, backward, a step of fused AdamW and zero_grad, with weights and moments in `--dtype`;
 the learning rate is 0, so that every step does the same work. Memory is what a call allocates at its worst moment
@@ -91,8 +91,8 @@ BACKENDS = sorted(BACKENDS, reverse=True)
 SAME_FUNCTION = ["Qwen3-MoE", "transformers"]
 DECODE_BATCHES = [1, 8, 64]
 DECODE_STEPS = 8
-# Calls take turns among so many batches.
-BATCHES = 8
+# Rounds take turns among so many batches.
+BATCHES = 4
 SWEEPS = {
     "experts": [8, 16, 32, 64, 128, 256],
     "top_k": [1, 2, 4, 8],
@@ -260,12 +260,12 @@ class Contender:
     """Something to be timed.
 
     Args:
-        run (`Callable`): Makes one call and returns a tensor.
+        run (`Callable`): Makes one call and returns a tensor. Takes the number of the round, which tells the batch.
         known (`list[torch.Tensor]`): What the call finds there.
         forward (`Callable`, *optional*): The forward of a call that is forward and backward.
     """
 
-    def __init__(self, run: Callable[[], torch.Tensor], known: list[torch.Tensor], forward: Callable | None = None):
+    def __init__(self, run: Callable[[int], torch.Tensor], known: list[torch.Tensor], forward: Callable | None = None):
         self.run, self.known, self.forward = run, known, forward
         self.first = None
 
@@ -280,13 +280,12 @@ def train_step(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contende
     model = zoo.build(name, backend).train()
     optimizer = zoo.optimizer(model)
     batches = draw_batches(zoo, case)
-    turns = itertools.cycle(batches)
     call = torch.compile(model) if case.compiled else model
     # As train_accelerate.py calls it.
     alone = {"skip_logits": True} if name == OURS else {}
 
-    def run():
-        ids = next(turns)
+    def run(turn=0):
+        ids = batches[turn % BATCHES]
         loss = call(input_ids=ids, labels=ids, use_cache=False, **alone).loss
         loss.backward()
         optimizer.step()
@@ -299,12 +298,11 @@ def train_step(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contende
 def prefill(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
     model = zoo.build(name, backend).eval()
     batches = draw_batches(zoo, case)
-    turns = itertools.cycle(batches)
     call = torch.compile(model) if case.compiled else model
 
     @torch.no_grad()
-    def run():
-        return call(input_ids=next(turns), use_cache=True, logits_to_keep=1).logits
+    def run(turn=0):
+        return call(input_ids=batches[turn % BATCHES], use_cache=True, logits_to_keep=1).logits
 
     return Contender(run, [*model.parameters(), *model.buffers(), *batches])
 
@@ -323,7 +321,7 @@ def decode(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
         model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
-    def run():
+    def run(turn=0):
         for step in steps:
             logits = call(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         if case.compiled:
@@ -350,7 +348,7 @@ def run_experts(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contend
     if case.mode == "forward":
 
         @torch.no_grad()
-        def run():
+        def run(turn=0):
             for draw in draws:
                 for experts in calls:
                     output = experts(hidden_states, *draw)
@@ -358,16 +356,15 @@ def run_experts(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contend
 
         return Contender(run, known)
 
-    turns = itertools.cycle(draws)
     trained = [hidden_states, *layers[0].parameters(), *(weights for _, weights in draws)]
     for tensor in trained:
         tensor.requires_grad_()
 
-    def forward():
-        return calls[0](hidden_states, *next(turns))
+    def forward(turn=0):
+        return calls[0](hidden_states, *draws[turn % BATCHES])
 
-    def run():
-        output = forward()
+    def run(turn=0):
+        output = forward(turn)
         output.backward(gradient)
         for tensor in trained:
             tensor.grad = None
@@ -387,7 +384,7 @@ def run_loss(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
     hidden_states.requires_grad_()
     weight.requires_grad_()
 
-    def run():
+    def run(turn=0):
         loss = function(hidden_states, weight, labels)
         loss.backward()
         hidden_states.grad = weight.grad = None
@@ -602,20 +599,25 @@ def compare(zoo: Zoo, case: Case, our_backend: str, backends: list[str], seconds
 
 
 def take_turns(runs: dict, seconds: float, device: str) -> dict[object, list[float]]:
-    """Seconds of each run in each round, in an order drawn anew for every round."""
+    """Seconds of each run in each round, in an order drawn anew for every round, after one call with every batch."""
+    # oneDNN compiles bfloat16 products for each new number of rows: who met a batch first would pay for the others.
+    for turn in range(BATCHES):
+        for run in runs.values():
+            run(turn)
     times = {key: [] for key in runs}
     order = random.Random(0)
     deadline = time.perf_counter() + seconds
     rounds = 0
     while rounds < MIN_ROUNDS or time.perf_counter() < deadline:
         for key in order.sample(list(runs), len(runs)):
-            times[key].append(seconds_of(runs[key], device))
+            times[key].append(seconds_of(functools.partial(runs[key], rounds), device))
         rounds += 1
     return times
 
 
 def matmul_peak(config: PathMoEConfig, dtype: str, device: str, tokens: int) -> dict[str, float]:
-    """GFLOP/s of matrix products: of squares, and of one expert's share of the tokens with its first weight."""
+    """GFLOP/s of matrix products: of squares, and of one expert's share of the tokens with its first weight. Before
+    every comparison, so that a busy moment does not pass for the machine's peak."""
     squares = [512, 1024, 2048] + ([4096, 8192] if device != "cpu" else [])
     rows = max(1, tokens * config.num_experts_per_tok // config.num_experts)
     shapes = [(size, size, size) for size in squares]
@@ -625,7 +627,7 @@ def matmul_peak(config: PathMoEConfig, dtype: str, device: str, tokens: int) -> 
         a, b = (torch.randn(size, dtype=getattr(torch, dtype), device=device)
                 for size in ((rows, inner), (columns, inner)))  # fmt: skip
         F.linear(a, b)
-        best = min(seconds_of(lambda: F.linear(a, b), device) for _ in range(10))  # noqa: B023
+        best = min(seconds_of(lambda: F.linear(a, b), device) for _ in range(3))  # noqa: B023
         rates[f"{rows} x {inner} x {columns}"] = 2 * rows * inner * columns / best / 1e9
     return rates
 
@@ -769,14 +771,14 @@ def main(args: list[str] | None = None):
             report["left_out"].append(dataclasses.asdict(case))
             continue
         zoo = make_zoo(case.shape, case.dtype, options.device, **overrides_of(case))
-        peaks = report["matmul_peak"].setdefault(case.shape, {})
-        if case.dtype not in peaks:
-            peaks[case.dtype] = matmul_peak(zoo.config, case.dtype, options.device, case.tokens)
+        peaks = report["matmul_peak"].setdefault(case.shape, {}).setdefault(case.dtype, {})
+        for size, rate in matmul_peak(zoo.config, case.dtype, options.device, case.tokens).items():
+            peaks[size] = max(rate, peaks.get(size, 0))
         done = report["comparisons"]
         backends = worth_compiling(case, done) if case.compiled and case.suite != "loss" else BACKENDS
         seconds = options.seconds / (4 if case.sweep else 1)
         done.append(compare(zoo, case, options.ours, backends, seconds))
-        tqdm.write(describe(done[-1], peaks[case.dtype]))
+        tqdm.write(describe(done[-1], peaks))
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:

@@ -73,6 +73,8 @@ def test_ratios_are_those_of_the_rounds(report):
     for comparison in report["comparisons"]:
         assert find_ours(comparison)["ratio"] == [1, 1, 1]
         assert comparison["rounds"] >= bench.MIN_ROUNDS
+        peaks = report["matmul_peak"][comparison["shape"]]["float32"]
+        assert max(peaks.values()) > find_ours(comparison)["gflops"]
         for result in comparison["results"]:
             low, middle, high = result["ratio"]
             assert 0 < low <= middle <= high
