@@ -15,8 +15,9 @@ from . import grouped, loop
 
 logger = logging.get_logger(__name__)
 
-# Up to so many rows (tokens times k) without gradients, the grouped product is faster on a CPU than expert by expert.
-FEW_ROWS = 4096
+# Up to so many rows (tokens times k) without gradients, the grouped product is faster on a CPU than expert by expert;
+# in bfloat16 to fewer, because it compiles a product for every new number of rows.
+FEW_ROWS = {torch.float32: 4096, torch.bfloat16: 256}
 
 
 def select_kernel(
@@ -32,9 +33,9 @@ def select_kernel(
 
     Returns:
         `str`: On a CPU, `"loop"`; where no gradient is asked for, `"token"` for a single one and `"grouped"` for up to
-        4,096 rows of experts. On other devices `"grouped"`. `"grouped_mm"`, transformers' own, where ours cannot: for
-        experts that are not plain SwiGLU (it warns), and outside a CPU where torch's grouped product does not take
-        the dtype or the device.
+        4,096 rows of experts (256 in bfloat16). On other devices `"grouped"`. `"grouped_mm"`, transformers' own, where
+        ours cannot: for experts that are not plain SwiGLU (it warns), and outside a CPU where torch's grouped product
+        does not take the dtype or the device.
 
     Raises:
         ValueError: If a row of the hidden or inner states is no multiple of 16 bytes, outside a CPU.
@@ -43,20 +44,20 @@ def select_kernel(
         return "grouped_mm"
     tensors = (hidden_states, top_k_weights, experts.gate_up_proj, experts.down_proj)
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    itemsize = compute_dtype(hidden_states, experts).itemsize
-    unaligned = [size for size in experts.down_proj.shape[1:] if size * itemsize % 16]
+    dtype = compute_dtype(hidden_states, experts)
+    unaligned = [size for size in experts.down_proj.shape[1:] if size * dtype.itemsize % 16]
     if hidden_states.device.type != "cpu":
         if unaligned:
             raise ValueError(
-                f"Rows of {unaligned[0] * itemsize} bytes are no multiple of 16, which grouped products need: choose "
-                f'widths that are multiples of {16 // itemsize}, or pass experts_implementation="eager".'
+                f"Rows of {unaligned[0] * dtype.itemsize} bytes are no multiple of 16, which grouped products need: "
+                f'choose widths that are multiples of {16 // dtype.itemsize}, or experts_implementation="eager".'
             )
         return "grouped" if _can_use_grouped_mm(hidden_states, experts.down_proj, None) else "grouped_mm"
     if gradients or torch.compiler.is_compiling() and len(hidden_states) > 1:
         return "loop"
     if len(hidden_states) == 1:
         return "token"
-    return "loop" if unaligned or top_k_index.numel() > FEW_ROWS else "grouped"
+    return "loop" if unaligned or top_k_index.numel() > FEW_ROWS.get(dtype, 0) else "grouped"
 
 
 def compute_dtype(hidden_states: torch.Tensor, experts: torch.nn.Module) -> torch.dtype:

@@ -7,6 +7,10 @@ anew, and no expert's output is kept (SonicMoE, arXiv 2512.14080). For the backw
 projection is kept. Weight gradients are written in place, expert by expert.
 
 Rows are pairs of a token and one of its experts, S = T · k of them, sorted by expert.
+
+For bfloat16, oneDNN compiles a matrix product anew for every number of rows that it has not met, and in training every
+expert has another number of rows in every step. So an expert takes a few of the rows behind its own with it, up to a
+round number. What it computes for them the next expert overwrites, and they add nothing to sums.
 """
 
 import numpy as np
@@ -41,6 +45,19 @@ def sum_rows(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
     return torch.embedding_bag(rows, places, torch.arange(0, len(order), top_k), mode=0)[0]
 
 
+def padding(rows: int, num_experts: int, dtype: torch.dtype) -> int:
+    """What an expert's number of rows is rounded up to a multiple of."""
+    if dtype == torch.float32 or dtype == torch.float64:
+        return 1
+    return 64 if rows >= 256 * num_experts else 16
+
+
+def pad_rows(order: Tensor, top_k: int, weights: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Tokens and weights of the sorted rows, and of as many more as an expert may take with it."""
+    order = F.pad(order, (0, multiple - 1))
+    return order // top_k, weights.flatten()[order].unsqueeze(1)
+
+
 def packed(view: Tensor, buffer: Tensor) -> Tensor:
     """A half of the first projection's outcome; copied in bfloat16, where silu of a view is not vectorised."""
     return view if view.dtype == torch.float32 else buffer.copy_(view)
@@ -52,21 +69,24 @@ def experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the experts; gives the output (T, D), the outcome of the first projection (S, 2F) and the order of rows."""
     order, counts = sort_rows(top_k_index, len(gate_up_proj))
-    top_k = top_k_index.shape[1]
-    tokens, row_weights = order // top_k, weights.flatten()[order].unsqueeze(1)
-    width, most = down_proj.shape[2], max(counts)
-    gate_up, rows = x.new_empty(len(order), 2 * width), x.new_empty(len(order), x.shape[1])
+    top_k, width = top_k_index.shape[1], down_proj.shape[2]
+    multiple = padding(len(order), len(counts), x.dtype)
+    tokens, row_weights = pad_rows(order, top_k, weights, multiple)
+    gate_up, rows = x.new_empty(len(tokens), 2 * width), x.new_empty(len(tokens), x.shape[1])
+    most = max(counts) + multiple
     inputs, inners = x.new_empty(most, x.shape[1]), x.new_empty(most, width)
     start = 0
     for expert, count in enumerate(counts):
         if not count:
             continue
-        here, mine = slice(start, start := start + count), slice(count)
+        taken = -(-count // multiple) * multiple
+        here, mine = slice(start, start + taken), slice(taken)
         torch.index_select(x, 0, tokens[here], out=inputs[mine])
         torch.mm(inputs[mine], gate_up_proj[expert].t(), out=gate_up[here])
         gate, up = gate_up[here].split(width, dim=1)
         h = aten.silu.out(packed(gate, inners[mine]), out=inners[mine]).mul_(up).mul_(row_weights[here])
         torch.mm(h, down_proj[expert].t(), out=rows[here])
+        start += count
     rows[start:] = 0
     return sum_rows(rows, order, top_k), gate_up, order
 
@@ -74,7 +94,8 @@ def experts(
 @experts.register_fake
 def _(x, top_k_index, weights, gate_up_proj, down_proj):
     rows = top_k_index.numel()
-    return torch.empty_like(x), x.new_empty(rows, gate_up_proj.shape[1]), top_k_index.new_empty(rows)
+    padded = rows + padding(rows, len(gate_up_proj), x.dtype) - 1
+    return torch.empty_like(x), x.new_empty(padded, gate_up_proj.shape[1]), top_k_index.new_empty(rows)
 
 
 @torch.library.custom_op("pathmoe::experts_backward", mutates_args=())
@@ -92,13 +113,14 @@ def experts_backward(
     """Gives the gradients of x, weights, gate_up_proj and down_proj; of the two latter, empty ones unless trained."""
     width, top_k = down_proj.shape[2], top_k_index.shape[1]
     counts = np.bincount(top_k_index.flatten().numpy(), minlength=len(down_proj))[: len(down_proj)].tolist()
-    tokens, row_weights = order // top_k, weights.flatten()[order].unsqueeze(1)
+    multiple = padding(len(order), len(counts), x.dtype)
+    tokens, row_weights = pad_rows(order, top_k, weights, multiple)
     grad_gate_up_proj, grad_down_proj = (
         torch.empty_like(parameter) if wanted else parameter.new_empty(0)
         for parameter, wanted in zip((gate_up_proj, down_proj), trained)
     )
-    grad_rows, grad_weights = x.new_empty(len(order), x.shape[1]), weights.new_zeros(len(order))
-    most, ones = max(counts), x.new_ones(width)
+    grad_rows, grad_weights = x.new_empty(len(tokens), x.shape[1]), weights.new_zeros(len(tokens))
+    most, ones = max(counts) + multiple, x.new_ones(width)
     inputs, grads = x.new_empty(2, most, x.shape[1])
     gates, ups, silus, inners, grad_inners = x.new_empty(5, most, width)
     grad_gate_ups = x.new_empty(most, 2 * width)
@@ -109,7 +131,8 @@ def experts_backward(
                 if wanted:
                     gradient[expert] = 0
             continue
-        here, mine = slice(start, start := start + count), slice(count)
+        taken = -(-count // multiple) * multiple
+        here, mine = slice(start, start + taken), slice(taken)
         gate, up = gate_up[here].split(width, dim=1)
         gate, up = packed(gate, gates[mine]), packed(up, ups[mine])
         silu = aten.silu.out(gate, out=silus[mine])
@@ -119,9 +142,10 @@ def experts_backward(
         dh = torch.mm(dy, down_proj[expert], out=grad_inners[mine])
         # The fastest sum along rows is a product with ones.
         grad_weights[here] = torch.mv(dh * h, ones)
-        dh.mul_(row_weights[here])
+        dh.mul_(row_weights[here])[count:] = 0
         if trained[1]:
-            torch.mm(dy.t(), h.mul_(row_weights[here]), out=grad_down_proj[expert])
+            h.mul_(row_weights[here])[count:] = 0
+            torch.mm(dy.t(), h, out=grad_down_proj[expert])
 
         d_gate_up = grad_gate_ups[mine]
         d_gate, d_up = d_gate_up.split(width, dim=1)
@@ -131,8 +155,10 @@ def experts_backward(
             torch.index_select(x, 0, tokens[here], out=inputs[mine])
             torch.mm(d_gate_up.t(), inputs[mine], out=grad_gate_up_proj[expert])
         torch.mm(d_gate_up, gate_up_proj[expert], out=grad_rows[here])
+        start += count
     grad_rows[start:] = 0
-    grad_weights = torch.empty_like(grad_weights).index_copy_(0, order, grad_weights)
+    grad_weights[start:] = 0
+    grad_weights = torch.empty_like(weights.flatten()).index_copy_(0, order, grad_weights[: len(order)])
     return sum_rows(grad_rows, order, top_k), grad_weights.view_as(weights), grad_gate_up_proj, grad_down_proj
 
 
