@@ -69,6 +69,11 @@ def plan_memory(recipe: Recipe, config: PreTrainedConfig, engine: str, ranks: in
         # there, only the first layer is left. (DDP holds the gradients all the time.)
         late = 4 * share + trace_working_memory(recipe, config, 0, cast=sharded)
         states, working = 12 * share, max(working, late)
+    rows = recipe.micro_batch_size * recipe.sequence_length * getattr(config, "num_experts_per_tok", 0)
+    implementation = recipe.experts_implementation or ("pathmoe" if config.model_type == "pathmoe" else "grouped_mm")
+    if implementation == "pathmoe":
+        # What all experts give, before it is summed up: inside an operator, where tracing does not look.
+        working += rows * config.hidden_size * half
     gathered = 0.0
     if sharded and ranks > 1:
         embeddings = config.vocab_size * config.hidden_size
@@ -79,10 +84,10 @@ def plan_memory(recipe: Recipe, config: PreTrainedConfig, engine: str, ranks: in
         # The layer at work and the next one; then the float32 buffer in which the layer's gradients are summed up.
         gathered = half * max(2 * layer, layer + embeddings) + 4 * layer
         if engine == "fsdp_ep":
-            rows = recipe.micro_batch_size * recipe.sequence_length * config.num_experts_per_tok
             kept = 1 if recipe.gradient_checkpointing else config.num_hidden_layers
-            # Tokens that were sent to the experts of other ranks; those that came take the place of the sorted ones.
-            working += kept * rows * config.hidden_size * half
+            # Tokens that were sent to the experts of other ranks, and those that came; the latter take the place of
+            # the sorted ones where the experts keep these.
+            working += (2 if implementation == "pathmoe" else 1) * kept * rows * config.hidden_size * half
     return Memory(states, gathered, working)
 
 
