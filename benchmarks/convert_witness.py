@@ -23,7 +23,7 @@ import sys
 sys.modules["modeling_pathmoe"] = None  # it cannot be imported here
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation="eager").eval()
 with torch.no_grad():
     difference = model(torch.arange(1000, 1256).view(2, 128)).logits - torch.load(sys.argv[2])
 print(type(model).__name__, difference.abs().max().item())
@@ -33,7 +33,7 @@ import sys
 import torch
 import modeling_pathmoe
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation="eager").eval()
 with torch.no_grad():
     torch.save(model(torch.arange(1000, 1256).view(2, 128)).logits, sys.argv[2])
 """
