@@ -137,3 +137,16 @@ def test_table_of_speed_is_made_of_the_file_that_make_bench_writes():
     files = [ROOT / file for file in command.split() if file.endswith(".json")]
     reports = [json.loads(file.read_text()) for file in files if file.exists()]
     assert shown.strip() == (make_table(*reports) if reports else "")
+
+
+def test_figures_of_the_paths_are_those_of_the_report():
+    page = (ROOT / "eval" / "results" / "paths" / "quickstart-beside-independent.html").read_text(encoding="utf-8")
+    report = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    rows = 0
+    for measures in zip(*(model["measures"] for model in report["models"])):
+        digits = 0 if measures[0]["unit"] == "count" else 3
+        row = f"| {measures[0]['name']} | " + " | ".join(
+            f"{m['value']:,.{digits}f} ({m['low']:,.{digits}f} to {m['high']:,.{digits}f})" for m in measures
+        )
+        rows += row + " |" in README
+    assert rows == 7
