@@ -7,7 +7,7 @@ grouped.py  the same on torch's grouped matrix multiplication: other devices, an
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _can_use_grouped_mm, grouped_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _can_use_grouped_mm
 from transformers.utils import logging
 
 from . import grouped, loop
@@ -15,9 +15,11 @@ from . import grouped, loop
 
 logger = logging.get_logger(__name__)
 
-# Up to so many rows (tokens times k) without gradients, the grouped product is faster on a CPU than expert by expert;
-# in bfloat16 to fewer, because it compiles a product for every new number of rows.
+# Up to so many rows (tokens times k) without gradients, transformers' kernels are faster than expert by expert; in
+# bfloat16 up to fewer, because oneDNN compiles a product for every new number of rows.
 FEW_ROWS = {torch.float32: 4096, torch.bfloat16: 256}
+# In bfloat16, weights of at most so many elements are cheaper to gather than oneDNN's products are to start.
+CHEAP_TO_GATHER = 2**19
 
 
 def select_kernel(
@@ -32,10 +34,10 @@ def select_kernel(
         top_k_weights (`torch.Tensor` of shape `(T, k)`): Their weights.
 
     Returns:
-        `str`: On a CPU, `"loop"`; where no gradient is asked for, `"token"` for a single one and `"grouped"` for up to
-        4,096 rows of experts (256 in bfloat16). On other devices `"grouped"`. `"grouped_mm"`, transformers' own, where
-        ours cannot: for experts that are not plain SwiGLU (it warns), and outside a CPU where torch's grouped product
-        does not take the dtype or the device.
+        `str`: On a CPU, `"loop"`; on other devices `"grouped"`. Without gradients on a CPU, `"token"` for a single
+        token, and transformers' own `"grouped_mm"`, or `"batched_mm"` for very small experts in bfloat16, for up to
+        4,096 rows of experts (256 in bfloat16). `"grouped_mm"` also where ours cannot: for experts that are not plain
+        SwiGLU (it warns), and outside a CPU where torch's grouped product does not take the dtype or the device.
 
     Raises:
         ValueError: If a row of the hidden or inner states is no multiple of 16 bytes, outside a CPU.
@@ -53,11 +55,14 @@ def select_kernel(
                 f'choose widths that are multiples of {16 // dtype.itemsize}, or experts_implementation="eager".'
             )
         return "grouped" if _can_use_grouped_mm(hidden_states, experts.down_proj, None) else "grouped_mm"
+    rows, matrix = top_k_index.numel(), experts.down_proj[0].numel()
     if gradients or torch.compiler.is_compiling() and len(hidden_states) > 1:
         return "loop"
+    if dtype == torch.bfloat16 and rows * matrix <= CHEAP_TO_GATHER and not torch.is_autocast_enabled("cpu"):
+        return "batched_mm"
     if len(hidden_states) == 1:
         return "token"
-    return "loop" if unaligned or top_k_index.numel() > FEW_ROWS.get(dtype, 0) else "grouped"
+    return "loop" if unaligned or rows > FEW_ROWS.get(dtype, 0) or torch.is_autocast_enabled("cpu") else "grouped_mm"
 
 
 def compute_dtype(hidden_states: torch.Tensor, experts: torch.nn.Module) -> torch.dtype:
@@ -98,10 +103,10 @@ def pathmoe_experts_forward(
         `torch.Tensor` of shape `(T, D)`: Weighted sums of the experts' outputs, in the dtype of `hidden_states`.
     """
     kernel = select_kernel(self, hidden_states, top_k_index, top_k_weights)
-    if kernel == "grouped_mm":
-        if reason := why_not(self):
-            logger.warning_once(f"{type(self).__name__} are run by transformers' grouped_mm: {reason}.")
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if reason := why_not(self):
+        logger.warning_once(f"{type(self).__name__} are run by transformers' grouped_mm: {reason}.")
+    if kernel in ("grouped_mm", "batched_mm"):
+        return ALL_EXPERTS_FUNCTIONS[kernel](self, hidden_states, top_k_index, top_k_weights)
 
     inputs = (hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
     x, weights, *projections = (tensor.to(compute_dtype(hidden_states, self)) for tensor in inputs)

@@ -174,7 +174,7 @@ def gated_otherwise():
     "tokens, gradients, width, expected",
     [
         (1, False, 8, "token"),
-        (5, False, 8, "grouped"),
+        (5, False, 8, "grouped_mm"),
         (5, False, 6, "loop"),
         (2000, False, 8, "loop"),
         (1, True, 8, "loop"),
