@@ -106,6 +106,8 @@ def test_table_of_presets_is_what_the_command_prints():
 def test_figures_are_those_of_the_files_that_the_commands_write():
     report = (ROOT / "eval" / "results" / "quickstart.md").read_text(encoding="utf-8")
     assert report.split("\n\nA sample")[0] in README
+    comparison = (ROOT / "eval" / "results" / "witness" / "comparison.md").read_text(encoding="utf-8")
+    assert comparison.split("\n\n")[0] in README
     for preset, result in json.loads((ROOT / "benchmarks" / "routers.json").read_text())["results"].items():
         low, high = result["quartiles"]
         assert f"| {preset} | {result['relative']:.2f} ({low:.2f} to {high:.2f}) |" in README
