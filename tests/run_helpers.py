@@ -42,7 +42,8 @@ def accelerate_launch(args, engine, port, **options):
 
 
 def metrics(folder, *, key="loss"):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    # What comes after the last line break is a line that a run is still writing.
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().split("\n")[:-1]]
     return {line["step"]: line[key] for line in lines if key in line}
 
 
