@@ -3,7 +3,7 @@
 # make path-report   shows the expert paths of the demo's model beside a twin without sharing (about 25 minutes); needs npm
 # make browser-test  tries such a report in a browser; needs chromium and chromium-driver
 # make witness checks the evaluation with SmolLM2-135M           (about half an hour on 2 cores)
-# make compare evaluates it and the quick start, item by item    (LIMIT=200 items a task: hours on 2 cores)
+# make compare evaluates it and the quick start, item by item    (LIMIT=200 items a task: a quarter of an hour on 2 cores)
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
 # make bench   times PathMoE beside its peers                    (5 to 10 minutes on 2 cores)

@@ -396,7 +396,7 @@ def train(
         Diverged: After `max_bad_steps` steps in a row whose loss or gradients were not finite.
     """
     unwrapped, counters = accelerator.unwrap_model(model), checkpoints.counters
-    config = unwrapped.config
+    config, alone = unwrapped.config, loss_alone(unwrapped)
     flops = 3 * forward_flops_per_token(config, recipe.sequence_length)
     peak = measure_matmul_peak(accelerator.device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     accumulation = recipe.batch_size // (recipe.micro_batch_size * accelerator.num_processes)
@@ -430,12 +430,11 @@ def train(
             loss_sum, router_logits = torch.zeros((), device=accelerator.device), None
             for number, inputs in enumerate(micro):
                 wanted = {"output_router_logits": True} if monitored and number == 0 else {}
-                wanted |= loss_alone(unwrapped)
                 with accumulate(accelerator, model, last=number == accumulation - 1):
-                    output = model(**inputs, num_items_in_batch=targets, use_cache=False, **wanted)
+                    output = model(**inputs, num_items_in_batch=targets, use_cache=False, **alone, **wanted)
                     loss = output.loss
                     loss_sum += cross_entropy(output, config, count_targets(inputs) / targets)
-                    router_logits = output.router_logits if "output_router_logits" in wanted else router_logits
+                    router_logits = output.router_logits if wanted else router_logits
                     del output  # and with it, in most models, the logits: the largest tensor of all
                     accelerator.backward(loss)
             norm = gradient_norm(unwrapped)

@@ -194,9 +194,8 @@ class PathMoEPreTrainedModel(PreTrainedModel):
             module.init_selection_bias()
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        if (
-            requested_experts is None and "pathmoe" in ALL_EXPERTS_FUNCTIONS
-        ):  # registered where the package is imported
+        # Registered where the package is imported; code from the Hub runs without it.
+        if requested_experts is None and "pathmoe" in ALL_EXPERTS_FUNCTIONS:
             requested_experts = "pathmoe"
         implementation = super().get_correct_experts_implementation(requested_experts)
         if implementation == "grouped_mm":
@@ -447,8 +446,8 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         else:
             slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, slice_indices, :])
-        if labels is not None and not skip_logits:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         if outputs.router_logits is not None:
             mask = self._token_mask(attention_mask, sequence_length=hidden_states.shape[1])
             aux_loss = load_balancing_loss(

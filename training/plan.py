@@ -103,13 +103,11 @@ def trace_working_memory(recipe: Recipe, config: PreTrainedConfig, layers: int, 
     fields = config.to_dict() | {"num_hidden_layers": layers or 1, "router_block_size": 1}
     names = ("micro_batch_size", "sequence_length", "precision", "gradient_checkpointing")
     names += ("attn_implementation", "experts_implementation")
-    # The loss comes without the logits of the whole batch, unless the head is sharded: so are all weights, then.
-    alone = config.model_type == "pathmoe" and not cast
-    return _trace(json.dumps(fields), *(getattr(recipe, name) for name in names), cast, layers > 0, alone)
+    return _trace(json.dumps(fields), *(getattr(recipe, name) for name in names), cast, layers > 0)
 
 
 @functools.cache
-def _trace(fields, rows, length, precision, checkpointing, attention, experts, cast, head, alone) -> float:
+def _trace(fields, rows, length, precision, checkpointing, attention, experts, cast, head) -> float:
     fields, bf16 = json.loads(fields), precision == "bf16"
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     # grouped_mm does not know float32 tensors that are fake; transformers' stand-in for it does.
@@ -130,8 +128,9 @@ def _trace(fields, rows, length, precision, checkpointing, attention, experts, c
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not cast):
                 inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
                 if head:
-                    skip = {"skip_logits": True} if alone else {}
-                    loss = model(**inputs, labels=tokens, num_items_in_batch=1, **skip).loss
+                    # As in training: without all logits, unless the head is sharded, as all weights are then.
+                    alone = {"skip_logits": True} if config.model_type == "pathmoe" and not cast else {}
+                    loss = model(**inputs, labels=tokens, num_items_in_batch=1, **alone).loss
                 else:
                     loss = model.base_model(**inputs).last_hidden_state.sum()
             loss.backward()

@@ -2,7 +2,7 @@
 """Fast experts for any mixture-of-experts model of transformers: `experts_implementation="pathmoe"`.
 
 loop.py     one expert after another, with one backward for all that they do: training on a CPU; and single tokens
-grouped.py  the same on torch's grouped matrix multiplication: other devices, and few tokens on a CPU
+grouped.py  the same on torch's grouped matrix multiplication: other devices
 """
 
 import torch
@@ -55,14 +55,14 @@ def select_kernel(
                 f'choose widths that are multiples of {16 // dtype.itemsize}, or experts_implementation="eager".'
             )
         return "grouped" if _can_use_grouped_mm(hidden_states, experts.down_proj, None) else "grouped_mm"
-    rows, matrix = top_k_index.numel(), experts.down_proj[0].numel()
     if gradients or torch.compiler.is_compiling() and len(hidden_states) > 1:
         return "loop"
-    if dtype == torch.bfloat16 and rows * matrix <= CHEAP_TO_GATHER and not torch.is_autocast_enabled("cpu"):
+    rows, matrix, autocast = top_k_index.numel(), experts.down_proj[0].numel(), torch.is_autocast_enabled("cpu")
+    if dtype == torch.bfloat16 and rows * matrix <= CHEAP_TO_GATHER and not autocast:
         return "batched_mm"
     if len(hidden_states) == 1:
         return "token"
-    return "loop" if unaligned or rows > FEW_ROWS.get(dtype, 0) or torch.is_autocast_enabled("cpu") else "grouped_mm"
+    return "loop" if unaligned or rows > FEW_ROWS.get(dtype, 0) or autocast else "grouped_mm"
 
 
 def compute_dtype(hidden_states: torch.Tensor, experts: torch.nn.Module) -> torch.dtype:
@@ -103,13 +103,14 @@ def pathmoe_experts_forward(
         `torch.Tensor` of shape `(T, D)`: Weighted sums of the experts' outputs, in the dtype of `hidden_states`.
     """
     kernel = select_kernel(self, hidden_states, top_k_index, top_k_weights)
-    if reason := why_not(self):
+    if kernel == "grouped_mm" and (reason := why_not(self)):
         logger.warning_once(f"{type(self).__name__} are run by transformers' grouped_mm: {reason}.")
     if kernel in ("grouped_mm", "batched_mm"):
         return ALL_EXPERTS_FUNCTIONS[kernel](self, hidden_states, top_k_index, top_k_weights)
 
+    dtype = compute_dtype(hidden_states, self)
     inputs = (hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
-    x, weights, *projections = (tensor.to(compute_dtype(hidden_states, self)) for tensor in inputs)
+    x, weights, *projections = (tensor.to(dtype) for tensor in inputs)
     run = {"loop": loop.run, "token": loop.run_token, "grouped": grouped.run}[kernel]
     with torch.autocast(hidden_states.device.type, enabled=False):
         return run(x, top_k_index, weights, *projections).to(hidden_states.dtype)

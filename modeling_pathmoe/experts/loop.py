@@ -13,6 +13,8 @@ expert has another number of rows in every step. So an expert takes a few of the
 round number. What it computes for them the next expert overwrites, and they add nothing to sums.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,12 @@ def sort_rows(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]
     experts = top_k_index.flatten().numpy()
     # numpy sorts 16-bit numbers by radix, ten times faster than torch.
     order = np.argsort(experts.astype(np.int16) if num_experts < 2**15 else experts, kind="stable")
-    return torch.from_numpy(order), np.bincount(experts, minlength=num_experts)[:num_experts].tolist()
+    return torch.from_numpy(order), count_rows(top_k_index, num_experts)
+
+
+def count_rows(top_k_index: Tensor, num_experts: int) -> list[int]:
+    """How many rows each expert has."""
+    return np.bincount(top_k_index.flatten().numpy(), minlength=num_experts)[:num_experts].tolist()
 
 
 def sum_rows(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
@@ -50,6 +57,16 @@ def padding(rows: int, num_experts: int, dtype: torch.dtype) -> int:
     if dtype == torch.float32 or dtype == torch.float64:
         return 1
     return 64 if rows >= 256 * num_experts else 16
+
+
+def spans(counts: list[int], multiple: int) -> Iterator[tuple[int, int, slice, slice]]:
+    """The experts that have rows: number, how many, and what they take, of the sorted rows and of a buffer."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            taken = -(-count // multiple) * multiple
+            yield expert, count, slice(start, start + taken), slice(taken)
+            start += count
 
 
 def pad_rows(order: Tensor, top_k: int, weights: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
@@ -75,19 +92,13 @@ def experts(
     gate_up, rows = x.new_empty(len(tokens), 2 * width), x.new_empty(len(tokens), x.shape[1])
     most = max(counts) + multiple
     inputs, inners = x.new_empty(most, x.shape[1]), x.new_empty(most, width)
-    start = 0
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        taken = -(-count // multiple) * multiple
-        here, mine = slice(start, start + taken), slice(taken)
+    for expert, _, here, mine in spans(counts, multiple):
         torch.index_select(x, 0, tokens[here], out=inputs[mine])
         torch.mm(inputs[mine], gate_up_proj[expert].t(), out=gate_up[here])
         gate, up = gate_up[here].split(width, dim=1)
         h = aten.silu.out(packed(gate, inners[mine]), out=inners[mine]).mul_(up).mul_(row_weights[here])
         torch.mm(h, down_proj[expert].t(), out=rows[here])
-        start += count
-    rows[start:] = 0
+    rows[sum(counts) :] = 0
     return sum_rows(rows, order, top_k), gate_up, order
 
 
@@ -112,27 +123,23 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gives the gradients of x, weights, gate_up_proj and down_proj; of the two latter, empty ones unless trained."""
     width, top_k = down_proj.shape[2], top_k_index.shape[1]
-    counts = np.bincount(top_k_index.flatten().numpy(), minlength=len(down_proj))[: len(down_proj)].tolist()
+    counts = count_rows(top_k_index, len(down_proj))
     multiple = padding(len(order), len(counts), x.dtype)
     tokens, row_weights = pad_rows(order, top_k, weights, multiple)
     grad_gate_up_proj, grad_down_proj = (
         torch.empty_like(parameter) if wanted else parameter.new_empty(0)
         for parameter, wanted in zip((gate_up_proj, down_proj), trained)
     )
-    grad_rows, grad_weights = x.new_empty(len(tokens), x.shape[1]), weights.new_zeros(len(tokens))
+    idle = [expert for expert, count in enumerate(counts) if not count]
+    for gradient, wanted in zip((grad_gate_up_proj, grad_down_proj), trained):
+        if wanted:
+            gradient[idle] = 0
+    grad_rows, grad_weights = x.new_empty(len(tokens), x.shape[1]), weights.new_empty(len(tokens))
     most, ones = max(counts) + multiple, x.new_ones(width)
     inputs, grads = x.new_empty(2, most, x.shape[1])
     gates, ups, silus, inners, grad_inners = x.new_empty(5, most, width)
     grad_gate_ups = x.new_empty(most, 2 * width)
-    start = 0
-    for expert, count in enumerate(counts):
-        if not count:
-            for gradient, wanted in zip((grad_gate_up_proj, grad_down_proj), trained):
-                if wanted:
-                    gradient[expert] = 0
-            continue
-        taken = -(-count // multiple) * multiple
-        here, mine = slice(start, start + taken), slice(taken)
+    for expert, count, here, mine in spans(counts, multiple):
         gate, up = gate_up[here].split(width, dim=1)
         gate, up = packed(gate, gates[mine]), packed(up, ups[mine])
         silu = aten.silu.out(gate, out=silus[mine])
@@ -155,9 +162,8 @@ def experts_backward(
             torch.index_select(x, 0, tokens[here], out=inputs[mine])
             torch.mm(d_gate_up.t(), inputs[mine], out=grad_gate_up_proj[expert])
         torch.mm(d_gate_up, gate_up_proj[expert], out=grad_rows[here])
-        start += count
-    grad_rows[start:] = 0
-    grad_weights[start:] = 0
+    grad_rows[sum(counts) :] = 0
+    grad_weights[sum(counts) :] = 0
     grad_weights = torch.empty_like(weights.flatten()).index_copy_(0, order, grad_weights[: len(order)])
     return sum_rows(grad_rows, order, top_k), grad_weights.view_as(weights), grad_gate_up_proj, grad_down_proj
 
