@@ -264,12 +264,12 @@ def written_aside(dst: str | Path) -> Iterator[Path]:
         raise FileExistsError(
             f"{partial} exists: another conversion is writing it, or was killed. If none is running, remove it."
         )
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)  # in here: a signal may come as soon as the folder is there
         yield partial
         partial.rename(dst)
     except BaseException:
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
