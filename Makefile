@@ -27,6 +27,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 RUN := runs/quickstart
 DATA := $(RUN)/data/train.jsonl
 TWIN := runs/independent
+EXPERIMENT := runs/experiment
 BROWN := runs/brown/brown.jsonl
 PATHS := runs/paths
 
@@ -140,6 +141,13 @@ $(WITNESS)/model/config.json: data/witness.txt | .venv/.demo .venv/.data
 $(DATA): | .venv/.demo .venv/.data
 	$(BIN)/python data/quickstart.py --output_dir $(dir $@)
 	touch $@
+
+$(EXPERIMENT)/data/train.jsonl: data/experiment.txt | .venv/.demo
+	rm -f $@
+	$(BIN)/python data/experiment.py --output_dir $(@D)
+
+results/overlap.md: $(EXPERIMENT)/data/train.jsonl | .venv/.data
+	$(BIN)/python eval/overlap.py --data $(<D) --suite pathmoe_paper_0.9b_offline --output $(@:.md=.json)
 
 $(RUN)/final/config.json: $(DATA) configuration/train/quickstart.yaml configuration/model/quickstart.json
 	$(BIN)/python train_accelerate.py --config configuration/train/quickstart.yaml --output_dir $(RUN) --resume auto

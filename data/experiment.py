@@ -44,7 +44,17 @@ RUN_LENGTH = 13
 REPEATED, SHARED_WITH_TRAINING = 0.5, 0.1
 
 BLOCK = r"</?(?:blockquote|br|chapter|dd|div|dl|dt|h\d|l|lb|lg|li|note|ol|p|pre|table|td|title|tr|ul|verse)\b[^>]*>"
-NO_PROSE = {"code", "code-block", "sourcecode", "literalinclude", "image", "figure", "toctree", "testsetup", "testcode"}
+NO_PROSE = {
+    "code",
+    "code-block",
+    "sourcecode",
+    "literalinclude",
+    "image",
+    "figure",
+    "toctree",
+    "testsetup",
+    "testcode",
+}
 
 
 class Package(NamedTuple):
@@ -227,7 +237,9 @@ def restructured_text(files: dict[str, bytes]) -> Iterator[str]:
                     continue
             elif paragraph.rstrip().endswith("::"):
                 code_indent, lines[-1] = indent, lines[-1][:-1]
-            lines = [s for s in lines if not re.match(r"\.\.(?:\s|$)|:[\w ]+:(?:\s|$)|>>>|[+|]|([=\-~^*\"'#`.])\1\1+$", s)]
+            lines = [
+                s for s in lines if not re.match(r"\.\.(?:\s|$)|:[\w ]+:(?:\s|$)|>>>|[+|]|([=\-~^*\"'#`.])\1\1+$", s)
+            ]
             text = " ".join(lines)
             text = re.sub(r":[\w:+-]+:`[~!.]*([^`<]*?)\s*(?:<[^`>]*>)?`", r"\1", text)
             text = re.sub(r"`{1,2}([^`<]*?)\s*(?:<[^`>]*>)?`{1,2}_{0,2}", r"\1", text)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.ngrams import WORD, Words, ngram_digests  # noqa: E402
 
+
 def contamination(texts: Iterable[str], items: dict[str, list[str]], n: int = 13, examples: int = 3) -> dict:
     """How many items of each task share a run of `n` words with a text.
 

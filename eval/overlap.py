@@ -1,0 +1,84 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Looks for text that training, validation and benchmark items share: runs of 13 words.
+
+    python eval/overlap.py --data runs/experiment/data --suite pathmoe_paper_0.9b_offline --output results/overlap.json
+
+A validation document counts as hit if training holds any of its runs; how much of all runs is shared stands beside.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from contamination import Words, contamination, markdown, ngram_digests, task_items
+from perplexity import load_documents
+from run_lm_eval import SUITES
+
+
+def shared_runs(train: list[str], validation: list[str], sources: list[str], n: int) -> dict:
+    """How much of the validation text stands in the training text.
+
+    Args:
+        train (`list[str]`): Training documents.
+        validation (`list[str]`): Validation documents.
+        sources (`list[str]`): The source of each validation document.
+        n (`int`): Words in a run.
+
+    Returns:
+        `dict`: for each source `documents`, `hit` (those that share a run), `runs`, `shared` (runs that training
+        holds) and `largest` (the largest share of one document's runs).
+    """
+    words = Words()
+    in_train = np.unique(np.concatenate([ngram_digests(text, n, words) for text in train]))
+    report = defaultdict(lambda: {"documents": 0, "hit": 0, "runs": 0, "shared": 0, "largest": 0.0})
+    for text, source in zip(validation, sources):
+        runs, row = ngram_digests(text, n, words), report[source]
+        at = np.minimum(np.searchsorted(in_train, runs), len(in_train) - 1)
+        shared = int((in_train[at] == runs).sum())
+        row["documents"] += 1
+        row["hit"] += shared > 0
+        row["runs"] += len(runs)
+        row["shared"] += shared
+        row["largest"] = max(row["largest"], shared / max(1, len(runs)))
+    return dict(report)
+
+
+def table(report: dict, n: int) -> str:
+    lines = [
+        f"| validation | documents | share a run of {n} words | runs | shared with training | most in one document |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for source, row in report.items():
+        lines.append(
+            f"| {source} | {row['documents']:,} | {row['hit']:,} | {row['runs']:,} | "
+            f"{row['shared'] / max(1, row['runs']):.2%} | {row['largest']:.1%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Reads both splits and the tasks, and prints and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and validation.jsonl")
+    parser.add_argument("--suite", required=True, choices=SUITES)
+    parser.add_argument("--n", type=int, default=13, help="words in a run")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the report, with a .md beside it")
+    args = parser.parse_args(argv)
+    if args.n < 1:
+        parser.error(f"--n {args.n} must be at least 1.")
+    train = load_documents(str(args.data / "train.jsonl"), ["text"])["text"]
+    validation = load_documents(str(args.data / "validation.jsonl"), ["text", "source"])
+    splits = shared_runs(train, validation["text"], validation["source"], args.n)
+    tasks = contamination(train, task_items(SUITES[args.suite]), args.n)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"n": args.n, "validation": splits, "tasks": tasks}, indent=2) + "\n")
+    text = f"{table(splits, args.n)}\nBenchmark items in the training text:\n\n{markdown(tasks, args.n)}"
+    args.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    return {"validation": splits, "tasks": tasks}
+
+
+if __name__ == "__main__":
+    main()
