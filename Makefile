@@ -16,6 +16,7 @@
 # make faults        kills training runs and compares how they end with uninterrupted ones
 # make bench-paths   times the measures of expert paths, and recording beside a bare forward
 # make convert-witness  takes a real dense model through conversion, training and back (16 GB of memory)
+# make experiment  repeats the paper's comparison, 46M tokens    (3 to 4 hours on 2 cores; stop and go on as you like)
 # make lint          checks style
 # Each sets up what it needs in .venv; nothing is done twice.
 
@@ -28,6 +29,7 @@ RUN := runs/quickstart
 DATA := $(RUN)/data/train.jsonl
 TWIN := runs/independent
 EXPERIMENT := runs/experiment
+SCALE ?= cpu
 BROWN := runs/brown/brown.jsonl
 PATHS := runs/paths
 
@@ -39,7 +41,7 @@ WITNESS := runs/witness
 LIMIT ?= 200
 
 .PHONY: demo test witness compare path-report browser-test conformance presets bench bench-compiled bench-gpu \
-	bench-routers bench-memory bench-paths plan training-plot convert-witness faults lint clean
+	bench-routers bench-memory bench-paths experiment plan training-plot convert-witness faults lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -112,6 +114,14 @@ bench-paths: .venv/.demo
 convert-witness: $(DATA) .venv/.dev $(WITNESS)/model/config.json
 	$(BIN)/python benchmarks/convert_witness.py --dense $(WITNESS)/model --text $(RUN)/data --output $(WITNESS) $(ARGS)
 	$(BIN)/python -m pytest -m slow -k memory -s tests/modeling_pathmoe/convert
+
+experiment: $(EXPERIMENT)/data/train.jsonl $(BROWN) .venv/.data
+	$(BIN)/python -m training.experiment --config configuration/experiment/$(SCALE).yaml \
+		--output_dir $(EXPERIMENT)/$(SCALE)
+	$(BIN)/python eval/experiment.py --config configuration/experiment/$(SCALE).yaml --runs $(EXPERIMENT)/$(SCALE) \
+		--data $(EXPERIMENT)/data/validation.jsonl $(BROWN)
+	$(BIN)/python eval/experiment_report.py --config configuration/experiment/$(SCALE).yaml \
+		--runs $(EXPERIMENT)/$(SCALE) --output results/$(SCALE)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

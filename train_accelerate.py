@@ -25,7 +25,7 @@ import resource
 import shutil
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -259,10 +259,18 @@ def build_model(
 
 def build_optimizer(recipe: Recipe, model: torch.nn.Module):
     """AdamW in which matrices decay and vectors do not, and its schedule."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = recipe.router_learning_rate_scale if "routers." in name else 1.0
+            groups[parameter.ndim >= 2, scale].append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": groups[key],
+            "weight_decay": recipe.weight_decay if key[0] else 0.0,
+            "lr": recipe.learning_rate * key[1],
+        }
+        for key in sorted(groups, reverse=True)
     ]
     optimizer = torch.optim.AdamW(
         groups,

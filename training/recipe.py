@@ -47,6 +47,7 @@ class Recipe:
         eval_sequences (`int`): How many validation sequences an evaluation reads at most.
         learning_rate, weight_decay, beta1, beta2, epsilon, max_grad_norm: AdamW and gradient clipping. Matrices decay,
             norms and biases do not.
+        router_learning_rate_scale (`float`): What the learning rate is multiplied by for the routers.
         schedule (`str`): `"cosine"`, or `"wsd"` (constant, then falling in the last `decay_steps`).
         warmup_steps, decay_steps (`int` or `float`): Steps over which the learning rate rises linearly and, with
             `"wsd"`, falls; below 1, a share of `max_steps`.
@@ -92,6 +93,7 @@ class Recipe:
     cache_dir: str | None = None
     eval_sequences: int = 256
     learning_rate: float = 1e-3
+    router_learning_rate_scale: float = 1.0
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -135,7 +137,7 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("learning_rate", "max_grad_norm", "epsilon"):
+        for name in ("learning_rate", "router_learning_rate_scale", "max_grad_norm", "epsilon"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         for name in (

@@ -1,0 +1,138 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Measures the runs of an experiment that are done and not measured yet.
+
+    python eval/experiment.py --config configuration/experiment/cpu.yaml --runs runs/experiment/cpu \\
+        --data runs/experiment/data/validation.jsonl runs/brown/brown.jsonl
+
+Writes RUN/measures.json: perplexity by document of the first data file, the measures of the expert paths in equally
+many tokens of every file, and the perturbation curves. Files are as `path_report.py` takes them. The runs of the most
+tokens are also evaluated on the suite `experiment` (RUN/lm_eval). Stopped at any moment, the same command goes on.
+`experiment_report.py` makes tables and plots of it.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from metrics.perplexity.perplexity import score, summarize
+from path_report import align_tags, encode, measure, perturb, read_documents, read_text
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
+from modeling_pathmoe import paths
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training.experiment import comparison_runs, read_experiment  # noqa: E402
+
+
+MAX_LENGTH = 256  # what the runs were trained on
+SEED = 0
+
+
+def choose_documents(rows: list[dict], each: int) -> list[dict]:
+    """At most `each` documents of every source, the same for every run."""
+    random.Random(SEED).shuffle(rows)
+    taken = {}
+    for row in rows:
+        of_source = taken.setdefault(row["source"], [])
+        if len(of_source) < each:
+            of_source.append(row)
+    return [row for source in sorted(taken) for row in taken[source]]
+
+
+def measure_run(folder: Path, options: argparse.Namespace) -> None:
+    """Measures one run; writes FOLDER/measures.json."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder / "final").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+    validation, *others = read_documents(options.data)
+    chosen = choose_documents(validation, options.documents)
+    scored, _ = score(model, tokenizer, [row["text"] for row in chosen], MAX_LENGTH, MAX_LENGTH, batch_size=16)
+    for document, row in zip(scored, chosen):
+        document["source"] = row["source"]
+    result = {"perplexity": summarize(scored), "documents": scored}
+    if model.config.num_experts > 1:
+        share = options.tokens // len(options.data)
+        entries = []
+        for rows in (chosen, *others):
+            random.Random(SEED).shuffle(rows)
+            entries += encode(tokenizer, rows, share, MAX_LENGTH)
+        reading = read_text(model, entries, MAX_LENGTH)
+        tags = []
+        for number, document in enumerate(reading.documents):
+            offsets = [reading.offsets[i] for i in (reading.document_ids == number).nonzero()[:, 0].tolist()]
+            known = document.get("tags") is not None
+            tags += align_tags(offsets, document) if known else [None] * len(offsets)
+        result |= {
+            "measures": measure(reading, tags, options.resamples, SEED),
+            "load": paths.expert_load(reading.experts, model.config.num_experts).tolist(),
+            "jaccard": paths.jaccard_matrix(reading.experts).tolist(),
+            "sustained_4": paths.sustained_engagement(reading.experts, 4),
+            "perturbations": perturb(model, reading, options.perturbed_tokens, MAX_LENGTH, SEED),
+        }
+    partial = folder / "measures.partial"
+    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    partial.rename(folder / "measures.json")
+
+
+def evaluate_tasks(folder: Path, items: int) -> None:
+    """Runs the suite `experiment` on one run, in a process of its own; goes on where it was stopped."""
+    command = ["--model", folder / "final", "--suite", "experiment", "--output", folder / "lm_eval", "--limit", items]
+    with (folder / "lm_eval.log").open("w") as log:
+        subprocess.run(
+            [sys.executable, Path(__file__).with_name("run_lm_eval.py"), *map(str, command)],
+            check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def measure_runs(options: argparse.Namespace) -> None:
+    """Measures all runs that are done, some at once."""
+    runs = comparison_runs(read_experiment(options.config), learning_rate=1.0)  # a name does not tell the rate
+    done = [run for run in runs if (options.runs / run.name / "final" / "config.json").is_file()]
+    if not done:
+        raise SystemExit(f"--runs {options.runs} holds no run of {options.config} that is done: train first.")
+    most = max(run.tokens for run in runs)
+    jobs = [(measure_run, run, options) for run in done]
+    jobs += [(evaluate_tasks, run, options.items) for run in done if run.tokens == most]
+    written = {measure_run: "measures.json", evaluate_tasks: "lm_eval/results.json"}
+    todo = [job for job in jobs if not (options.runs / job[1].name / written[job[0]]).is_file()]
+    with (
+        ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool,
+        tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="measure") as bar,
+    ):
+        submitted = [pool.submit(function, options.runs / run.name, option) for function, run, option in todo]
+        try:
+            for future in as_completed(submitted):
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the experiment's YAML")
+    parser.add_argument("--runs", type=Path, required=True, help="output folder of training/experiment.py")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="files with columns `text` and `source`")
+    parser.add_argument("--documents", type=int, default=16, help="of each source, for the perplexity")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of all files together, for the paths")
+    parser.add_argument("--perturbed_tokens", type=int, default=4_000)
+    parser.add_argument("--resamples", type=int, default=100, help="of each bootstrap")
+    parser.add_argument("--items", type=int, default=200, help="of each task")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="how many at once")
+    measure_runs(parser.parse_args(args))
+
+
+if __name__ == "__main__":
+    main()

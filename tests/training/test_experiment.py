@@ -1,0 +1,178 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import experiment as measuring
+import experiment_report
+import pytest
+import yaml
+from experiment_report import Measured, Table
+from run_helpers import ROOT
+
+from modeling_pathmoe.accounting import count_parameters
+from train_accelerate import build_config
+from training.experiment import comparison_runs, main, read_experiment, tuning_runs
+from training.recipe import Recipe, RecipeError
+
+
+SHIPPED = sorted((ROOT / "configuration" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_row_can_be_trained(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    experiment = read_experiment(file)
+    for run in tuning_runs(experiment) + comparison_runs(experiment, 1e-3):
+        config = build_config(Recipe(**run.recipe, output_dir="out"))
+        total = count_parameters(config)["total"]
+        if run.row in ("indep-moe", "pathb4-moe"):
+            assert (5e6 if file.stem == "cpu" else 45e6) < total < (10e6 if file.stem == "cpu" else 55e6)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_the_dense_row_has_the_active_parameters_of_the_others(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = {run.row: run for run in comparison_runs(read_experiment(file), 1e-3)}
+    active = [
+        count_parameters(build_config(Recipe(**runs[row].recipe, output_dir="out")))["active"]
+        for row in ("dense", "indep-moe")
+    ]
+    assert active[0] == pytest.approx(active[1], rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """An experiment of three short runs and the folder that they go to."""
+    folder = tmp_path_factory.mktemp("experiment")
+    model = {
+        "model_type": "pathmoe", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 16,
+        "num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 256, "router_block_size": 1,
+    }  # fmt: skip
+    (folder / "model.json").write_text(json.dumps(model))
+    for split, first in (("train", 0), ("validation", 1000)):
+        rows = [
+            {"text": " ".join(f"{i} plus {j} is {i + j};" for j in range(40)), "source": "even" if i % 2 else "odd"}
+            for i in range(first, first + 40)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = folder / "tiny.yaml"
+    experiment = {
+        "recipe": {
+            "model": str(folder / "model.json"), "dataset": "json", "cache_dir": str(folder / "cache"),
+            "data_files": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")},
+            "validation_split": "validation", "sequence_length": 32, "batch_size": 4, "micro_batch_size": 4,
+            "eval_sequences": 8, "eval_every": 4, "log_every": 2, "routing_every": 2, "checkpoint_every": 2,
+        },
+        "rows": {"indep-moe-lbl": {"model_overrides": {"router_aux_loss_coef": 0.01}},
+                 "pathb4-moe": {"model_overrides": {"router_block_size": 4}}},
+        "tune": {"row": "indep-moe-lbl", "tokens": 256, "learning_rates": [1e-5, 1e-2]},
+        "stages": [{"tokens": 1024, "seeds": [0], "rows": ["indep-moe-lbl", "pathb4-moe"]}],
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(experiment))
+    return file, folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny):
+    """The experiment, stopped while its first comparison run is training and then started again."""
+    file, runs = tiny
+    command = [sys.executable, "-m", "training.experiment", "--config", file, "--output_dir", runs, "--jobs", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (runs / "indep-moe-lbl-1k-s0" / "metrics.jsonl").exists():
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 143
+    assert not (runs / "pathb4-moe-1k-s0").exists()
+    assert subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 0
+    return tiny
+
+
+def test_the_learning_rate_is_the_one_with_the_lowest_loss(trained):
+    file, runs = trained
+    tuned = json.loads((runs / "tuned.json").read_text())
+    assert tuned["learning_rate"] == 1e-2 and tuned["losses"]["0.01"] < tuned["losses"]["1e-05"]
+    recipe = yaml.safe_load((runs / "pathb4-moe-1k-s0" / "final" / "recipe.yaml").read_text())
+    assert recipe["learning_rate"] == 1e-2
+
+
+def test_what_is_done_is_not_done_again_and_not_under_another_recipe(trained, tmp_path):
+    file, runs = trained
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    assert main(["--config", str(file), "--output_dir", str(runs)]) == 0
+    changed = {path.name for path in runs.rglob("*") if path.is_file() and path.stat().st_mtime_ns != before.get(path)}
+    assert changed == {"tuned.json"}
+    other = yaml.safe_load(file.read_text())
+    other["recipe"]["weight_decay"] = 0.2
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    with pytest.raises(RecipeError, match="tune-1e-05.* was trained with another weight_decay"):
+        main(["--config", str(tmp_path / "other.yaml"), "--output_dir", str(runs)])
+
+
+def test_a_row_that_is_not_there_is_named(tiny, tmp_path):
+    experiment = yaml.safe_load(tiny[0].read_text())
+    experiment["stages"][0]["rows"].append("pathb5-moe")
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(experiment))
+    with pytest.raises(RecipeError, match="trains pathb5-moe: add them under rows"):
+        read_experiment(tmp_path / "wrong.yaml")
+
+
+@pytest.fixture(scope="module")
+def measured(trained):
+    file, runs = trained
+    options = ["--config", str(file), "--runs", str(runs), "--data", str(file.parent / "validation.jsonl")]
+    sizes = ["--documents", "10", "--tokens", "2000", "--perturbed_tokens", "200", "--resamples", "10"]
+    # The benchmark items of its tasks are a package that tests do without.
+    for name in ("indep-moe-lbl-1k-s0", "pathb4-moe-1k-s0"):
+        (runs / name / "lm_eval").mkdir()
+        (runs / name / "lm_eval" / "results.json").touch()
+    measuring.main(options + sizes)
+    for name in ("indep-moe-lbl-1k-s0", "pathb4-moe-1k-s0"):
+        (runs / name / "lm_eval" / "results.json").unlink()
+    return trained
+
+
+def test_a_difference_is_that_of_the_perplexities(measured):
+    _, runs = measured
+    rows = [Measured(row, 1024, 0, runs / f"{row}-1k-s0") for row in ("indep-moe-lbl", "pathb4-moe")]
+    table = Table(rows)
+    difference = table.difference("pathb4-moe", "indep-moe-lbl")
+    assert difference["value"] == pytest.approx(rows[1].perplexity / rows[0].perplexity - 1)
+    assert difference["low"] < difference["value"] < difference["high"]
+    assert difference["seeds"] == [pytest.approx(difference["value"])]
+    # The log-ratio of all is the mean of the sources' by their tokens.
+    sources = {name: of["tokens"].sum() for name, of in rows[0].documents.groupby("source")}
+    logs = [math.log1p(table.difference("pathb4-moe", "indep-moe-lbl", name)["value"]) for name in sources]
+    mean = sum(log * count for log, count in zip(logs, sources.values())) / sum(sources.values())
+    assert math.log1p(difference["value"]) == pytest.approx(mean)
+
+
+def test_the_tables_come_out_the_same_from_what_is_kept(measured, tmp_path):
+    file, runs = measured
+    arguments = ["--config", str(file), "--output", str(tmp_path), "--runs"]
+    experiment_report.main([*arguments, str(runs)])
+    tables = (tmp_path / "tables.md").read_text()
+    assert "Not run yet" not in tables and "| pathb4-moe |" in tables
+    assert {path.suffix for path in (tmp_path / "runs").rglob("*") if path.is_file()} == {".yaml", ".jsonl", ".json"}
+    (tmp_path / "tables.md").unlink()
+    experiment_report.main([*arguments, str(tmp_path / "runs")])
+    assert (tmp_path / "tables.md").read_text() == tables
+    assert all((tmp_path / f"{name}.png").stat().st_size for name in ("learning", "routing", "perturbations"))
+
+
+def test_the_shipped_tables_come_from_the_shipped_runs(tmp_path):
+    for kept in (ROOT / "results").glob("*/runs"):
+        scale = kept.parent.name
+        copy = tmp_path / scale
+        copy.mkdir()
+        (copy / "tasks.csv").write_bytes((kept.parent / "tasks.csv").read_bytes())
+        config = Path("configuration/experiment") / f"{scale}.yaml"
+        (copy / "runs").symlink_to(kept)
+        experiment_report.main(["--config", str(ROOT / config), "--runs", str(kept), "--output", str(copy)])
+        assert (copy / "tables.md").read_text() == (kept.parent / "tables.md").read_text()
