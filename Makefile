@@ -75,11 +75,11 @@ presets: .venv/.demo
 	@$(BIN)/python -m modeling_pathmoe.accounting configuration/model/indep-moe.json configuration/model/*.json
 
 bench: .venv/.demo
-	$(BIN)/python benchmarks/bench.py --json benchmarks/bench.json --plot benchmarks/scaling.png $(ARGS)
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/bench.py --json benchmarks/bench.json --plot benchmarks/scaling.png $(ARGS)
 	$(BIN)/python benchmarks/bench.py --table benchmarks/bench.json
 
 bench-compiled: .venv/.demo
-	$(BIN)/python benchmarks/bench.py --suite train_step --shape 0.9b-layer --compile \
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/bench.py --suite train_step --shape 0.9b-layer --compile \
 		--json benchmarks/bench-compiled.json $(ARGS)
 	$(BIN)/python benchmarks/bench.py --table benchmarks/bench.json benchmarks/bench-compiled.json
 

@@ -331,8 +331,7 @@ def count_targets(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def loss_alone(model) -> dict[str, bool]:
     """What makes a forward compute the loss without holding all logits: PathMoE can, unless its head is sharded."""
-    plain_head = model.config.model_type == "pathmoe" and type(model.lm_head) is torch.nn.Linear
-    return {"skip_logits": True} if plain_head else {}
+    return {"skip_logits": True} if getattr(model, "can_skip_logits", False) else {}
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@
 from pathlib import Path
 
 
-# Neither competes: the dense model has no experts, and the bound none that compute.
-BESIDE = ("dense Qwen3", "experts that cost nothing")
+# These do not compete: the dense model has no experts, and of the bounds one has none that compute, the other none to
+# choose.
+BESIDE = ("dense Qwen3", "experts that cost nothing", "routing that costs nothing")
 
 
 def find_ours(comparison: dict) -> dict:
@@ -13,9 +14,14 @@ def find_ours(comparison: dict) -> dict:
 
 
 def find_best_peer(comparison: dict) -> dict:
-    """The fastest of those that compete with ours."""
+    """The one of those that compete with ours whose median ratio to ours is the lowest."""
     peers = [r for r in comparison["results"] if not r["ours"] and r["model"] not in BESIDE]
-    return min(peers, key=lambda result: result["seconds"])
+    return min(peers, key=lambda result: result["ratio"][1])
+
+
+def find_peak(report: dict, dtype: str) -> float:
+    """GFLOP/s of the fastest matrix product of a run in a dtype."""
+    return max(max(shapes[dtype].values()) for shapes in report["matmul_peak"].values() if dtype in shapes)
 
 
 def find_result(comparison: dict, model: str) -> dict | None:
@@ -42,11 +48,15 @@ def _case(comparison: dict) -> str:
 
 
 def _ratio(comparison: dict) -> str:
-    low, middle, high = find_best_peer(comparison)["ratio"]
+    peer = find_best_peer(comparison)
+    low, middle, high = peer["ratio"]
     text = f"{middle:.2f} ({low:.2f} to {high:.2f})"
     if bound := find_result(comparison, "experts that cost nothing"):
         # The peer over the bound, from both over ours.
         text += f" of {middle / bound['ratio'][1]:.2f}"
+    elif comparison["mode"] == "forward + backward" and comparison["suite"] == "experts":
+        # Its products alone, at the rate that one of an expert's share of the tokens reaches by itself.
+        text += f" of {peer['seconds'] * comparison['one_expert_gflops'] * 1e9 / comparison['flops']:.2f}"
     return text
 
 
@@ -60,17 +70,17 @@ def _memory(comparison: dict) -> str:
     return ""
 
 
-def describe(comparison: dict, peaks: dict[str, float]) -> str:
+def describe(comparison: dict, peak: float) -> str:
     """One line for the terminal.
 
     Args:
         comparison (`dict`): An entry of the file's `comparisons`.
-        peaks (`dict`): GFLOP/s of matrix products by size, in the same dtype.
+        peak (`float`): GFLOP/s of the fastest matrix product so far, in the same dtype.
     """
     ours, mode = find_ours(comparison), "compiled" if comparison["compiled"] else "eager"
     return (
         f"{_case(comparison)}, {comparison['shape']}, {comparison['dtype']}, {mode}: {ours['seconds'] * 1e3:.3g} ms, "
-        f"{ours['gflops']:.3g} GFLOP/s of {max(peaks.values()):.3g}; "
+        f"{ours['gflops']:.3g} GFLOP/s of {peak:.3g}; "
         f"{_name(find_best_peer(comparison))} / ours: {_ratio(comparison)}"
     )
 
@@ -82,8 +92,9 @@ def make_table(*reports: dict) -> str:
         reports (`dict`): What `bench.py --json` wrote; what several have is taken from the first of them.
     """
     lines = [
-        "| | shape | dtype | | ours, ms | best peer | its time / ours | dense / ours | of peak | peer's | memory |",
-        "|---|---|---|---|--:|---|--:|--:|--:|--:|--:|",
+        "| | shape | dtype | | ours, ms | best peer | its time / ours | dense / ours | routing | of peak | peer's "
+        "| memory |",
+        "|---|---|---|---|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     fields = ("suite", "shape", "dtype", "compiled", "mode", "batch", "length")
     rows = {}
@@ -93,8 +104,8 @@ def make_table(*reports: dict) -> str:
                 rows.setdefault(tuple(comparison[field] for field in fields), (report, comparison))
     for report, comparison in rows.values():
         ours, peer = find_ours(comparison), find_best_peer(comparison)
-        peak = max(report["matmul_peak"][comparison["shape"]][comparison["dtype"]].values())
-        dense = find_result(comparison, "dense Qwen3")
+        peak = find_peak(report, comparison["dtype"])
+        dense, routing = (find_result(comparison, name) for name in ("dense Qwen3", "routing that costs nothing"))
         cells = [
             _case(comparison),
             Path(comparison["shape"]).stem if comparison["shape"].endswith(".json") else comparison["shape"],
@@ -104,6 +115,7 @@ def make_table(*reports: dict) -> str:
             _name(peer),
             _ratio(comparison),
             f"{dense['ratio'][1]:.2f}" if dense else "",
+            f"{1 - routing['ratio'][1]:.0%}" if routing else "",
             f"{ours['gflops'] / peak:.0%}",
             f"{peer['gflops'] / peak:.0%}",
             _memory(comparison),

@@ -17,15 +17,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     """The sum of the losses. Its gradients are computed along with it, chunk by chunk, in the memory of the logits."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels):
-        of_hidden_states, of_weight, _ = ctx.needs_input_grad
+    def forward(ctx, hidden_states, weight, labels, ignore_index):
+        of_hidden_states, of_weight, *_ = ctx.needs_input_grad
         grad_hidden_states = torch.empty_like(hidden_states) if of_hidden_states else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         for start in range(0, len(labels), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
-            counted = (labels[chunk] >= 0).unsqueeze(1)
-            targets = labels[chunk].clamp(min=0).unsqueeze(1)
+            counted = (labels[chunk] != ignore_index).unsqueeze(1)
+            targets = labels[chunk].unsqueeze(1).where(counted, 0)
             logits = (hidden_states[chunk] @ weight.t()).float()
             log_normalizer = logits.logsumexp(dim=1, keepdim=True)
             total += ((log_normalizer - logits.gather(1, targets)) * counted).sum()
@@ -44,7 +44,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *(None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None
+        # A scalar does not promote, and must not be rounded to bfloat16.
+        return *(None if saved is None else saved * grad for saved in ctx.saved_tensors), None, None
 
 
 def linear_cross_entropy(
@@ -52,6 +53,7 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     labels: torch.LongTensor,
     num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
     shift_labels: torch.LongTensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
@@ -60,24 +62,28 @@ def linear_cross_entropy(
     Args:
         hidden_states (`torch.Tensor` of shape `(batch, sequence, D)`): What the head is given.
         weight (`torch.Tensor` of shape `(vocab_size, D)`): The head's weight.
-        labels (`torch.LongTensor` of shape `(batch, sequence)`): Token ids to predict, unshifted; -100 is ignored.
+        labels (`torch.LongTensor` of shape `(batch, sequence)`): Token ids to predict, unshifted.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): What to divide the sum by; the number of targets when
             unset.
+        ignore_index (`int`, defaults to -100): A label that is not counted.
         shift_labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Shifted labels, instead.
+        **kwargs: What else the model was called with, as `ForCausalLMLoss` takes it.
 
     Returns:
         `torch.Tensor`, a scalar: The loss.
     """
     if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.flatten().to(hidden_states.device)
     device_type = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
     with torch.autocast(device_type, enabled=False):
-        hidden_states = hidden_states.flatten(0, -2).to(dtype)
-        total = LinearCrossEntropy.apply(hidden_states, weight.to(dtype), shift_labels)
+        hidden_states, weight = hidden_states.flatten(0, -2).to(dtype), weight.to(dtype)
+        if not torch.is_grad_enabled():  # autograd would ask for gradients all the same
+            hidden_states, weight = hidden_states.detach(), weight.detach()
+        total = LinearCrossEntropy.apply(hidden_states, weight, shift_labels, ignore_index)
     if num_items_in_batch is None:
-        num_items_in_batch = (shift_labels >= 0).sum()
+        num_items_in_batch = (shift_labels != ignore_index).sum()
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch

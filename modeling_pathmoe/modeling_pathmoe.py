@@ -382,6 +382,13 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @property
+    def can_skip_logits(self) -> bool:
+        """Whether `skip_logits` works: the head's weight is whole and there also outside of the head's forward, as it
+        is not when it is sharded or offloaded."""
+        head = self.lm_head
+        return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
+
     @can_return_tuple
     def forward(
         self,
@@ -417,12 +424,14 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: If auxiliary losses are needed and `attention_mask` is not two-dimensional, or if `skip_logits`
-                is given without `labels` or with a head that is not a plain, unsharded linear layer.
+                is given without `labels` or where `can_skip_logits` is false.
         """
-        if skip_logits and (labels is None or type(self.lm_head) is not nn.Linear):
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits=True leaves the loss alone, but labels is None: pass labels.")
+        if skip_logits and not self.can_skip_logits:
             raise ValueError(
-                f"skip_logits=True needs labels and a plain lm_head, but labels is {'' if labels is None else 'not '}"
-                f"None and lm_head is a {type(self.lm_head).__name__}: leave skip_logits out."
+                f"skip_logits=True needs a plain, whole lm_head, but it is a {type(self.lm_head).__name__} that is "
+                "sharded, offloaded or wrapped: leave skip_logits out."
             )
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits

@@ -6,8 +6,10 @@ grouped.py  the same on torch's grouped matrix multiplication: other devices
 """
 
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _can_use_grouped_mm
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _can_use_grouped_mm, _default_apply_gate
 from transformers.utils import logging
 
 from . import grouped, loop
@@ -55,7 +57,7 @@ def select_kernel(
                 f'choose widths that are multiples of {16 // dtype.itemsize}, or experts_implementation="eager".'
             )
         return "grouped" if _can_use_grouped_mm(hidden_states, experts.down_proj, None) else "grouped_mm"
-    if gradients or torch.compiler.is_compiling() and len(hidden_states) > 1:
+    if gradients or (torch.compiler.is_compiling() and len(hidden_states) > 1):
         return "loop"
     rows, matrix, autocast = top_k_index.numel(), experts.down_proj[0].numel(), torch.is_autocast_enabled("cpu")
     if dtype == torch.bfloat16 and rows * matrix <= CHEAP_TO_GATHER and not autocast:
@@ -74,13 +76,12 @@ def compute_dtype(hidden_states: torch.Tensor, experts: torch.nn.Module) -> torc
 
 def why_not(experts: torch.nn.Module) -> str | None:
     """What keeps our kernels from computing these experts; nothing, if they are plain SwiGLU."""
-    activation = type(experts.act_fn).__name__
-    if not experts.has_gate or activation not in ("SiLU", "SiLUActivation"):
-        return f"their activation is {activation}, not SwiGLU"
-    if experts._apply_gate.__func__.__name__ != "_default_apply_gate" or not experts.is_concatenated:
-        return "they have a gate of their own"
     if experts.has_bias or experts.has_post_expert_norm or experts.is_transposed:
         return "they have biases, a norm or transposed weights"
+    if not (experts.has_gate and experts.is_concatenated and type(experts)._apply_gate is _default_apply_gate):
+        return "they have no gate, or one of their own"
+    if experts.act_fn is not F.silu and not isinstance(experts.act_fn, (torch.nn.SiLU, SiLUActivation)):
+        return f"their activation is {type(experts.act_fn).__name__}, not SwiGLU"
     if is_traceable_wrapper_subclass(experts.gate_up_proj):
         return f"their weights are {type(experts.gate_up_proj).__name__}"
     return None
@@ -95,12 +96,15 @@ def pathmoe_experts_forward(
 
     Args:
         hidden_states (`torch.Tensor` of shape `(T, D)`): Hidden states.
-        top_k_index (`torch.Tensor` of shape `(T, k)`): Experts of each token. Under expert parallelism, ids from
-            `num_experts` on stand for experts of other ranks: they add nothing.
+        top_k_index (`torch.Tensor` of shape `(T, k)`): Experts of each token. Where transformers has made the module
+            expert parallel, ids from `num_experts` on stand for experts of other ranks: they add nothing.
         top_k_weights (`torch.Tensor` of shape `(T, k)`): Their weights.
 
     Returns:
         `torch.Tensor` of shape `(T, D)`: Weighted sums of the experts' outputs, in the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: As [`select_kernel`].
     """
     kernel = select_kernel(self, hidden_states, top_k_index, top_k_weights)
     if kernel == "grouped_mm" and (reason := why_not(self)):

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-grouped_mm = torch.nn.functional.grouped_mm
-
-
 class GroupedExperts(torch.autograd.Function):
+    """What `loop.experts` and its backward compute, by grouped products."""
+
     @staticmethod
     def forward(ctx, x, top_k_index, weights, gate_up_proj, down_proj):
         num_experts, top_k, width = len(down_proj), top_k_index.shape[1], down_proj.shape[2]
@@ -19,10 +18,10 @@ class GroupedExperts(torch.autograd.Function):
         ends = torch.searchsorted(experts, ids, right=True).to(torch.int32)
         # Rows of experts that live elsewhere are last; no product fills them.
         elsewhere = (experts >= num_experts).unsqueeze(1)
-        gate_up = grouped_mm(x[order // top_k], gate_up_proj.transpose(-2, -1), offs=ends)
+        gate_up = F.grouped_mm(x[order // top_k], gate_up_proj.transpose(-2, -1), offs=ends)
         gate, up = gate_up.split(width, dim=1)
         h = F.silu(gate) * up * weights.flatten()[order].unsqueeze(1)
-        rows = grouped_mm(h, down_proj.transpose(-2, -1), offs=ends).masked_fill(elsewhere, 0)
+        rows = F.grouped_mm(h, down_proj.transpose(-2, -1), offs=ends).masked_fill(elsewhere, 0)
         ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up, order, ends, elsewhere)
         return sum_rows(rows, order, top_k)
 
@@ -37,18 +36,18 @@ class GroupedExperts(torch.autograd.Function):
         h = silu * up
 
         dy = grad[tokens]
-        dh = grouped_mm(dy, down_proj, offs=ends)
+        dh = F.grouped_mm(dy, down_proj, offs=ends)
         grad_weights = torch.empty_like(weights.flatten())
         grad_weights[order] = (dh * h).sum(dim=1).masked_fill(elsewhere.squeeze(1), 0)
         dh = dh * row_weights
         grad_down_proj = grad_gate_up_proj = None
         if ctx.needs_input_grad[4]:
-            grad_down_proj = grouped_mm(dy.t(), h * row_weights, offs=ends)
+            grad_down_proj = F.grouped_mm(dy.t(), h * row_weights, offs=ends)
 
         d_gate_up = torch.cat([torch.ops.aten.silu_backward(dh * up, gate), dh * silu], dim=1)
         if ctx.needs_input_grad[3]:
-            grad_gate_up_proj = grouped_mm(d_gate_up.t(), x[tokens], offs=ends)
-        grad_rows = grouped_mm(d_gate_up, gate_up_proj, offs=ends).masked_fill(elsewhere, 0)
+            grad_gate_up_proj = F.grouped_mm(d_gate_up.t(), x[tokens], offs=ends)
+        grad_rows = F.grouped_mm(d_gate_up, gate_up_proj, offs=ends).masked_fill(elsewhere, 0)
         grad_x = sum_rows(grad_rows, order, top_k)
         return grad_x, None, grad_weights.view_as(weights), grad_gate_up_proj, grad_down_proj
 

@@ -71,8 +71,8 @@ def spans(counts: list[int], multiple: int) -> Iterator[tuple[int, int, slice, s
 
 def pad_rows(order: Tensor, top_k: int, weights: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     """Tokens and weights of the sorted rows, and of as many more as an expert may take with it."""
-    order = F.pad(order, (0, multiple - 1))
-    return order // top_k, weights.flatten()[order].unsqueeze(1)
+    pad = (0, multiple - 1)
+    return F.pad(order // top_k, pad), F.pad(weights.flatten()[order], pad).unsqueeze(1)
 
 
 def packed(view: Tensor, buffer: Tensor) -> Tensor:
@@ -106,7 +106,8 @@ def experts(
 def _(x, top_k_index, weights, gate_up_proj, down_proj):
     rows = top_k_index.numel()
     padded = rows + padding(rows, len(gate_up_proj), x.dtype) - 1
-    return torch.empty_like(x), x.new_empty(padded, gate_up_proj.shape[1]), top_k_index.new_empty(rows)
+    gate_up, order = x.new_empty(padded, gate_up_proj.shape[1]), top_k_index.new_empty(rows, dtype=torch.int64)
+    return x.new_empty(x.shape), gate_up, order
 
 
 @torch.library.custom_op("pathmoe::experts_backward", mutates_args=())
@@ -126,14 +127,13 @@ def experts_backward(
     counts = count_rows(top_k_index, len(down_proj))
     multiple = padding(len(order), len(counts), x.dtype)
     tokens, row_weights = pad_rows(order, top_k, weights, multiple)
+    idle = [expert for expert, count in enumerate(counts) if not count]
     grad_gate_up_proj, grad_down_proj = (
-        torch.empty_like(parameter) if wanted else parameter.new_empty(0)
+        torch.empty_like(parameter).index_fill_(0, torch.tensor(idle, dtype=torch.int64), 0)
+        if wanted
+        else parameter.new_empty(0)
         for parameter, wanted in zip((gate_up_proj, down_proj), trained)
     )
-    idle = [expert for expert, count in enumerate(counts) if not count]
-    for gradient, wanted in zip((grad_gate_up_proj, grad_down_proj), trained):
-        if wanted:
-            gradient[idle] = 0
     grad_rows, grad_weights = x.new_empty(len(tokens), x.shape[1]), weights.new_empty(len(tokens))
     most, ones = max(counts) + multiple, x.new_ones(width)
     inputs, grads = x.new_empty(2, most, x.shape[1])
@@ -164,7 +164,7 @@ def experts_backward(
         torch.mm(d_gate_up, gate_up_proj[expert], out=grad_rows[here])
     grad_rows[sum(counts) :] = 0
     grad_weights[sum(counts) :] = 0
-    grad_weights = torch.empty_like(weights.flatten()).index_copy_(0, order, grad_weights[: len(order)])
+    grad_weights = weights.new_empty(len(order)).index_copy_(0, order, grad_weights[: len(order)])
     return sum_rows(grad_rows, order, top_k), grad_weights.view_as(weights), grad_gate_up_proj, grad_down_proj
 
 
@@ -172,7 +172,7 @@ def experts_backward(
 def _(grad, x, top_k_index, weights, gate_up_proj, down_proj, gate_up, order, trained):
     parameters = (gate_up_proj, down_proj)
     gradients = (torch.empty_like(p) if wanted else p.new_empty(0) for p, wanted in zip(parameters, trained))
-    return torch.empty_like(x), torch.empty_like(weights), *gradients
+    return x.new_empty(x.shape), weights.new_empty(weights.shape), *gradients
 
 
 def _save(ctx, inputs, output):
@@ -227,7 +227,7 @@ def token_forward(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj:
 
 
 token_op = torch.library.custom_op("pathmoe::experts_token", token_forward, mutates_args=())
-token_op.register_fake(lambda x, *_: torch.empty_like(x))
+token_op.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 
 def run_token(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:

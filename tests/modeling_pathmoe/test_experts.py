@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from modeling_pathmoe.experts import grouped, loop, select_kernel
@@ -91,7 +92,10 @@ def test_gradients_of_the_loop_are_the_slopes():
 
 def test_operators_keep_what_torch_asks_of_them():
     """Schema, fake tensors and gradients agree with what the operator does, also when it is traced."""
-    torch.library.opcheck(loop.experts, example(tokens=4))
+    x, index, *others = example(tokens=4)
+    torch.library.opcheck(loop.experts, (x, index, *others))
+    transposed = x.detach().t().contiguous().t().requires_grad_()
+    torch.library.opcheck(loop.experts, (transposed, index.int(), *others))
     with torch.no_grad():
         torch.library.opcheck(loop.token_op, [tensor.detach() for tensor in example(tokens=1)])
 
@@ -113,9 +117,10 @@ def test_a_single_token_is_right(dtype, elsewhere):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_no_tokens_give_no_tokens(kernel):
-    x, index, weights, *projections = example()
+def test_no_tokens_give_no_tokens(kernel, dtype):
+    x, index, weights, *projections = example(dtype=dtype)
     assert KERNELS[kernel](x[:0], index[:0], weights[:0], *projections).shape == (0, 16)
 
 
@@ -170,6 +175,14 @@ def gated_otherwise():
     return module
 
 
+def experts_of_gpt_oss():
+    config = GptOssConfig(hidden_size=16, intermediate_size=8, num_local_experts=6, experts_implementation="pathmoe")
+    module = GptOssExperts(config)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    return module
+
+
 @pytest.mark.parametrize(
     "tokens, gradients, width, expected",
     [
@@ -202,7 +215,8 @@ def test_kernel_learns_through_the_weights_of_frozen_experts():
 
 @pytest.mark.parametrize(
     "module, reason",
-    [(experts_of("gelu"), "activation"), (gated_otherwise(), "gate")],
+    [(experts_of("gelu"), "activation"), (gated_otherwise(), "gate"), (experts_of_gpt_oss(), "biases")],
+    ids=["gelu", "gate", "gpt_oss"],
 )
 def test_other_experts_are_left_to_transformers_aloud(module, reason, caplog):
     x, index, weights, *_ = (tensor.detach() for tensor in example(5))

@@ -1,9 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_pathmoe.loss_pathmoe import CHUNK_TOKENS, linear_cross_entropy
+from training.plan import PeakMemory
 
 
 def example(dtype=torch.float32, rows=5, length=300):
@@ -27,6 +29,33 @@ def test_loss_and_gradients_are_those_of_the_logits(dtype, tolerance, items):
     got, wanted = torch.autograd.grad(loss, [hidden_states, weight]), torch.autograd.grad(expected, exact)
     for ours, reference in zip(got, wanted):
         assert (ours - reference).norm() <= tolerance * reference.norm()
+
+
+def test_rounding_leaves_the_length_of_a_bfloat16_gradient():
+    hidden_states, weight, labels = example(torch.bfloat16, rows=3, length=1370)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden_states, weight)]
+    got = torch.autograd.grad(linear_cross_entropy(hidden_states, weight, labels), [hidden_states, weight])
+    wanted = torch.autograd.grad(ForCausalLMLoss(exact[0] @ exact[1].t(), labels, 37), exact)
+    for ours, reference in zip(got, wanted):
+        assert (ours * reference).sum() / reference.square().sum() == pytest.approx(1, abs=5e-4)
+
+
+def test_other_labels_are_ignored_when_asked_and_refused_otherwise():
+    hidden_states, weight, labels = example()
+    labels[labels == -100] = 3
+    loss = linear_cross_entropy(hidden_states, weight, labels, ignore_index=3)
+    torch.testing.assert_close(loss, ForCausalLMLoss(hidden_states @ weight.t(), labels, 37, ignore_index=3))
+    labels[1, 5] = -1
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        linear_cross_entropy(hidden_states, weight, labels)
+
+
+def test_evaluation_computes_no_gradient():
+    hidden_states, weight = torch.randn(1, 4, 64), torch.randn(5000, 64, requires_grad=True)
+    labels = torch.randint(0, 5000, (1, 4))
+    with torch.no_grad(), PeakMemory([hidden_states, weight, labels]) as memory:
+        linear_cross_entropy(hidden_states, weight, labels)
+    assert memory.peak < weight.nbytes / 2
 
 
 def test_a_frozen_head_gets_no_gradient():
@@ -62,8 +91,12 @@ def test_model_without_logits_learns_the_same(tiny_model, tokens, fields, autoca
 
 def test_logits_are_not_skipped_where_that_would_be_wrong(tiny_model, tokens):
     model, ids = tiny_model(), tokens()
-    with pytest.raises(ValueError, match="skip_logits=True needs labels .* labels is None"):
+    with pytest.raises(ValueError, match="labels is None: pass labels"):
         model(ids, skip_logits=True)
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    with pytest.raises(ValueError, match="lm_head is a Sequential"):
+    with pytest.raises(ValueError, match="it is a Sequential that is sharded, offloaded or wrapped"):
         model(ids, labels=ids, skip_logits=True)
+    offloaded = cpu_offload(tiny_model(), "cpu")
+    with pytest.raises(ValueError, match="leave skip_logits out"):
+        offloaded(ids, labels=ids, skip_logits=True)
+    assert offloaded(ids, labels=ids).loss.isfinite()
