@@ -11,11 +11,23 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+from transformers import set_seed  # noqa: E402
 
 from modeling_pathmoe import PathMoEConfig  # noqa: E402
 
 
 torch.set_num_threads(1)  # two workers on two cores must not fight over them
+
+# A busy machine is no failure.
+settings.register_profile("pathmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pathmoe")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test draws without a seed of its own must not depend on the tests that its worker ran before."""
+    set_seed(0)
 
 
 TINY = {
