@@ -1,6 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import contextlib
 import json
 import os
+import random
 import socket
 from pathlib import Path
 
@@ -63,10 +65,14 @@ def tiny_config():
 
 @pytest.fixture
 def free_port():
-    """A port on this machine that nothing listens on, as text."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return str(listener.getsockname()[1])
+    """A port on this machine that nothing listens on, as text. It is below those that the system gives to whoever
+    asks for any port, which might take it before it is used, and each worker has its own thousand of them."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 12000 + worker % 20 * 1000
+    for port in random.SystemRandom().sample(range(first, first + 1000), 1000):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("localhost", port))
+            return str(port)
 
 
 @pytest.fixture(scope="module")
