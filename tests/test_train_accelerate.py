@@ -96,7 +96,9 @@ def test_reported_loss_leaves_the_router_losses_out(trained, recipe, tmp_path):
 def test_signalled_run_saves_and_resumes_to_the_same_bits(recipe, tmp_path):
     fields = {"max_steps": 40, "micro_batch_size": 4, "schedule": "wsd", "decay_steps": 0.25}
     args = recipe(tmp_path / "whole", model_overrides={"attention_dropout": 0.1}, **fields)
-    assert launch(args).wait() == 0
+    process = launch(args)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     args = [*args, "--output_dir", str(tmp_path / "cut"), "--resume", "auto"]
     for number, step in ((signal.SIGINT, 3), (signal.SIGTERM, 15)):
         process = launch(args, script=held_at(step, tmp_path))
