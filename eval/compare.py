@@ -188,7 +188,7 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
     if len(magnitudes) == 1:
         return stats.binomtest(int((differences > 0).sum()), len(differences)).pvalue
     generator, extreme = np.random.default_rng(seed), 0
-    observed = abs(differences.sum()) * (1 - 1e-12)
+    observed = abs(differences.sum()) - 1e-12 * abs(differences).sum()  # equal sums may round otherwise
     for start in range(0, FLIPS, 100):
         # Items of one magnitude flip together: the number of heads is binomial.
         heads = generator.binomial(counts, 0.5, size=(min(100, FLIPS - start), len(counts)))

@@ -1,6 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import contextlib
 import json
 import os
+import random
 import socket
 from pathlib import Path
 
@@ -11,11 +13,23 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+from transformers import set_seed  # noqa: E402
 
 from modeling_pathmoe import PathMoEConfig  # noqa: E402
 
 
 torch.set_num_threads(1)  # two workers on two cores must not fight over them
+
+# A busy machine is no failure.
+settings.register_profile("pathmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pathmoe")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test draws without a seed of its own must not depend on the tests that its worker ran before."""
+    set_seed(0)
 
 
 TINY = {
@@ -51,10 +65,14 @@ def tiny_config():
 
 @pytest.fixture
 def free_port():
-    """A port on this machine that nothing listens on, as text."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return str(listener.getsockname()[1])
+    """A port on this machine that nothing listens on, as text. It is below those that the system gives to whoever
+    asks for any port, which might take it before it is used, and each worker has its own thousand of them."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 12000 + worker % 20 * 1000
+    for port in random.SystemRandom().sample(range(first, first + 1000), 1000):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("localhost", port))
+            return str(port)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -26,6 +27,36 @@ def launch(args, *launcher, script=(str(ROOT / "train_accelerate.py"),)):
     )
 
 
+HELD = """
+import signal, sys, time
+import train_accelerate
+
+step, write = int(sys.argv[1]), train_accelerate.Log.write
+
+def write_and_wait(log, line, **values):
+    write(log, line, **values)
+    stop = signal.getsignal(signal.SIGTERM).__self__
+    while values["step"] == step and log.accelerator.is_main_process and not stop.signalled:
+        time.sleep(0.01)
+
+train_accelerate.Log.write = write_and_wait
+sys.exit(train_accelerate.main(sys.argv[2:]))
+"""
+
+
+def held_at(step, folder):
+    """A script for `launch` that stays at the end of a step until the run is asked to stop, however late that is."""
+    (folder / "held.py").write_text(HELD)
+    return [str(folder / "held.py"), str(step)]
+
+
+def wait_for_step(process, folder, step):
+    """Waits until a run has written the metrics of a step."""
+    while not (Path(folder) / "metrics.jsonl").exists() or step not in metrics(folder):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
 def start_with_accelerate(args, engine, port, **options):
     """Starts two processes through one of the shipped Accelerate files."""
     file = ROOT / "configuration" / "accelerate" / f"{engine}.yaml"
@@ -36,7 +67,7 @@ def start_with_accelerate(args, engine, port, **options):
 def accelerate_launch(args, engine, port, **options):
     """Runs two processes to their end and returns what they printed."""
     process = start_with_accelerate(args, engine, port, **options)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=1800)  # minutes for a busy machine; a run that hangs has to end
     assert process.returncode == 0, output
     return output
 

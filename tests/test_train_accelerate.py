@@ -2,12 +2,11 @@
 import json
 import shutil
 import signal
-import time
 
 import pytest
 import torch
 from datasets.distributed import split_dataset_by_node
-from run_helpers import ROOT, assert_same_weights, launch, metrics, weights
+from run_helpers import ROOT, assert_same_weights, held_at, launch, metrics, wait_for_step, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_accelerate
@@ -97,13 +96,13 @@ def test_reported_loss_leaves_the_router_losses_out(trained, recipe, tmp_path):
 def test_signalled_run_saves_and_resumes_to_the_same_bits(recipe, tmp_path):
     fields = {"max_steps": 40, "micro_batch_size": 4, "schedule": "wsd", "decay_steps": 0.25}
     args = recipe(tmp_path / "whole", model_overrides={"attention_dropout": 0.1}, **fields)
-    assert launch(args).wait() == 0
+    process = launch(args)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     args = [*args, "--output_dir", str(tmp_path / "cut"), "--resume", "auto"]
-    for number, steps in ((signal.SIGINT, 3), (signal.SIGTERM, 15)):
-        process = launch(args)
-        while not (tmp_path / "cut" / "metrics.jsonl").exists() or len(metrics(tmp_path / "cut")) < steps:
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.01)
+    for number, step in ((signal.SIGINT, 3), (signal.SIGTERM, 15)):
+        process = launch(args, script=held_at(step, tmp_path))
+        wait_for_step(process, tmp_path / "cut", step)
         process.send_signal(number)
         output, _ = process.communicate()
         assert process.returncode == INTERRUPTED, output
@@ -127,10 +126,8 @@ def test_streamed_run_resumes_to_the_same_bits(recipe, tmp_path):
 
 
 def test_folder_that_another_run_writes_to_is_left_alone(recipe, tmp_path):
-    process = launch(recipe(tmp_path / "run", max_steps=2000))
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
+    process = launch(recipe(tmp_path / "run"), script=held_at(1, tmp_path))
+    wait_for_step(process, tmp_path / "run", 1)
     with pytest.raises(RecipeError, match="is being written by another run"):
         main([*recipe(tmp_path / "run"), "--resume", "auto"])
     process.kill()
@@ -208,8 +205,10 @@ def test_run_stops_after_several_bad_steps_in_a_row_and_keeps_what_it_saved(reci
     assert main([*args, "--resume", "auto"]) == 0
 
 
-def test_signals_are_the_callers_again_after_a_run(trained, recipe):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_signals_are_the_callers_again_after_a_run(recipe, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    main(recipe(tmp_path / "run", max_steps=1))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_run_is_not_overwritten_or_resumed_with_another_recipe(trained, recipe):

@@ -154,7 +154,7 @@ def test_positions_count_from_the_start_of_each_document(lengths, cut):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_no_token_sees_another_document(tiny_config, attention):
-    model = PathMoEForCausalLM._from_config(tiny_config(), attn_implementation=attention).eval()
+    model = PathMoEForCausalLM._from_config(tiny_config(initializer_range=0.3), attn_implementation=attention).eval()
     tokens = torch.randint(1, 99, (2, 20))
     tokens[0, 6] = tokens[1, 11] = 0
     changed = tokens.clone()
@@ -164,6 +164,9 @@ def test_no_token_sees_another_document(tiny_config, attention):
             model(t, position_ids=document_positions(t, 0), use_cache=False).logits for t in (tokens, changed)
         )
         alone = model(tokens[:1, 7:]).logits
-    assert not torch.allclose(one[0, :7], other[0, :7])
-    torch.testing.assert_close(one[0, 7:], other[0, 7:], rtol=0, atol=0)
-    torch.testing.assert_close(one[:1, 7:], alone, rtol=1e-5, atol=1e-5)
+        leaky = model(changed, use_cache=False).logits
+    assert not torch.allclose(one[0, 6], other[0, 6], atol=0.1)
+    assert not torch.allclose(one[0, 7:], leaky[0, 7:], atol=0.1)
+    # Other tokens in the first document make other groups for the experts, whose sums may round otherwise.
+    torch.testing.assert_close(one[0, 7:], other[0, 7:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one[:1, 7:], alone, rtol=1e-4, atol=1e-4)

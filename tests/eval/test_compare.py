@@ -13,7 +13,7 @@ import run_lm_eval
 import torch
 from compare import RunError, compare, holm, interval, mean_and_error, read_run, sign_flip_p
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.metrics import mean_stderr
 from scipy.stats import binom
@@ -41,11 +41,12 @@ def test_test_of_right_and_wrong_items_is_mcnemars():
     assert sign_flip_p(differences) == pytest.approx(2 * binom.cdf(2, 11, 0.5))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
+@example([0.1, 0.2, 0.3, -0.6])
 @given(st.lists(st.floats(-3, 3).filter(lambda x: abs(x) > 0.01), min_size=2, max_size=10))
 def test_test_of_other_items_is_that_of_all_flips(differences):
     expected = every_flip(differences)
-    assert sign_flip_p(np.array(differences)) == pytest.approx(expected, abs=4 * math.sqrt(0.25 / script.FLIPS) + 1e-4)
+    assert sign_flip_p(np.array(differences)) == pytest.approx(expected, abs=6 * math.sqrt(0.25 / script.FLIPS) + 1e-4)
 
 
 def test_test_is_true_to_its_level(monkeypatch):

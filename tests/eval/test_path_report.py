@@ -258,6 +258,8 @@ def browser(output, tmp_path_factory):
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-dev-shm-usage",  # a container's is too small for a busy browser
+        "--force-prefers-reduced-motion",  # or a click may be aimed while the page still scrolls
         "--disable-quic",
         "--no-first-run",
         "--disable-background-networking",
@@ -389,7 +391,11 @@ class TestInBrowser:
         assert not all_of(browser, "[id^='text-0-'].lit")
 
     def test_nothing_is_cut_off_on_a_narrow_screen(self, browser):
+        from selenium.webdriver.support.wait import WebDriverWait
+
         browser.set_window_size(520, 900)
+        narrow = "return window.innerWidth <= 520"
+        WebDriverWait(browser, 30).until(lambda browser: browser.execute_script(narrow), "the window stays wide")
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
         browser.set_window_size(1400, 1000)
         assert browser.get_log("browser") == []

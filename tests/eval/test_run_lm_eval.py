@@ -189,15 +189,13 @@ def test_what_is_cut_off_before_generation_is_counted(model_folder):
     assert lm.truncated == 1
 
 
-def test_group_is_the_mean_over_its_items(output):
+def test_group_is_the_mean_over_its_items(output, tmp_path):
     """MMLU's kind of group, of two tasks of one item count each."""
     tasks = sorted(SUITES["quickstart"])[2:]
     with_items = {"metric": "acc", "weight_by_size": True}
     group = Group.from_config({"group": "both", "task": tasks, "aggregate_metric_list": [with_items]})
-    folder = output.parent / "task-files"
-    folder.mkdir()
-    write_tasks(folder)
-    for task in TaskManager(include_path=folder, include_defaults=False).load(tasks)["tasks"].values():
+    write_tasks(tmp_path)
+    for task in TaskManager(include_path=tmp_path, include_defaults=False).load(tasks)["tasks"].values():
         group.add(task)
     merged = put_together(output / "tasks", tasks, {"both": group}, ["both"], None, {})
     right = [sample["acc"] for task in tasks for sample in samples(output, task)]

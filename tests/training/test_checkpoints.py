@@ -38,7 +38,9 @@ def test_killed_runs_end_as_the_uninterrupted_one(recipe, tmp_path):
     fields = {"checkpoint_every": 2, "max_steps": 150, "model_overrides": {"router_bias_update_rate": 0.01}}
     kills = run_with_kills(recipe(tmp_path / "run", **fields), tmp_path / "run", kills=3, seed=1)
     assert len(kills) == 3
-    assert launch(recipe(tmp_path / "whole", **fields)).wait() == 0
+    process = launch(recipe(tmp_path / "whole", **fields))
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     assert_same_weights(tmp_path / "run", tmp_path / "whole", rtol=0, atol=0)
     for key in ("loss", "grad_norm", "lr", "eval_loss"):
         assert metrics(tmp_path / "run", key=key) == metrics(tmp_path / "whole", key=key)

@@ -4,11 +4,10 @@
 import json
 import shutil
 import signal
-import time
 
 import pytest
 import torch
-from run_helpers import accelerate_launch, metrics, start_with_accelerate, weights
+from run_helpers import accelerate_launch, held_at, metrics, start_with_accelerate, wait_for_step, weights
 from transformers import AutoModelForCausalLM
 
 from train_accelerate import main
@@ -75,10 +74,8 @@ def test_sharded_checkpoint_goes_on_in_one_process_and_back(single, recipe, tmp_
 
 def test_two_processes_that_are_asked_to_stop_save_the_step_they_are_in(single, recipe, tmp_path, free_port):
     args = [*recipe(tmp_path / "run", **FIELDS), "--resume", "auto"]
-    process = start_with_accelerate(args, "ddp", free_port)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 2:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
+    process = start_with_accelerate(args, "ddp", free_port, script=held_at(2, tmp_path))
+    wait_for_step(process, tmp_path / "run", 2)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()

@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -231,14 +230,35 @@ def test_too_small_a_disk_is_noticed_beforehand(saved, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_terminated_conversion_leaves_nothing(saved, tmp_path):
-    source, partial = saved(), tmp_path / "exported.partial"
-    process = subprocess.Popen([*CONVERT, "export", source, tmp_path / "exported"], stderr=subprocess.DEVNULL)
-    while not partial.exists():
-        assert process.poll() is None, "it ended before it could be interrupted"
-        time.sleep(0.001)
+HELD = """
+import runpy, sys, time
+from pathlib import Path
+from modeling_pathmoe.convert import checkpoint
+
+owner, name = {"mkdir": (Path, "mkdir"), "shards": (checkpoint, "_write_shards")}[sys.argv.pop(1)]
+proper = getattr(owner, name)
+
+def held(folder, *args, **options):
+    result = proper(folder, *args, **options)
+    if folder.name == "exported.partial":
+        print(folder.name, flush=True)
+        time.sleep(600)
+    return result
+
+setattr(owner, name, held)
+runpy.run_module("modeling_pathmoe.convert", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "shards"])
+def test_a_terminated_conversion_leaves_nothing(saved, tmp_path, moment):
+    """It stays where it is until it is terminated: as soon as there is a folder, or with all weights in it."""
+    command = [sys.executable, "-c", HELD, moment, "export", saved(), tmp_path / "exported"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "exported.partial\n"
+    assert (tmp_path / "exported.partial").is_dir()
     process.terminate()
-    assert process.wait(60) == 143
+    assert process.wait() == 143
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
