@@ -1,6 +1,6 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """SwiGLU experts on a CPU: tokens sorted by expert, then one expert after another, so that what belongs to one expert
-stays in the cache.
+stays in the cache; experts of few rows in groups, which all threads work on.
 
 The router's weight enters before the down projection: its gradient then needs the inner state alone, which is computed
 anew, and no expert's output is kept (SonicMoE, arXiv 2512.14080). For the backward, only the outcome of the first
@@ -13,7 +13,7 @@ expert has another number of rows in every step. So an expert takes a few of the
 round number. What it computes for them the next expert overwrites, and they add nothing to sums.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
+# From twice as many numbers on, torch computes with two threads, and so on.
+PARALLEL_NUMBERS = 2**15
 # In bfloat16, a product of a vector and a matrix of at most so many elements is faster in float32.
 SMALL_MATRIX = 2**17
 
@@ -59,20 +61,41 @@ def padding(rows: int, num_experts: int, dtype: torch.dtype) -> int:
     return 64 if rows >= 256 * num_experts else 16
 
 
-def spans(counts: list[int], multiple: int) -> Iterator[tuple[int, int, slice, slice]]:
-    """The experts that have rows: number, how many, and what they take, of the sorted rows and of a buffer."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            taken = -(-count // multiple) * multiple
-            yield expert, count, slice(start, start + taken), slice(taken)
-            start += count
+def groups(counts: list[int], multiple: int, width: int) -> Iterator[tuple[slice, int, slice, list[int]]]:
+    """The experts that have rows, in groups that are worked on together: what a group takes of the sorted rows, how
+    many of these are its own, what it takes of the experts that have rows, and how many rows each of these takes.
+
+    What is computed number by number runs on all threads from a size on: experts of few rows are put together. Where
+    rows are rounded up, each expert is a group of its own.
+    """
+    least = PARALLEL_NUMBERS * torch.get_num_threads() // width if multiple == 1 else 1
+    counts = [count for count in counts if count]
+    row, first = 0, 0
+    for last, _ in enumerate(counts, start=1):
+        count = sum(counts[first:last])
+        if count >= least or last == len(counts):
+            sizes = [-(-count // multiple) * multiple] if multiple > 1 else counts[first:last]
+            yield slice(row, row + sum(sizes)), count, slice(first, last), sizes
+            row, first = row + count, last
+
+
+def matrices_of(projection: Tensor, experts: list[int]) -> list[Tensor]:
+    """The matrices of some experts."""
+    matrices = projection.unbind()
+    return [matrices[expert] for expert in experts]
+
+
+def multiply(rows: Sequence[Tensor], matrices: Sequence[Tensor], out: Sequence[Tensor]):
+    """One product for each expert."""
+    for a, b, c in zip(rows, matrices, out):
+        torch.mm(a, b, out=c)
 
 
 def pad_rows(order: Tensor, top_k: int, weights: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     """Tokens and weights of the sorted rows, and of as many more as an expert may take with it."""
+    tokens = torch.from_numpy(order.numpy() // top_k)  # numpy divides integers faster than torch
     pad = (0, multiple - 1)
-    return F.pad(order // top_k, pad), F.pad(weights.flatten()[order], pad).unsqueeze(1)
+    return F.pad(tokens, pad), F.pad(weights.flatten()[order], pad).unsqueeze(1)
 
 
 def packed(view: Tensor, buffer: Tensor) -> Tensor:
@@ -90,14 +113,18 @@ def experts(
     multiple = padding(len(order), len(counts), x.dtype)
     tokens, row_weights = pad_rows(order, top_k, weights, multiple)
     gate_up, rows = x.new_empty(len(tokens), 2 * width), x.new_empty(len(tokens), x.shape[1])
-    most = max(counts) + multiple
+    busy = [expert for expert, count in enumerate(counts) if count]
+    firsts, seconds = (matrices_of(projection.transpose(1, 2), busy) for projection in (gate_up_proj, down_proj))
+    work = list(groups(counts, multiple, width))
+    most = max((here.stop - here.start for here, *_ in work), default=0)
     inputs, inners = x.new_empty(most, x.shape[1]), x.new_empty(most, width)
-    for expert, _, here, mine in spans(counts, multiple):
-        torch.index_select(x, 0, tokens[here], out=inputs[mine])
-        torch.mm(inputs[mine], gate_up_proj[expert].t(), out=gate_up[here])
+    for here, _, which, sizes in work:
+        mine = slice(here.stop - here.start)
+        x_here = torch.index_select(x, 0, tokens[here], out=inputs[mine])
+        multiply(x_here.split(sizes), firsts[which], gate_up[here].split(sizes))
         gate, up = gate_up[here].split(width, dim=1)
         h = aten.silu.out(packed(gate, inners[mine]), out=inners[mine]).mul_(up).mul_(row_weights[here])
-        torch.mm(h, down_proj[expert].t(), out=rows[here])
+        multiply(h.split(sizes), seconds[which], rows[here].split(sizes))
     rows[sum(counts) :] = 0
     return sum_rows(rows, order, top_k), gate_up, order
 
@@ -127,41 +154,47 @@ def experts_backward(
     counts = count_rows(top_k_index, len(down_proj))
     multiple = padding(len(order), len(counts), x.dtype)
     tokens, row_weights = pad_rows(order, top_k, weights, multiple)
-    idle = [expert for expert, count in enumerate(counts) if not count]
+    busy = [expert for expert, count in enumerate(counts) if count]
+    idle = torch.tensor([expert for expert, count in enumerate(counts) if not count], dtype=torch.int64)
     grad_gate_up_proj, grad_down_proj = (
-        torch.empty_like(parameter).index_fill_(0, torch.tensor(idle, dtype=torch.int64), 0)
-        if wanted
-        else parameter.new_empty(0)
+        torch.empty_like(parameter).index_fill_(0, idle, 0) if wanted else parameter.new_empty(0)
         for parameter, wanted in zip((gate_up_proj, down_proj), trained)
     )
+    firsts, seconds = matrices_of(gate_up_proj, busy), matrices_of(down_proj, busy)
+    grad_firsts, grad_seconds = (
+        matrices_of(gradient, busy) if wanted else []
+        for gradient, wanted in zip((grad_gate_up_proj, grad_down_proj), trained)
+    )
     grad_rows, grad_weights = x.new_empty(len(tokens), x.shape[1]), weights.new_empty(len(tokens))
-    most, ones = max(counts) + multiple, x.new_ones(width)
+    work = list(groups(counts, multiple, width))
+    most, ones = max((here.stop - here.start for here, *_ in work), default=0), x.new_ones(width)
     inputs, grads = x.new_empty(2, most, x.shape[1])
     gates, ups, silus, inners, grad_inners = x.new_empty(5, most, width)
     grad_gate_ups = x.new_empty(most, 2 * width)
-    for expert, count, here, mine in spans(counts, multiple):
+    for here, count, which, sizes in work:
+        mine = slice(here.stop - here.start)
         gate, up = gate_up[here].split(width, dim=1)
         gate, up = packed(gate, gates[mine]), packed(up, ups[mine])
         silu = aten.silu.out(gate, out=silus[mine])
         h = torch.mul(silu, up, out=inners[mine])
 
-        dy = torch.index_select(grad, 0, tokens[here], out=grads[mine])
-        dh = torch.mm(dy, down_proj[expert], out=grad_inners[mine])
+        dy, dh = torch.index_select(grad, 0, tokens[here], out=grads[mine]), grad_inners[mine]
+        multiply(dy.split(sizes), seconds[which], dh.split(sizes))
         # The fastest sum along rows is a product with ones.
         grad_weights[here] = torch.mv(dh * h, ones)
         dh.mul_(row_weights[here])[count:] = 0
         if trained[1]:
             h.mul_(row_weights[here])[count:] = 0
-            torch.mm(dy.t(), h, out=grad_down_proj[expert])
+            multiply(dy.t().split(sizes, dim=1), h.split(sizes), grad_seconds[which])
 
         d_gate_up = grad_gate_ups[mine]
         d_gate, d_up = d_gate_up.split(width, dim=1)
         torch.mul(dh, silu, out=d_up)
         d_gate.copy_(aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=h))
         if trained[0]:
-            torch.index_select(x, 0, tokens[here], out=inputs[mine])
-            torch.mm(d_gate_up.t(), inputs[mine], out=grad_gate_up_proj[expert])
-        torch.mm(d_gate_up, gate_up_proj[expert], out=grad_rows[here])
+            x_here = torch.index_select(x, 0, tokens[here], out=inputs[mine])
+            multiply(d_gate_up.t().split(sizes, dim=1), x_here.split(sizes), grad_firsts[which])
+        multiply(d_gate_up.split(sizes), firsts[which], grad_rows[here].split(sizes))
     grad_rows[sum(counts) :] = 0
     grad_weights[sum(counts) :] = 0
     grad_weights = weights.new_empty(len(order)).index_copy_(0, order, grad_weights[: len(order)])

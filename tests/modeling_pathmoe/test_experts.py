@@ -85,6 +85,12 @@ def test_loop_is_right_for_any_shape(tokens, experts, data, seed):
     assert_right(loop.run, example(tokens, experts, top_k, hidden=5, width=3, seed=seed), 1e-4)
 
 
+@pytest.mark.parametrize("numbers", [0, 100])
+def test_experts_are_right_in_groups_of_any_size(numbers, monkeypatch):
+    monkeypatch.setattr(loop, "PARALLEL_NUMBERS", numbers)
+    assert_right(loop.run, example(tokens=40), 1e-5)
+
+
 def test_gradients_of_the_loop_are_the_slopes():
     inputs = example(tokens=4, experts=3, top_k=2, hidden=3, width=2, dtype=torch.float64)
     assert torch.autograd.gradcheck(loop.run, inputs)
