@@ -599,7 +599,8 @@ def compare(zoo: Zoo, case: Case, our_backend: str, backends: list[str], seconds
     for key, contender in contenders.items():
         if key[0] in SAME_FUNCTION:
             check_agreement(contenders[ours].first, contender.first, key)
-    times = take_turns({key: contender.run for key, contender in contenders.items()}, seconds, zoo.device)
+    runs = {key: contender.run for key, contender in contenders.items()}
+    times = take_turns(runs, seconds, zoo.device, warm_up=case.compiled or case.dtype == "bfloat16")
     flops = count_flops(zoo, case)
     results = []
     for key, contender in contenders.items():
@@ -618,10 +619,11 @@ def compare(zoo: Zoo, case: Case, our_backend: str, backends: list[str], seconds
     return {**dataclasses.asdict(case), **counts, "trials": trials, "results": results}
 
 
-def take_turns(runs: dict, seconds: float, device: str) -> dict[object, list[float]]:
-    """Seconds of each run in each round, in an order drawn anew for every round, after one call with every batch."""
+def take_turns(runs: dict, seconds: float, device: str, warm_up: bool) -> dict[object, list[float]]:
+    """Seconds of each run in each round, in an order drawn anew for every round; to warm up, first a call with every
+    batch."""
     # oneDNN compiles bfloat16 products for each new number of rows: who met a batch first would pay for the others.
-    for turn in range(BATCHES):
+    for turn in range(BATCHES if warm_up else 0):
         for run in runs.values():
             run(turn)
     times = {key: [] for key in runs}
@@ -719,27 +721,42 @@ def takes_too_long(case: Case, done: list[dict], seconds: float) -> bool:
 
 
 def describe_machine(options) -> dict:
-    """What the figures depend on: machine, versions, commit."""
+    """What the figures depend on: machine and versions."""
     cpu = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    commit = git(["git", "rev-parse", "HEAD"]).stdout.strip() or None
-    changed = bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
     return {
         "machine": {
             "cpu": names[0] if names else platform.processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if options.device != "cpu" else None,
-            "load_before": os.getloadavg()[0],
         },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "commit": commit + (" with changes" if changed else "") if commit else None,
     }
+
+
+def find_commit() -> str | None:
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    commit = git(["git", "rev-parse", "HEAD"]).stdout.strip() or None
+    changed = bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+    return commit + (" with changes" if changed else "") if commit else None
+
+
+def resume(file: Path, report: dict) -> dict:
+    """The report of a run that was stopped, to go on with.
+
+    Raises:
+        SystemExit: If it was made with other settings, on another machine or with other versions.
+    """
+    stopped = json.loads(file.read_text())
+    for field in ("settings", "machine", "versions"):
+        if stopped[field] != json.loads(json.dumps(report[field])):
+            raise SystemExit(f"--resume: {file} has other {field} ({stopped[field]}): run without --resume.")
+    return stopped
 
 
 def parse_options(args: list[str] | None) -> argparse.Namespace:
@@ -758,9 +775,12 @@ def parse_options(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one comparison")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the figures, after each comparison")
+    parser.add_argument("--resume", action="store_true", help="go on with the comparisons that --json lacks")
     parser.add_argument("--plot", type=Path, help="where to draw the scaling suite, or that of the first --table")
     parser.add_argument("--table", type=Path, nargs="+", help="only print the table of such files")
     options = parser.parse_args(args)
+    if options.resume and not (options.json and options.json.is_file()):
+        parser.error("--resume needs a --json file that a stopped run has written.")
     if options.compile == []:
         options.compile = list(SUITES)
     if not options.table and options.ours not in ["eager", *ALL_EXPERTS_FUNCTIONS]:
@@ -782,14 +802,21 @@ def main(args: list[str] | None = None):
     if options.compile:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=options.device))  # a missing compiler shows up here
         torch._dynamo.config.recompile_limit = 64
-    settings = {key: value for key, value in vars(options).items() if key not in ("json", "plot", "table")}
+    elsewhere = ("json", "plot", "table", "resume")
+    settings = {key: value for key, value in vars(options).items() if key not in elsewhere}
     report = {"settings": settings, **describe_machine(options), "matmul_peak": {}, "comparisons": [], "left_out": []}
+    if options.resume:
+        report = resume(options.json, report)
+    commit = find_commit()
     progress = tqdm(plan_cases(options), desc="comparisons", disable=None)
     for case in progress:
         progress.set_postfix_str(f"{case.suite} {case.shape} {case.dtype}")
+        if any(dataclasses.asdict(case).items() <= comparison.items() for comparison in report["comparisons"]):
+            continue
         if takes_too_long(case, report["comparisons"], options.seconds):
             report["left_out"].append(dataclasses.asdict(case))
             continue
+        load = os.getloadavg()[0]
         zoo = make_zoo(case.shape, case.dtype, options.device, **overrides_of(case))
         peaks = report["matmul_peak"].setdefault(case.shape, {}).setdefault(case.dtype, {})
         for size, rate in matmul_peak(zoo.config, case.dtype, options.device, case.tokens).items():
@@ -798,7 +825,8 @@ def main(args: list[str] | None = None):
         done = report["comparisons"]
         backends = worth_compiling(case, done) if case.compiled and case.suite != "loss" else BACKENDS
         seconds = options.seconds / (4 if case.sweep else 1)
-        done.append(compare(zoo, case, options.ours, backends, seconds) | {"one_expert_gflops": one_expert})
+        done.append(compare(zoo, case, options.ours, backends, seconds))
+        done[-1] |= {"one_expert_gflops": one_expert, "load_before": load, "commit": commit}
         tqdm.write(describe(done[-1], find_peak(report, case.dtype)))
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -92,9 +92,9 @@ def make_table(*reports: dict) -> str:
         reports (`dict`): What `bench.py --json` wrote; what several have is taken from the first of them.
     """
     lines = [
-        "| | shape | dtype | | ours, ms | best peer | its time / ours | dense / ours | routing | of peak | peer's "
-        "| memory |",
-        "|---|---|---|---|--:|---|--:|--:|--:|--:|--:|--:|",
+        "| | shape | dtype | | ours, ms | best peer | its time / ours | Qwen3-MoE / ours | dense / ours | routing "
+        "| of peak | peer's | memory |",
+        "|---|---|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     fields = ("suite", "shape", "dtype", "compiled", "mode", "batch", "length")
     rows = {}
@@ -105,7 +105,9 @@ def make_table(*reports: dict) -> str:
     for report, comparison in rows.values():
         ours, peer = find_ours(comparison), find_best_peer(comparison)
         peak = find_peak(report, comparison["dtype"])
-        dense, routing = (find_result(comparison, name) for name in ("dense Qwen3", "routing that costs nothing"))
+        same, dense, routing = (
+            find_result(comparison, name) for name in ("Qwen3-MoE", "dense Qwen3", "routing that costs nothing")
+        )
         cells = [
             _case(comparison),
             Path(comparison["shape"]).stem if comparison["shape"].endswith(".json") else comparison["shape"],
@@ -114,6 +116,7 @@ def make_table(*reports: dict) -> str:
             f"{ours['seconds'] * 1e3:.3g}",
             _name(peer),
             _ratio(comparison),
+            f"{same['ratio'][1]:.2f}" if same else "",
             f"{dense['ratio'][1]:.2f}" if dense else "",
             f"{1 - routing['ratio'][1]:.0%}" if routing else "",
             f"{ours['gflops'] / peak:.0%}",

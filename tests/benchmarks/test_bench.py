@@ -39,10 +39,20 @@ def report(shape, tmp_path_factory):
         patch.setattr(bench, "DECODE_BATCHES", [1, 2])
         patch.setattr(bench, "DECODE_STEPS", 2)
         args = ["--shape", shape, "--ours", "grouped_mm", "--seconds", "0", "--batch_size", "2", "--length", "16"]
-        bench.main([*args, "--dtype", "float32", "--device", "cpu", "--json", str(folder / "bench.json"),
-                    "--plot", str(folder / "scaling.png")])  # fmt: skip
+        args += ["--dtype", "float32", "--device", "cpu", "--json", str(folder / "bench.json")]
+        bench.main([*args, "--suite", *bench.SUITES])
+        whole = json.loads((folder / "bench.json").read_text())
+        stopped = {**whole, "comparisons": whole["comparisons"][:-1]}
+        (folder / "bench.json").write_text(json.dumps(stopped))
+        bench.main([*args, "--resume", "--plot", str(folder / "scaling.png")])
+        with pytest.raises(SystemExit, match="has other settings"):
+            bench.main([*args, "--resume", "--seconds", "1"])
     assert (folder / "scaling.png").stat().st_size > 10_000
-    return json.loads((folder / "bench.json").read_text())
+    resumed = json.loads((folder / "bench.json").read_text())
+    assert resumed["comparisons"][:-1] == stopped["comparisons"]
+    assert len(resumed["comparisons"]) == len(whole["comparisons"])
+    assert resumed["comparisons"][-1]["took"] != whole["comparisons"][-1]["took"]
+    return resumed
 
 
 def test_a_run_reports_every_suite_with_its_peers(report):
