@@ -101,8 +101,7 @@ class PathMoESparseMoeBlock(nn.Module):
         top_k_weights, top_k_index, router_state = route(hidden_states, router_state)
         device_type = hidden_states.device.type
         # Weights that accelerate has offloaded are on the meta device until the experts' own hook fetches them.
-        offloaded = next(self.experts.parameters()).device.type == "meta"
-        if torch.is_autocast_enabled(device_type) and not offloaded:
+        if torch.is_autocast_enabled(device_type) and next(self.experts.parameters()).device.type != "meta":
             # The experts' kernels ignore autocast: float32 weights would run in float32, slowly and in silence.
             dtype = torch.get_autocast_dtype(device_type)
             if self.config._experts_implementation == "grouped_mm":
@@ -233,6 +232,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
         # The only owner of the routers. A second `ModuleList` would confuse servers that split the model by its first.
         router_class = ROUTERS[config.router_type]
         self.routers = nn.ModuleDict({str(b): router_class(config, ls) for b, ls in enumerate(config.router_blocks)})
+        self.layer_to_block = config.layer_to_block
         self.norm = PathMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = PathMoERotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -248,7 +248,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
             `Callable`: `(hidden_states (T, D), state) -> (weights (T, k), indices (T, k), state)`, all on the device
             of `hidden_states`, which may not be the router's when the layers are spread over devices.
         """
-        router = self.routers[str(self.config.layer_to_block[layer_idx])]
+        router = self.routers[str(self.layer_to_block[layer_idx])]
 
         def route(hidden_states, state):
             _, weights, indices, state = router(hidden_states, layer_idx, state)

@@ -6,6 +6,7 @@ PathMoE is that the block owns *one* router. Shapes: T tokens, D hidden size, E 
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,9 @@ class PathMoERouter(nn.Module):
         if self.shares_decision and layer_idx != self.layers[0]:
             return (*state, state)
         # Autocast would turn a float32 matrix product back into bfloat16.
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        device_type = hidden_states.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
             logits, state = self.compute_logits(hidden_states.float(), layer_idx, state)
             weights, indices = self.choose(logits, layer_idx)
         weights = weights.to(hidden_states.dtype)

@@ -5,6 +5,8 @@ loop.py     one expert after another, with one backward for all that they do: tr
 grouped.py  the same on torch's grouped matrix multiplication: other devices
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -46,20 +48,20 @@ def select_kernel(
     """
     if why_not(experts):
         return "grouped_mm"
-    tensors = (hidden_states, top_k_weights, experts.gate_up_proj, experts.down_proj)
+    down_proj, dtype = experts.down_proj, compute_dtype(hidden_states, experts)
+    tensors = (hidden_states, top_k_weights, down_proj, experts.gate_up_proj)
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    dtype = compute_dtype(hidden_states, experts)
-    unaligned = [size for size in experts.down_proj.shape[1:] if size * dtype.itemsize % 16]
+    unaligned = [size for size in down_proj.shape[1:] if size * dtype.itemsize % 16]
     if hidden_states.device.type != "cpu":
         if unaligned:
             raise ValueError(
                 f"Rows of {unaligned[0] * dtype.itemsize} bytes are no multiple of 16, which grouped products need: "
                 f'choose widths that are multiples of {16 // dtype.itemsize}, or experts_implementation="eager".'
             )
-        return "grouped" if _can_use_grouped_mm(hidden_states, experts.down_proj, None) else "grouped_mm"
+        return "grouped" if _can_use_grouped_mm(hidden_states, down_proj, None) else "grouped_mm"
     if gradients or (torch.compiler.is_compiling() and len(hidden_states) > 1):
         return "loop"
-    rows, matrix, autocast = top_k_index.numel(), experts.down_proj[0].numel(), torch.is_autocast_enabled("cpu")
+    rows, matrix, autocast = top_k_index.numel(), down_proj[0].numel(), torch.is_autocast_enabled("cpu")
     if dtype == torch.bfloat16 and rows * matrix <= CHEAP_TO_GATHER and not autocast:
         return "batched_mm"
     if len(hidden_states) == 1:
@@ -112,11 +114,13 @@ def pathmoe_experts_forward(
     if kernel in ("grouped_mm", "batched_mm"):
         return ALL_EXPERTS_FUNCTIONS[kernel](self, hidden_states, top_k_index, top_k_weights)
 
-    dtype = compute_dtype(hidden_states, self)
+    run = {"loop": loop.run, "token": loop.run_token, "grouped": grouped.run}[kernel]
+    dtype, device_type = compute_dtype(hidden_states, self), hidden_states.device.type
     inputs = (hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
     x, weights, *projections = (tensor.to(dtype) for tensor in inputs)
-    run = {"loop": loop.run, "token": loop.run_token, "grouped": grouped.run}[kernel]
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    # To enter and leave a context costs a small model a noticeable part of a decoding step.
+    autocast = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
         return run(x, top_k_index, weights, *projections).to(hidden_states.dtype)
 
 
