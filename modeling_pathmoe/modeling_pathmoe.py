@@ -387,7 +387,9 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         """Whether `skip_logits` works: the head's weight is whole and there also outside of the head's forward, as it
         is not when it is sharded or offloaded."""
         head = self.lm_head
-        return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
+        if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
+            return False
+        return not isinstance(head.weight, torch.distributed.tensor.DTensor)
 
     @can_return_tuple
     def forward(
