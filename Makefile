@@ -6,7 +6,7 @@
 # make compare evaluates it and the quick start, item by item    (LIMIT=200 items a task: a quarter of an hour on 2 cores)
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
-# make bench   times PathMoE beside its peers                    (5 to 10 minutes on 2 cores)
+# make bench   times PathMoE beside its peers                    (half an hour on 2 cores; ARGS=--resume goes on)
 # make bench-compiled  training steps with all sides compiled too (as long again; needs a C++ compiler)
 # make bench-gpu     the same on a GPU, with larger shapes
 # make bench-routers times a training step of every router, side by side

@@ -140,6 +140,12 @@ def test_table_of_speed_is_made_of_the_file_that_make_bench_writes():
     assert shown.strip() == make_table(*(json.loads(file.read_text()) for file in files))
 
 
+def test_comparison_with_the_paper_is_that_of_the_experiment():
+    shown = re.search(r"<!-- beside the paper -->\n(.*?)<!-- end -->", README, re.DOTALL).group(1)
+    tables = (ROOT / "results" / "cpu" / "tables.md").read_text(encoding="utf-8")
+    assert shown.strip() == tables.split("## Beside the paper\n\n")[1].split("\n\n## ")[0]
+
+
 def test_figures_of_the_paths_are_those_of_the_report():
     page = (ROOT / "eval" / "results" / "paths" / "quickstart-beside-independent.html").read_text(encoding="utf-8")
     report = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
