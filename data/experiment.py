@@ -33,7 +33,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.ngrams import Words, ngram_digests  # noqa: E402
+from data.ngrams import Words, are_among, ngram_digests  # noqa: E402
 from data.quickstart import VALIDATION_EVERY, split_document  # noqa: E402
 
 
@@ -330,8 +330,7 @@ def split(found: list[dict]) -> tuple[dict[str, list[dict]], dict[str, dict[str,
         number[document["source"]] += 1
     in_train = np.unique(np.concatenate([np.zeros(1, dtype=np.uint64), *train_runs]))
     for document, runs in held_out:
-        at = np.minimum(np.searchsorted(in_train, runs), len(in_train) - 1)
-        if (in_train[at] == runs).mean() > SHARED_WITH_TRAINING:
+        if are_among(runs, in_train).mean() > SHARED_WITH_TRAINING:
             count("shared", document)
         else:
             splits["validation"].append(document)

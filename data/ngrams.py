@@ -36,3 +36,9 @@ def ngram_digests(text: str, n: int, words: Words) -> np.ndarray:
     for i in range(n):
         runs = runs * FACTOR + of_words[i : i + len(runs)]
     return runs
+
+
+def are_among(runs: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Whether each run is one of the known ones, which are sorted and at least one: much faster than `np.isin` for few
+    runs among many."""
+    return known[np.minimum(np.searchsorted(known, runs), len(known) - 1)] == runs

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from metrics.perplexity.perplexity import score, summarize
-from path_report import align_tags, encode, measure, perturb, read_documents, read_text
+from path_report import encode, measure, perturb, read_documents, read_text, tags_of
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,13 +68,8 @@ def measure_run(folder: Path, options: argparse.Namespace) -> None:
             random.Random(SEED).shuffle(rows)
             entries += encode(tokenizer, rows, share, MAX_LENGTH)
         reading = read_text(model, entries, MAX_LENGTH)
-        tags = []
-        for number, document in enumerate(reading.documents):
-            offsets = [reading.offsets[i] for i in (reading.document_ids == number).nonzero()[:, 0].tolist()]
-            known = document.get("tags") is not None
-            tags += align_tags(offsets, document) if known else [None] * len(offsets)
         result |= {
-            "measures": measure(reading, tags, options.resamples, SEED),
+            "measures": measure(reading, tags_of(reading), options.resamples, SEED),
             "load": paths.expert_load(reading.experts, model.config.num_experts).tolist(),
             "jaccard": paths.jaccard_matrix(reading.experts).tolist(),
             "sustained_4": paths.sustained_engagement(reading.experts, 4),

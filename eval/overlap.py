@@ -12,9 +12,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from contamination import Words, contamination, markdown, ngram_digests, task_items
+from contamination import contamination, markdown, task_items
 from perplexity import load_documents
 from run_lm_eval import SUITES
+
+from data.ngrams import Words, are_among, ngram_digests
 
 
 def shared_runs(train: list[str], validation: list[str], sources: list[str], n: int) -> dict:
@@ -35,8 +37,7 @@ def shared_runs(train: list[str], validation: list[str], sources: list[str], n: 
     report = defaultdict(lambda: {"documents": 0, "hit": 0, "runs": 0, "shared": 0, "largest": 0.0})
     for text, source in zip(validation, sources):
         runs, row = ngram_digests(text, n, words), report[source]
-        at = np.minimum(np.searchsorted(in_train, runs), len(in_train) - 1)
-        shared = int((in_train[at] == runs).sum())
+        shared = int(are_among(runs, in_train).sum())
         row["documents"] += 1
         row["hit"] += shared > 0
         row["runs"] += len(runs)

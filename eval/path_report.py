@@ -175,6 +175,15 @@ def align_tags(offsets: list[tuple[int, int]], document: dict) -> list[str | Non
     return tags
 
 
+def tags_of(reading: Reading) -> list[str | None]:
+    """The gold tag of each token, or `None` where there is none."""
+    tags = []
+    for number, document in enumerate(reading.documents):
+        offsets = [reading.offsets[i] for i in (reading.document_ids == number).nonzero()[:, 0].tolist()]
+        tags += align_tags(offsets, document) if document.get("tags") is not None else [None] * len(offsets)
+    return tags
+
+
 def labels(values: list) -> torch.Tensor:
     """Numbers the distinct values 0, 1, …: `(T,)`."""
     numbers = {}
@@ -411,10 +420,7 @@ def perturb(model: PreTrainedModel, reading: Reading, max_tokens: int, max_lengt
 def analyse(model: PreTrainedModel, name: str, reading: Reading, max_length: int, options: argparse.Namespace) -> dict:
     """All figures of one model."""
     shape, experts = reading.trace.model, reading.experts
-    tags = []
-    for number, document in enumerate(reading.documents):
-        offsets = [reading.offsets[i] for i in (reading.document_ids == number).nonzero()[:, 0].tolist()]
-        tags += align_tags(offsets, document) if document.get("tags") is not None else [None] * len(offsets)
+    tags = tags_of(reading)
     load = paths.expert_load(experts, shape.num_experts)
     longest = reading.document_ids.bincount().argmax()
     shown = (reading.document_ids == longest).nonzero()[:TOKENS_SHOWN, 0].tolist()
