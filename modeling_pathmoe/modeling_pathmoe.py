@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -45,7 +46,10 @@ logger = logging.get_logger(__name__)
 
 
 class PathMoERMSNorm(Qwen3MoeRMSNorm):
-    pass
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # The parent's arithmetic, to the bit on a CPU, in one operator instead of five.
+        normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
 
 
 class PathMoERotaryEmbedding(Qwen3MoeRotaryEmbedding):
@@ -57,9 +61,9 @@ class PathMoEAttention(Qwen3MoeAttention):
 
     def __init__(self, config: PathMoEConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        if not config.qk_norm:
-            self.q_norm = nn.Identity()
-            self.k_norm = nn.Identity()
+        for name in ("q_norm", "k_norm"):
+            norm = PathMoERMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+            setattr(self, name, norm)
 
 
 # transformers looks for this decorator in the source of the model's own file; without it the experts would silently

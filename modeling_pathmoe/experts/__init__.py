@@ -49,8 +49,6 @@ def select_kernel(
     if why_not(experts):
         return "grouped_mm"
     down_proj, dtype = experts.down_proj, compute_dtype(hidden_states, experts)
-    tensors = (hidden_states, top_k_weights, down_proj, experts.gate_up_proj)
-    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     unaligned = [size for size in down_proj.shape[1:] if size * dtype.itemsize % 16]
     if hidden_states.device.type != "cpu":
         if unaligned:
@@ -59,10 +57,14 @@ def select_kernel(
                 f'choose widths that are multiples of {16 // dtype.itemsize}, or experts_implementation="eager".'
             )
         return "grouped" if _can_use_grouped_mm(hidden_states, down_proj, None) else "grouped_mm"
-    if gradients or (torch.compiler.is_compiling() and len(hidden_states) > 1):
+    if torch.is_grad_enabled():
+        tensors = (hidden_states, top_k_weights, down_proj, experts.gate_up_proj)
+        if any(tensor.requires_grad for tensor in tensors):
+            return "loop"
+    if len(hidden_states) > 1 and torch.compiler.is_compiling():
         return "loop"
-    rows, matrix, autocast = top_k_index.numel(), down_proj[0].numel(), torch.is_autocast_enabled("cpu")
-    if dtype == torch.bfloat16 and rows * matrix <= CHEAP_TO_GATHER and not autocast:
+    rows, autocast = top_k_index.numel(), torch.is_autocast_enabled("cpu")
+    if dtype == torch.bfloat16 and rows * down_proj[0].numel() <= CHEAP_TO_GATHER and not autocast:
         return "batched_mm"
     if len(hidden_states) == 1:
         return "token"
@@ -82,10 +84,11 @@ def why_not(experts: torch.nn.Module) -> str | None:
         return "they have biases, a norm or transposed weights"
     if not (experts.has_gate and experts.is_concatenated and type(experts)._apply_gate is _default_apply_gate):
         return "they have no gate, or one of their own"
-    if experts.act_fn is not F.silu and not isinstance(experts.act_fn, (torch.nn.SiLU, SiLUActivation)):
-        return f"their activation is {type(experts.act_fn).__name__}, not SwiGLU"
-    if is_traceable_wrapper_subclass(experts.gate_up_proj):
-        return f"their weights are {type(experts.gate_up_proj).__name__}"
+    activation, weights = experts.act_fn, experts.gate_up_proj
+    if activation is not F.silu and not isinstance(activation, (torch.nn.SiLU, SiLUActivation)):
+        return f"their activation is {type(activation).__name__}, not SwiGLU"
+    if is_traceable_wrapper_subclass(weights):
+        return f"their weights are {type(weights).__name__}"
     return None
 
 

@@ -244,18 +244,22 @@ def run(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, d
 
 def token_forward(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     """Runs one token without gradients, as `run`: nothing is sorted or gathered, and no weight copied."""
-    width, dtype = down_proj.shape[2], x.dtype
-    chosen = [(row, expert) for row, expert in enumerate(top_k_index[0].tolist()) if expert < len(down_proj)]
+    chosen, width, dtype = top_k_index[0].tolist(), down_proj.shape[2], x.dtype
+    if max(chosen) >= len(down_proj):
+        here = [row for row, expert in enumerate(chosen) if expert < len(down_proj)]
+        if not here:
+            return torch.zeros_like(x)
+        chosen, weights = [chosen[row] for row in here], weights[:, here]
+    token, firsts, seconds = x[0], [gate_up_proj[e] for e in chosen], [down_proj[e] for e in chosen]
     # oneDNN's bfloat16 products take their time to start: those with small matrices are faster in float32.
-    work_dtype = torch.float32 if dtype == torch.bfloat16 and width * x.shape[1] <= SMALL_MATRIX else dtype
-    token = x[0].to(work_dtype)
-    gate_up = token.new_zeros(top_k_index.shape[1], 2 * width)
-    for row, expert in chosen:
-        torch.mv(gate_up_proj[expert].to(work_dtype), token, out=gate_up[row])
-    h = F.silu(gate_up[:, :width]).mul_(gate_up[:, width:]).mul_(weights[0].unsqueeze(1))
-    output = torch.zeros_like(token)
-    for row, expert in chosen:
-        output.addmv_(down_proj[expert].to(work_dtype), h[row])
+    if dtype == torch.bfloat16 and width * len(token) <= SMALL_MATRIX:
+        token, weights = token.float(), weights.float()
+        firsts, seconds = [matrix.float() for matrix in firsts], [matrix.float() for matrix in seconds]
+    gate, up = torch.stack([torch.mv(matrix, token) for matrix in firsts]).split(width, dim=1)
+    inner, *inners = F.silu(gate).mul_(up).mul_(weights.t()).unbind()
+    output = torch.mv(seconds[0], inner)
+    for matrix, inner in zip(seconds[1:], inners):
+        output.addmv_(matrix, inner)
     return output.to(dtype).unsqueeze(0)
 
 
