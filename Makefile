@@ -6,8 +6,10 @@
 # make compare evaluates it and the quick start, item by item    (LIMIT=200 items a task: a quarter of an hour on 2 cores)
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
-# make bench   times PathMoE beside its peers                    (half an hour on 2 cores; ARGS=--resume goes on)
+# make bench   times PathMoE beside its peers, at one shape        (10 minutes on 2 cores)
+# make bench-all     the same at all shapes and sizes: the README's table (half an hour; ARGS=--resume goes on)
 # make bench-compiled  training steps with all sides compiled too (as long again; needs a C++ compiler)
+# make bench-operators  tells where the time of a call goes, beside Qwen3-MoE
 # make bench-gpu     the same on a GPU, with larger shapes
 # make bench-routers times a training step of every router, side by side
 # make bench-memory  runs small models on every engine and compares their memory with the planner's
@@ -40,8 +42,8 @@ VENV_FLAGS := $(if $(GPU),--system-site-packages)
 WITNESS := runs/witness
 LIMIT ?= 200
 
-.PHONY: demo test witness compare path-report browser-test conformance presets bench bench-compiled bench-gpu \
-	bench-routers bench-memory bench-paths experiment plan training-plot convert-witness faults lint clean
+.PHONY: demo test witness compare path-report browser-test conformance presets bench bench-all bench-compiled \
+	bench-operators bench-gpu bench-routers bench-memory bench-paths experiment plan training-plot convert-witness faults lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -75,8 +77,17 @@ presets: .venv/.demo
 	@$(BIN)/python -m modeling_pathmoe.accounting configuration/model/indep-moe.json configuration/model/*.json
 
 bench: .venv/.demo
+	mkdir -p runs
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/bench.py --suite train_step experts prefill decode loss \
+		--shape quickstart --json runs/bench.json $(ARGS)
+	$(BIN)/python benchmarks/bench.py --table runs/bench.json
+
+bench-all: .venv/.demo
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/bench.py --json benchmarks/bench.json --plot benchmarks/scaling.png $(ARGS)
 	$(BIN)/python benchmarks/bench.py --table benchmarks/bench.json
+
+bench-operators: .venv/.demo
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/operators.py --json benchmarks/operators.json
 
 bench-compiled: .venv/.demo
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/bench.py --suite train_step --shape 0.9b-layer --compile \

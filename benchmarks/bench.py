@@ -22,6 +22,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import os
@@ -817,6 +818,7 @@ def main(args: list[str] | None = None):
             report["left_out"].append(dataclasses.asdict(case))
             continue
         load = os.getloadavg()[0]
+        gc.collect()  # models are in cycles, and few objects hold many gigabytes
         zoo = make_zoo(case.shape, case.dtype, options.device, **overrides_of(case))
         peaks = report["matmul_peak"].setdefault(case.shape, {}).setdefault(case.dtype, {})
         for size, rate in matmul_peak(zoo.config, case.dtype, options.device, case.tokens).items():

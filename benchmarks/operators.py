@@ -1,0 +1,105 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Where the time of a call goes, PathMoE's and a Qwen3-MoE's: matrix products, attention, moved rows, the optimizer.
+
+    python benchmarks/operators.py --json benchmarks/operators.json
+    python benchmarks/operators.py --table benchmarks/operators.json
+
+The calls are those of `bench.py`, under torch's profiler, on a CPU. A share is the time inside operators of a kind
+over the time of the whole call, a median over calls. What is in no such operator is the rest: arithmetic number by
+number, norms, memory that is handed out anew, and Python. A call that is half products could at most be twice as fast
+with the same products; GFLOP/s are those of products and attention.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.bench import BATCHES, Case, count_flops, describe_machine, make_zoo, run_experts, train_step  # noqa: E402
+
+
+KINDS = {
+    "products": ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "addmv_", "_grouped_mm"),
+    "attention": tuple("_scaled_dot_product_flash_attention_for_cpu" + suffix for suffix in ("", "_backward")),
+    "moved rows": ("index_select", "index", "_index_put_impl_", "index_add_", "index_copy_", "gather", "scatter_",
+                   "scatter_add_", "_embedding_bag_forward_only", "embedding_dense_backward", "sort", "topk"),
+    "optimizer": ("_fused_adamw_",),
+}  # fmt: skip
+CASES = [
+    ("experts", "quickstart", "forward + backward", 1024),
+    ("experts", "0.9b-layer", "forward + backward", 512),
+    ("train_step", "quickstart", "step", 1024),
+    ("train_step", "0.9b-layer", "step", 512),
+]
+
+
+def measure(case: Case, name: str, backend: str, calls: int) -> dict:
+    """Milliseconds of a call without the profiler, and the share of each kind of operator with it."""
+    zoo = make_zoo(case.shape, case.dtype, "cpu")
+    run = (run_experts if case.experts_alone else train_step)(zoo, case, name, backend).run
+    for turn in range(BATCHES):
+        run(turn)
+    seconds, shares = [], {kind: [] for kind in KINDS}
+    for turn in range(calls):
+        start = time.perf_counter()
+        run(turn)
+        seconds.append(time.perf_counter() - start)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            start = time.perf_counter()
+            run(turn)
+            whole = time.perf_counter() - start
+        times = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+        for kind, operators in KINDS.items():
+            shares[kind].append(sum(times.get(f"aten::{operator}", 0) for operator in operators) / whole)
+    result = {"ms": statistics.median(seconds) * 1e3}
+    result["shares"] = {kind: statistics.median(values) for kind, values in shares.items()}
+    computing = result["shares"]["products"] + result["shares"]["attention"]
+    result["gflops"] = count_flops(zoo, case) / result["ms"] / 1e6 / computing
+    return result
+
+
+def make_table(report: dict) -> str:
+    lines = ["| | shape | dtype | | ms | " + " | ".join(KINDS) + " | the rest | GFLOP/s |"]
+    lines.append("|---|---|---|---|--:|" + "--:|" * (len(KINDS) + 2))
+    for row in report["results"]:
+        shares = [*row["shares"].values(), 1 - sum(row["shares"].values())]
+        cells = [row["suite"].replace("_", " "), row["shape"], row["dtype"], row["model"], f"{row['ms']:.3g}"]
+        cells += [f"{share:.0%}" if share else "" for share in shares]
+        lines.append("| " + " | ".join([*cells, f"{row['gflops']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main(args: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--calls", type=int, default=10, help="with the profiler, and as many without")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--table", type=Path, help="only print the table of such a file")
+    options = parser.parse_args(args)
+    if options.table:
+        print(make_table(json.loads(options.table.read_text())))
+        return
+    options.device = "cpu"
+    report = {**describe_machine(options), "results": []}
+    rows = [(*case, dtype, *model) for case in CASES for dtype in options.dtype
+            for model in (("PathMoE", "pathmoe"), ("Qwen3-MoE", "grouped_mm"))]  # fmt: skip
+    for suite, shape, mode, tokens, dtype, name, backend in tqdm(rows, desc="calls", disable=None):
+        batch = 2 if suite == "train_step" and shape == "quickstart" else 1
+        case = Case(suite, shape, dtype, False, mode, batch, tokens // batch)
+        measured = measure(case, name, backend, options.calls)
+        report["results"].append({"suite": suite, "shape": shape, "dtype": dtype, "model": name, **measured})
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(make_table(report))
+
+
+if __name__ == "__main__":
+    main()
