@@ -22,7 +22,6 @@ import argparse
 import copy
 import dataclasses
 import functools
-import gc
 import itertools
 import json
 import os
@@ -336,8 +335,10 @@ def decode(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
         cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
     else:
         cache = DynamicCache(config=model.config)
+    # For a whole prompt batched_mm would gather more weights than there is memory.
+    reader = zoo.build(name, "grouped_mm").eval() if backend == "batched_mm" else model
     with torch.no_grad():
-        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        reader(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
     def run(turn=0):
@@ -818,7 +819,6 @@ def main(args: list[str] | None = None):
             report["left_out"].append(dataclasses.asdict(case))
             continue
         load = os.getloadavg()[0]
-        gc.collect()  # models are in cycles, and few objects hold many gigabytes
         zoo = make_zoo(case.shape, case.dtype, options.device, **overrides_of(case))
         peaks = report["matmul_peak"].setdefault(case.shape, {}).setdefault(case.dtype, {})
         for size, rate in matmul_peak(zoo.config, case.dtype, options.device, case.tokens).items():
