@@ -20,32 +20,38 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, labels, ignore_index):
         of_hidden_states, of_weight, *_ = ctx.needs_input_grad
         grad_hidden_states = torch.empty_like(hidden_states) if of_hidden_states else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        grad_weight = None
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         for start in range(0, len(labels), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
             counted = (labels[chunk] != ignore_index).unsqueeze(1)
             targets = labels[chunk].unsqueeze(1).where(counted, 0)
-            logits = (hidden_states[chunk] @ weight.t()).float()
-            log_normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += ((log_normalizer - logits.gather(1, targets)) * counted).sum()
+            log_probs = (hidden_states[chunk] @ weight.t()).log_softmax(dim=1, dtype=torch.float32)
+            total -= (log_probs.gather(1, targets) * counted).sum()
             if not (of_hidden_states or of_weight):
                 continue
-            grad_logits = logits.sub_(log_normalizer).exp_()
+            grad_logits = log_probs.exp_()
             grad_logits.scatter_add_(1, targets, grad_logits.new_full(targets.shape, -1.0))
-            grad_logits = grad_logits.mul_(counted).to(weight.dtype)
+            grad_logits = grad_logits.to(weight.dtype)
+            # What is not counted is taken out of the small factors, not of the large one.
             if of_hidden_states:
-                grad_hidden_states[chunk] = grad_logits @ weight
+                torch.mul(grad_logits @ weight, counted, out=grad_hidden_states[chunk])
             if of_weight:
-                grad_weight += grad_logits.t() @ hidden_states[chunk]
-        ctx.save_for_backward(grad_hidden_states, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
+                grad_chunk = grad_logits.t() @ (hidden_states[chunk] * counted)
+                # Sums are in float32; with a single chunk there is none.
+                grad_weight = grad_chunk if grad_weight is None else grad_weight.float().add_(grad_chunk)
+        ctx.gradients = grad_hidden_states, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        # A scalar does not promote, and must not be rounded to bfloat16.
-        return *(None if saved is None else saved * grad for saved in ctx.saved_tensors), None, None
+        if ctx.gradients is None:
+            raise RuntimeError("This loss keeps no graph for a second backward: pass skip_logits=False.")
+        # In place and given away: the weight's gradient is as large as the head. A scalar does not promote, and must
+        # not be rounded to bfloat16.
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None, None
 
 
 def linear_cross_entropy(

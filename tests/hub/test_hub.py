@@ -31,7 +31,7 @@ from modeling_pathmoe import (
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CODE_FILES = ["configuration_pathmoe.py", "loss_pathmoe.py", "modeling_pathmoe.py", "routing_pathmoe.py"]
+CODE_FILES = [f"{name}_pathmoe.py" for name in ("configuration", "loss", "modeling", "norm", "routing")]
 AUTO_CLASSES = {
     "AutoModel": PathMoEModel,
     "AutoModelForCausalLM": PathMoEForCausalLM,

@@ -100,3 +100,11 @@ def test_logits_are_not_skipped_where_that_would_be_wrong(tiny_model, tokens):
     with pytest.raises(ValueError, match="leave skip_logits out"):
         offloaded(ids, labels=ids, skip_logits=True)
     assert offloaded(ids, labels=ids).loss.isfinite()
+
+
+def test_a_second_backward_is_refused():
+    hidden_states, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    loss = linear_cross_entropy(hidden_states, weight, torch.randint(0, 16, (1, 4)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="pass skip_logits=False"):
+        loss.backward()
