@@ -163,12 +163,11 @@ def plot_scaling(report: dict, file: Path):
                 axes.plot(*zip(*line), marker="o", markersize=3, label=name, linewidth=2 if "ours" in name else 1)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
-            for axis in (
-                axes.xaxis.set_major_formatter,
-                axes.yaxis.set_major_formatter,
-                axes.yaxis.set_minor_formatter,
-            ):
-                axis("{x:g}")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
+            axes.tick_params(which="both", labelsize=7)
             axes.set_title(f"{title}, {dtype}", fontsize=8)
             axes.legend(fontsize=7)
         axes_of_dtype[0].set_ylabel("microseconds per token")

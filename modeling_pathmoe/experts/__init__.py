@@ -19,9 +19,9 @@ from . import grouped, loop
 
 logger = logging.get_logger(__name__)
 
-# Up to so many rows (tokens times k) without gradients, transformers' kernels are faster than expert by expert; in
-# bfloat16 up to fewer, because oneDNN compiles a product for every new number of rows.
-FEW_ROWS = {torch.float32: 4096, torch.bfloat16: 256}
+# Up to so many rows (tokens times k) without gradients, transformers' kernels are faster than expert by expert. In
+# bfloat16, where oneDNN compiles a product for every new number of rows, only while an expert has few.
+FEW_ROWS, FEW_ROWS_OF_EXPERT = 4096, 16
 # In bfloat16, weights of at most so many elements are cheaper to gather than oneDNN's products are to start.
 CHEAP_TO_GATHER = 2**19
 
@@ -40,8 +40,9 @@ def select_kernel(
     Returns:
         `str`: On a CPU, `"loop"`; on other devices `"grouped"`. Without gradients on a CPU, `"token"` for a single
         token, and transformers' own `"grouped_mm"`, or `"batched_mm"` for very small experts in bfloat16, for up to
-        4,096 rows of experts (256 in bfloat16). `"grouped_mm"` also where ours cannot: for experts that are not plain
-        SwiGLU (it warns), and outside a CPU where torch's grouped product does not take the dtype or the device.
+        4,096 rows of experts (in bfloat16, for up to 16 times E). `"grouped_mm"` also where ours cannot: for experts
+        that are not plain SwiGLU (it warns), and outside a CPU where torch's grouped product does not take the dtype
+        or the device.
 
     Raises:
         ValueError: If a row of the hidden or inner states is no multiple of 16 bytes, outside a CPU.
@@ -68,7 +69,8 @@ def select_kernel(
         return "batched_mm"
     if len(hidden_states) == 1:
         return "token"
-    return "loop" if unaligned or rows > FEW_ROWS.get(dtype, 0) or autocast else "grouped_mm"
+    few = {torch.float32: FEW_ROWS, torch.bfloat16: FEW_ROWS_OF_EXPERT * len(down_proj)}.get(dtype, 0)
+    return "loop" if unaligned or rows > few or autocast else "grouped_mm"
 
 
 def compute_dtype(hidden_states: torch.Tensor, experts: torch.nn.Module) -> torch.dtype:
