@@ -46,6 +46,5 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
         `torch.Tensor` of shape `(..., D)`: What Qwen3's norm gives, on a CPU to the bit.
     """
     if torch.is_grad_enabled() and hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not torch.is_autocast_enabled("cpu"):
-            return RMSNormOnCPU.apply(hidden_states, weight, eps)
+        return RMSNormOnCPU.apply(hidden_states, weight, eps)
     return weight * F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=eps).to(hidden_states.dtype)

@@ -36,12 +36,15 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-2), (x.requires_grad_(), weight.requires_grad_()))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_gradients_agree_with_qwen3(dtype, tolerance):
-    torch.manual_seed(0)
-    ours = outcome(lambda x, weight: rms_norm(x, weight, 1e-6), dtype)
-    torch.manual_seed(0)
-    for mine, theirs in zip(ours, outcome(of_qwen3, dtype)):
+def test_gradients_agree_with_qwen3(dtype, tolerance, autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.manual_seed(0)
+        ours = outcome(lambda x, weight: rms_norm(x, weight, 1e-6), dtype)
+        torch.manual_seed(0)
+        expected = outcome(of_qwen3, dtype)
+    for mine, theirs in zip(ours, expected):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
