@@ -19,9 +19,9 @@ def find_best_peer(comparison: dict) -> dict:
     return min(peers, key=lambda result: result["ratio"][1])
 
 
-def find_peak(report: dict, dtype: str) -> float:
-    """GFLOP/s of the fastest matrix product of a run in a dtype."""
-    return max(max(shapes[dtype].values()) for shapes in report["matmul_peak"].values() if dtype in shapes)
+def find_peak(report: dict, comparison: dict) -> float:
+    """GFLOP/s of the fastest matrix product beside the comparisons of a shape and dtype."""
+    return max(report["matmul_peak"][comparison["shape"]][comparison["dtype"]].values())
 
 
 def find_result(comparison: dict, model: str) -> dict | None:
@@ -105,7 +105,7 @@ def make_table(*reports: dict) -> str:
                 rows.setdefault(tuple(comparison[field] for field in fields), (report, comparison))
     for report, comparison in rows.values():
         ours, peer = find_ours(comparison), find_best_peer(comparison)
-        peak = find_peak(report, comparison["dtype"])
+        peak = find_peak(report, comparison)
         same, dense, routing = (
             find_result(comparison, name) for name in ("Qwen3-MoE", "dense Qwen3", "routing that costs nothing")
         )

@@ -40,14 +40,18 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_chunk = grad_logits.t() @ (hidden_states[chunk] * counted)
                 # Sums are in float32; with a single chunk there is none.
                 grad_weight = grad_chunk if grad_weight is None else grad_weight.float().add_(grad_chunk)
+        if of_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         ctx.gradients = grad_hidden_states, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        if ctx.gradients is None:
-            raise RuntimeError("This loss keeps no graph for a second backward: pass skip_logits=False.")
+        if ctx.gradients is None or torch.is_grad_enabled():
+            raise RuntimeError(
+                "The loss without logits keeps no graph for a second backward or a second derivative: compute it from "
+                "the logits (skip_logits=False)."
+            )
         # In place and given away: the weight's gradient is as large as the head. A scalar does not promote, and must
         # not be rounded to bfloat16.
         gradients, ctx.gradients = ctx.gradients, None
@@ -63,7 +67,7 @@ def linear_cross_entropy(
     shift_labels: torch.LongTensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """The loss of transformers' `ForCausalLMLoss` on `hidden_states @ weight.T`, in float32.
+    """The loss of transformers' `ForCausalLMLoss` on `hidden_states @ weight.T`, in float32, for one backward.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch, sequence, D)`): What the head is given.

@@ -418,7 +418,8 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): How many last positions get logits, or which; 0
                 means all.
             skip_logits (`bool`, defaults to `False`): Whether to compute the loss without the logits of the whole
-                batch, which is faster and takes less memory; `logits` is then `None`.
+                batch, which is faster and takes less memory; `logits` is then `None`, and one backward is all that the
+                loss can be asked for.
             **kwargs: `num_items_in_batch`, the number of targets in all micro-batches of an optimizer step, and what
                 the model takes.
 

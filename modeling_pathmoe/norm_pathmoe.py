@@ -14,28 +14,36 @@ class RMSNormOnCPU(torch.autograd.Function):
         x = _at_least_float32(hidden_states)
         scale = x.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden_states, weight, scale)
+        ctx.eps = eps
         return weight * (x * scale).to(hidden_states.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        # y = w x s with s = (mean(x²) + ε)^(-1/2), so dx = s (dy w) - x s³ mean(dy w x) and dw = Σ dy x s.
         hidden_states, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: what follows writes in place, and could not be differentiated
+            wanted, y = ctx.needs_input_grad[:2], _plain(hidden_states, weight, ctx.eps)
+            inputs = [tensor for tensor, needed in zip((hidden_states, weight), wanted) if needed]
+            gradients = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+            return *(next(gradients) if needed else None for needed in wanted), None
+        # y = w x s with s = (mean(x²) + ε)^(-1/2), so dx = s (dy w) - x s³ mean(dy w x) and dw = Σ dy x s.
         x, w, dy = (_at_least_float32(tensor) for tensor in (hidden_states, weight, grad))
-        size = x.shape[-1]
-        dy_x = (dy * x).reshape(-1, size)
-        grad_weight = torch.mv(dy_x.t(), scale.flatten())
-        means = torch.mv(dy_x, w).div_(size).view_as(scale)
+        dy_x = (dy * x).reshape(-1, x.shape[-1])
+        grad_weight = torch.mv(dy_x.t(), scale.flatten()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        means = torch.mv(dy_x, w.to(x.dtype)).div_(x.shape[-1]).view_as(scale)
         grad_x = torch.mul(dy, w).mul_(scale).addcmul_(x, means.mul_(scale.pow(3)), value=-1)
-        return grad_x.to(hidden_states.dtype), grad_weight.to(weight.dtype), None
+        return grad_x.to(hidden_states.dtype), grad_weight, None
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _plain(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return weight * F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=eps).to(hidden_states.dtype)
+
+
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """w · x / sqrt(mean(x²) + ε), in float32, and rounded to the dtype of x before the product with w (as in Qwen3).
+    """w · x / sqrt(mean(x²) + ε), in float32 at least, and rounded to the dtype of x before the product with w.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(..., D)`): x.
@@ -43,8 +51,9 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
         eps (`float`): ε.
 
     Returns:
-        `torch.Tensor` of shape `(..., D)`: What Qwen3's norm gives, on a CPU to the bit.
+        `torch.Tensor` of shape `(..., D)`: What Qwen3's norm gives, on a CPU to the bit up to float32.
     """
-    if torch.is_grad_enabled() and hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
-        return RMSNormOnCPU.apply(hidden_states, weight, eps)
-    return weight * F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=eps).to(hidden_states.dtype)
+    plain = hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    if plain or torch._C._are_functorch_transforms_active():
+        return _plain(hidden_states, weight, eps)
+    return RMSNormOnCPU.apply(hidden_states, weight, eps)

@@ -102,9 +102,17 @@ def test_logits_are_not_skipped_where_that_would_be_wrong(tiny_model, tokens):
     assert offloaded(ids, labels=ids).loss.isfinite()
 
 
-def test_a_second_backward_is_refused():
+def test_a_second_backward_or_derivative_is_refused():
     hidden_states, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
     loss = linear_cross_entropy(hidden_states, weight, torch.randint(0, 16, (1, 4)))
+    with pytest.raises(RuntimeError, match="skip_logits=False"):
+        torch.autograd.grad(loss, hidden_states, create_graph=True)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="pass skip_logits=False"):
+    with pytest.raises(RuntimeError, match="skip_logits=False"):
         loss.backward()
+
+
+def test_an_empty_batch_has_zero_gradients():
+    hidden_states, weight = torch.randn(0, 4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    linear_cross_entropy(hidden_states, weight, torch.zeros(0, 4, dtype=torch.long), num_items_in_batch=1).backward()
+    assert torch.equal(weight.grad, torch.zeros(16, 8))

@@ -49,8 +49,15 @@ def test_gradients_agree_with_qwen3(dtype, tolerance, autocast):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
 
-def test_a_second_derivative_is_refused():
-    x = torch.randn(3, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(rms_norm(x, torch.ones(8), 1e-6).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_second_derivatives_agree_with_finite_differences():
+    x, weight = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    x.requires_grad_()
+    for inputs in ((x, weight.requires_grad_()), (x, weight.detach())):
+        assert torch.autograd.gradgradcheck(lambda x, w: rms_norm(x, w, 1e-2), inputs)
+
+
+def test_functional_transforms_take_the_norm():
+    x, weight = torch.randn(4, 8), torch.randn(8)
+    expected = torch.autograd.grad(rms_norm(x.requires_grad_(), weight, 1e-6).square().sum(), x)[0]
+    per_row = torch.func.vmap(torch.func.grad(lambda row: rms_norm(row, weight, 1e-6).square().sum()))(x.detach())
+    torch.testing.assert_close(per_row, expected)
