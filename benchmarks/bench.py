@@ -57,7 +57,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.bench_report import describe, make_table, plot_scaling  # noqa: E402
+from benchmarks.bench_report import describe, find_peak, make_table, plot_scaling  # noqa: E402
 from modeling_pathmoe import PathMoEConfig  # noqa: E402
 from modeling_pathmoe.accounting import forward_flops_per_token  # noqa: E402
 from modeling_pathmoe.loss_pathmoe import linear_cross_entropy  # noqa: E402
@@ -835,7 +835,7 @@ def main(args: list[str] | None = None):
         seconds = options.seconds / (4 if case.sweep else 1)
         done.append(compare(zoo, case, options.ours, backends, seconds))
         done[-1] |= {"one_expert_gflops": one_expert, "load_before": load, "commit": commit}
-        tqdm.write(describe(done[-1], max(peaks.values())))
+        tqdm.write(describe(done[-1], find_peak(report, done[-1])))
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:

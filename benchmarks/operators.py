@@ -12,10 +12,10 @@ products and attention.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
@@ -24,7 +24,16 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.bench import BATCHES, Case, count_flops, describe_machine, make_zoo, run_experts, train_step  # noqa: E402
+from benchmarks.bench import (  # noqa: E402
+    BATCHES,
+    Case,
+    count_flops,
+    describe_machine,
+    make_zoo,
+    run_experts,
+    seconds_of,
+    train_step,
+)
 
 
 KINDS = {
@@ -34,11 +43,12 @@ KINDS = {
                    "scatter_add_", "_embedding_bag_forward_only", "embedding_dense_backward", "sort", "topk"),
     "optimizer": ("_fused_adamw_",),
 }  # fmt: skip
+# Suite, shape, mode, sequences, tokens in each.
 CASES = [
-    ("experts", "quickstart", "forward + backward", 1024),
-    ("experts", "0.9b-layer", "forward + backward", 512),
-    ("train_step", "quickstart", "step", 1024),
-    ("train_step", "0.9b-layer", "step", 512),
+    ("experts", "quickstart", "forward + backward", 1, 1024),
+    ("experts", "0.9b-layer", "forward + backward", 1, 512),
+    ("train_step", "quickstart", "step", 2, 512),
+    ("train_step", "0.9b-layer", "step", 1, 512),
 ]
 
 
@@ -49,19 +59,17 @@ def measure(case: Case, name: str, backend: str, calls: int) -> dict:
     for turn in range(BATCHES):
         run(turn)
     seconds, rates, shares = [], [], {kind: [] for kind in KINDS}
+    flops = count_flops(zoo, case)
     for turn in range(calls):
-        start = time.perf_counter()
-        run(turn)
-        seconds.append(time.perf_counter() - start)
+        call = functools.partial(run, turn)
+        seconds.append(seconds_of(call, "cpu"))
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            start = time.perf_counter()
-            run(turn)
-            whole = time.perf_counter() - start
+            whole = seconds_of(call, "cpu")
         times = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
         taken = {kind: sum(times.get(f"aten::{name}", 0) for name in names) for kind, names in KINDS.items()}
         for kind, of_kind in taken.items():
             shares[kind].append(of_kind / whole)
-        rates.append(count_flops(zoo, case) / (taken["products"] + taken["attention"]) / 1e9)
+        rates.append(flops / (taken["products"] + taken["attention"]) / 1e9)
     result = {"ms": statistics.median(seconds) * 1e3}
     result["shares"] = {kind: statistics.median(values) for kind, values in shares.items()}
     result["gflops"] = statistics.median(rates)
@@ -93,9 +101,8 @@ def main(args: list[str] | None = None):
     report = {**describe_machine(options), "results": []}
     rows = [(*case, dtype, *model) for case in CASES for dtype in options.dtype
             for model in (("PathMoE", "pathmoe"), ("Qwen3-MoE", "grouped_mm"))]  # fmt: skip
-    for suite, shape, mode, tokens, dtype, name, backend in tqdm(rows, desc="calls", disable=None):
-        batch = 2 if suite == "train_step" and shape == "quickstart" else 1
-        case = Case(suite, shape, dtype, False, mode, batch, tokens // batch)
+    for suite, shape, mode, batch, length, dtype, name, backend in tqdm(rows, desc="calls", disable=None):
+        case = Case(suite, shape, dtype, False, mode, batch, length)
         measured = measure(case, name, backend, options.calls)
         report["results"].append({"suite": suite, "shape": shape, "dtype": dtype, "model": name, **measured})
         if options.json:
