@@ -55,6 +55,8 @@ class PathMoEConfig(PreTrainedConfig):
         rope_parameters (`dict`, *optional*): Parameters of the rotary embedding; base 10000 when unset.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the RMS normalisations.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
+        router_initializer_range (`float`, *optional*): That of the routers' initial weights; `initializer_range` when
+            unset. A linear router's first logits have this times the root of `hidden_size` as standard deviation.
         use_cache (`bool`, defaults to `True`): Whether to return the key-value cache.
         tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings are one matrix.
 
@@ -126,6 +128,7 @@ class PathMoEConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    router_initializer_range: float | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -238,10 +241,12 @@ class PathMoEConfig(PreTrainedConfig):
             "router_z_loss_coef",
             "router_bias_update_rate",
             "initializer_range",
+            "router_initializer_range",
             "rms_norm_eps",
         ):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative; 0 switches it off.")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value} must be finite and not negative; 0 switches it off.")
 
 
 __all__ = ["PathMoEConfig"]

@@ -191,7 +191,8 @@ class PathMoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, PathMoERouter):
-            module.init_weights(std)
+            router_std = self.config.router_initializer_range
+            module.init_weights(std if router_std is None else router_std)
             module.init_selection_bias()
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:

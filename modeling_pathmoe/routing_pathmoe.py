@@ -71,7 +71,8 @@ class PathMoERouter(nn.Module):
         raise NotImplementedError
 
     def init_weights(self, std: float):
-        """Initialises all parameters and buffers in place; `std` is the config's `initializer_range`."""
+        """Initialises all parameters and buffers in place; `std` is the config's `router_initializer_range`,
+        or its `initializer_range` where that is unset."""
 
     def init_selection_bias(self):
         """Sets the selection bias and the counted load to zero."""

@@ -164,6 +164,12 @@ def test_own_router_initialises_its_weights(tiny_config, carrying):
         assert router.carry.std().item() == pytest.approx(0.1, rel=0.2)
 
 
+def test_routers_may_start_from_a_scale_of_their_own(tiny_config):
+    model = PathMoEForCausalLM(tiny_config(router_initializer_range=0.3)).model
+    assert model.routers["0"].weight.std().item() == pytest.approx(0.3, rel=0.2)
+    assert model.layers[0].mlp.experts.down_proj.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 def test_state_is_carried_from_layer_to_layer_across_blocks(tiny_model, tokens, assert_same, carrying):
     """Every router's logits, from the hidden states that entered the experts and a recurrence by hand."""
     model, ids = tiny_model(router_type=carrying), tokens()
