@@ -5,9 +5,9 @@
         --data runs/experiment/data/validation.jsonl runs/brown/brown.jsonl
 
 Writes RUN/measures.json: perplexity by document of the first data file, the measures of the expert paths in equally
-many tokens of every file, and the perturbation curves. Files are as `path_report.py` takes them. The runs of the most
-tokens are also evaluated on the suite `experiment` (RUN/lm_eval). Stopped at any moment, the same command goes on.
-`experiment_report.py` makes tables and plots of it.
+many tokens of every file, what the routers see in each layer, and the perturbation curves. Files are as
+`path_report.py` takes them. The runs of the most tokens are also evaluated on the suite `experiment` (RUN/lm_eval).
+Stopped at any moment, the same command goes on. `experiment_report.py` makes tables and plots of it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 from metrics.perplexity.perplexity import score, summarize
 from path_report import encode, measure, perturb, read_documents, read_text, tags_of
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
 from modeling_pathmoe import paths
@@ -50,6 +50,32 @@ def choose_documents(rows: list[dict], each: int) -> list[dict]:
     return [row for source in sorted(taken) for row in taken[source]]
 
 
+@torch.no_grad()
+def measure_stream(model: PreTrainedModel, pieces: list[list[int]]) -> dict[str, list[float]]:
+    """What the routers see, as means over the tokens of some pieces.
+
+    Returns:
+        `dict`: An entry for each layer of `norm`, the root mean square of the residual stream before the norm that
+        precedes the router; `spread`, the standard deviation of a token's router logits over the experts; and, but for
+        the last layer, `turn`, the cosine of the router's input and the next layer's.
+    """
+    seen, measured = [], {"norm": [], "spread": [], "turn": []}
+    hooks = [
+        layer.post_attention_layernorm.register_forward_hook(lambda _, args, output: seen.append((*args, output)))
+        for layer in model.model.layers
+    ]
+    for piece in pieces:
+        seen.clear()
+        logits = torch.stack(model(torch.tensor([piece]), use_cache=False, output_router_logits=True).router_logits)
+        streams, inputs = (torch.cat(of_layers) for of_layers in zip(*seen))  # (L, T, D) each
+        measured["norm"].append(streams.square().mean(-1).sqrt())
+        measured["spread"].append(logits.std(-1))
+        measured["turn"].append(torch.cosine_similarity(inputs[:-1], inputs[1:], dim=-1))
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(values, dim=1).mean(1).tolist() for name, values in measured.items()}
+
+
 def measure_run(folder: Path, options: argparse.Namespace) -> None:
     """Measures one run; writes FOLDER/measures.json."""
     torch.set_num_threads(1)
@@ -73,6 +99,7 @@ def measure_run(folder: Path, options: argparse.Namespace) -> None:
             "load": paths.expert_load(reading.experts, model.config.num_experts).tolist(),
             "jaccard": paths.jaccard_matrix(reading.experts).tolist(),
             "sustained_4": paths.sustained_engagement(reading.experts, 4),
+            "stream": measure_stream(model, reading.pieces),
             "perturbations": perturb(model, reading, options.perturbed_tokens, MAX_LENGTH, SEED),
         }
     partial = folder / "measures.partial"

@@ -7,8 +7,9 @@
         --output results/cpu
 
 The first one also keeps each run's recipe, metrics and measures in OUTPUT/runs, of which the second one makes the same
-tables. A difference between two rows is the mean over the seeds that both have, paired by document; its interval is
-Student's over documents. What the seeds gave stands beside it, for two or three of them make no interval.
+tables, and writes the best run's model card with what was measured. A difference between two rows is the mean over the
+seeds that both have, paired by document; its interval is Student's over documents. What the seeds gave stands beside
+it, for two or three of them make no interval.
 """
 
 import argparse
@@ -46,8 +47,23 @@ PATH_MEASURES = {
     "coverage_10": "tokens on the 10 most frequent paths",
     "load_variation": "variation of the load",
     "routing_entropy": "routing entropy (of an undecided router's)",
-    "nmi": "NMI of paths and parts of speech",
+    "adjusted": "information on parts of speech beyond chance",
     "purity": "purity of paths for parts of speech",
+}
+BLOCK_SIZES = {size: f"pathb{size}-moe" for size in (2, 4, 8, 12, 16)} | {1: "indep-moe"}
+# What is changed on both sides: the PathMoE and the independent routing that differ by nothing but the sharing.
+PAIRS = {
+    "nothing": ("pathb4-moe", "indep-moe"),
+    "with LBL": ("pathb4-moe-lbl", "indep-moe-lbl"),
+    "with a selection bias": ("pathb4-moe-bias", "indep-moe-bias"),
+    "cosine scores (X-MoE)": ("pathb4x-moe", "x-moe"),
+    "the first layer has its own router": ("pathb4-moe-first", "indep-moe"),
+    "the same, with LBL": ("pathb4-moe-lbl-first", "indep-moe-lbl"),
+    "routers' first logits as wide as at the paper's width": ("pathb4-moe-init", "indep-moe-init"),
+    "routers learn at a quarter of the rate": ("pathb4-moe-slow-router", "indep-moe-slow-router"),
+    "k = 1": ("pathb4-moe-top1", "indep-moe-top1"),
+    "k = 2": ("pathb4-moe-top2", "indep-moe-top2"),
+    "k = 8": ("pathb4-moe-top8", "indep-moe-top8"),
 }
 
 
@@ -86,11 +102,31 @@ class Measured:
         return float(np.median([line["tokens_per_s"] for line in self.metrics if "tokens_per_s" in line]))
 
     def path_measures(self) -> dict[str, dict]:
-        """`value`, `low` and `high` of each measure; empty for a dense model."""
+        """`value`, `low` and `high` of each measure; empty for a dense model.
+
+        Information and purity rise with the number of paths, whatever these are. `adjusted` is the normalized mutual
+        information less what permuted labels give, as a share of what is left: adjusted mutual information with the
+        mean of the entropies (Vinh, Epps and Bailey 2010, https://jmlr.org/papers/v11/vinh10a.html).
+        """
         rows = {row["key"]: row for row in self.measures.get("measures", [])}
         if rows:
             rows["sustained_4"] = {"value": self.measures["sustained_4"], "low": None, "high": None}
+        if "nmi" in rows:
+            chance = rows["nmi"]["baseline"]
+            ends = {key: rows["nmi"][key] for key in ("value", "low", "high")}
+            rows["adjusted"] = {key: None if v is None else (v - chance) / (1 - chance) for key, v in ends.items()}
         return rows
+
+    def perturbation(self, title: str) -> list[dict]:
+        """The points of the perturbation curve whose title begins so: by what share perplexity rises."""
+        for curve in self.measures.get("perturbations", {}).get("curves", []):
+            if curve["title"].startswith(title):
+                return curve["rise"]
+        return []
+
+    def layer_rises(self) -> list[float]:
+        """By what share perplexity rises when the experts of each one of the layers are shuffled."""
+        return [point["estimate"] for point in self.perturbation("Experts shuffled in one layer")]
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and values of a metric; of per-layer ones the mean."""
@@ -164,11 +200,17 @@ def percent(difference: dict | None, digits: int = 1) -> str:
     return f"{value} % [{low}, {high}]"
 
 
+def geometric_mean(values: list[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
+
+
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
 
 
 def with_interval(measured: dict) -> str:
+    if measured["low"] is None:
+        return number(measured["value"])
     return f"{number(measured['value'])} [{number(measured['low'])}, {number(measured['high'])}]"
 
 
@@ -186,6 +228,66 @@ def table_of(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
+def seed_noise(table: Table) -> str:
+    """How far seeds are apart, which is what a row of one seed has to be read with; empty where all have one."""
+    ratios = [max(values) / min(values) - 1 for row in table.rows if len(values := table.perplexity(row)) > 1]
+    if not ratios:
+        return ""
+    found = [table.difference(row, base) for row in table.rows for base in table.rows if row != base]
+    spread = max(max(each["seeds"]) - min(each["seeds"]) for each in found if each and len(each["seeds"]) > 1)
+    return (
+        f"After {table.tokens / 1e6:g}M tokens the perplexities of two seeds of a row are up to "
+        f"{100 * max(ratios):.1f} % apart, and the differences of two rows up to {100 * spread:.1f} points. Intervals "
+        "are over documents and do not hold that."
+    )
+
+
+def pair_table(table: Table) -> str:
+    """PathMoE against independent routing under each change."""
+    lines = []
+    for change, (path, independent) in PAIRS.items():
+        if path in table.rows and independent in table.rows:
+            values = [f"{geometric_mean(table.perplexity(row)):.2f}" for row in (independent, path)]
+            agreement = table.path_measure(path, "agreement")
+            lines.append(
+                [
+                    change,
+                    *values,
+                    percent(table.difference(path, independent)),
+                    percent(table.difference(path, BASELINE)),
+                    number(agreement["value"]),
+                ]
+            )
+    against = [f"PathMoE against {base}" for base in ("it", BASELINE)]
+    return table_of(["changed on both sides", "independent", "PathMoE", *against, "agreement in PathMoE"], lines)
+
+
+def ablation_table(table: Table, name: str, rows: dict[int, str], base: int) -> str:
+    """What a number does: a line for each of its values."""
+    lines = []
+    for value, row in sorted(rows.items()):
+        if row in table.rows:
+            measures = [table.path_measure(row, key) for key in ("agreement", "distinct_paths", "load_variation")]
+            shuffled = rise(table, row, "Experts shuffled, each layer")
+            lines.append(
+                [
+                    str(value),
+                    f"{geometric_mean(table.perplexity(row)):.2f}",
+                    "" if value == base else percent(table.difference(row, rows[base])),
+                    percent(table.difference(row, BASELINE)),
+                    *(number(measure["value"]) for measure in measures),
+                    percent(shuffled, 0),
+                ]
+            )
+    head = ["perplexity", f"against {base}", f"against {BASELINE}"]
+    head += [PATH_MEASURES[key] for key in ("agreement", "distinct_paths", "load_variation")]
+    return table_of([name, *head, "rise when experts are shuffled"], lines)
+
+
+def top_k_rows(row: str) -> dict[int, str]:
+    return {k: f"{row}-top{k}" for k in (1, 2, 8)} | {4: row}
+
+
 def perplexity_table(table: Table) -> str:
     """Rows from the lowest perplexity up."""
     lines = []
@@ -195,7 +297,7 @@ def perplexity_table(table: Table) -> str:
         lines.append(
             [
                 row,
-                f"{np.exp(np.mean(np.log(values))):.2f}{seeds}",
+                f"{geometric_mean(values):.2f}{seeds}",
                 "" if row == BASELINE else percent(table.difference(row, BASELINE)),
                 "" if row == "indep-moe" else percent(table.difference(row, "indep-moe")),
                 f"{np.median([run.tokens_per_s for run in table.rows[row].values()]):,.0f}",
@@ -210,13 +312,7 @@ def path_table(table: Table) -> str:
     for row in table.rows:
         measures = [table.path_measure(row, key) for key in PATH_MEASURES]
         if any(measures):
-            lines.append(
-                [row]
-                + [
-                    "" if m is None else f"{number(m['value'])} [{number(m['low'])}, {number(m['high'])}]"
-                    for m in measures
-                ]
-            )
+            lines.append([row, *("" if measure is None else with_interval(measure) for measure in measures)])
     return table_of(["row", *PATH_MEASURES.values()], lines)
 
 
@@ -239,11 +335,7 @@ def source_table(table: Table, rows: list[str]) -> str:
 
 def rise(table: Table, row: str, curve: str, index: int = -1) -> dict | None:
     """A point of a perturbation curve: by what share perplexity rises; the mean over the seeds, with ends."""
-    found = []
-    for run in table.rows.get(row, {}).values():
-        for entry in run.measures.get("perturbations", {}).get("curves", []):
-            if entry["title"].startswith(curve):
-                found.append(entry["rise"][index])
+    found = [points[index] for run in table.rows.get(row, {}).values() if (points := run.perturbation(curve))]
     if not found:
         return None
     return {
@@ -253,11 +345,13 @@ def rise(table: Table, row: str, curve: str, index: int = -1) -> dict | None:
     }
 
 
-def verdict(paper: float, ours: dict | None) -> str:
-    """Whether a signed effect goes the paper's way."""
-    if ours is None:
-        return "not measured"
-    if ours["low"] <= 0 <= ours["high"]:
+def verdict(paper: int, ours: dict) -> str:
+    """Whether an effect has the paper's sign: undecided where the interval holds zero or seeds differ in it. Where the
+    paper has none (0), whether ours is below one percent."""
+    if paper == 0:
+        return "yes" if abs(ours["value"]) < 0.01 else "**no**"
+    ends = [ours["low"], ours["high"], *ours.get("seeds", [])]
+    if min(ends) <= 0 <= max(ends):
         return "undecided"
     return "yes" if (ours["value"] > 0) == (paper > 0) else "**no**"
 
@@ -274,7 +368,9 @@ def paper_table(tables: dict[int, Table]) -> str:
         table = largest(row, base)
         if table is not None:
             ours = table.difference(row, base)
-            lines.append([what, paper, f"{percent(ours)} ({table.tokens / 1e6:g}M tokens)", verdict(sign, ours)])
+            seeds = ", ".join(f"{100 * seed:+.1f}" for seed in ours["seeds"])
+            of = f"{table.tokens / 1e6:g}M tokens" + (f"; seeds {seeds}" if len(ours["seeds"]) > 1 else "")
+            lines.append([what, paper, f"{percent(ours)} ({of})", verdict(sign, ours)])
 
     def compare_measure(what: str, key: str, paper: str, sign: int):
         table = largest("pathb4-moe", "indep-moe-lbl")
@@ -306,16 +402,18 @@ def paper_table(tables: dict[int, Table]) -> str:
     compare_measure("Jaccard agreement of neighbouring layers", "agreement", "79 % beside 48 %", 1)
     compare_measure("Tokens that keep an expert for 4 layers or more", "sustained_4", "higher", 1)
     compare_measure("Routing entropy", "routing_entropy", "11 % lower", -1)
-    compare_measure("Purity of paths for parts of speech", "purity", "tighter clusters", 1)
+    compare_measure("Information of paths on parts of speech, beyond chance", "adjusted", "tighter clusters", 1)
+    compare_measure("Purity of paths for parts of speech (rises with the number of paths)", "purity", "as above", 1)
     table = largest(path, BASELINE)
     if table is not None:
         shuffled = [rise(table, row, "Experts shuffled, each layer") for row in (path, BASELINE)]
         ours = " beside ".join(percent(point, 0) for point in shuffled)
         finding = ["Perplexity when experts are shuffled", "+237 % beside +5328 %", ours]
         lines.append([*finding, verdict(-1, apart(*shuffled))])
-        speeds = [np.median([run.tokens_per_s for run in table.rows[row].values()]) for row in (path, BASELINE)]
-        finding = ["Tokens per second", "55.67 beside 55.21 thousand", " beside ".join(f"{s:,.0f}" for s in speeds)]
-        lines.append([*finding, f"{speeds[0] / speeds[1]:.2f} times; no measure unless alone"])
+        for index, (count, points) in enumerate(((10, "-2.49"), (100, "-0.53"), (500, "+0.15"))):
+            ours = rise(table, path, "Most frequent paths", index)
+            finding = [f"PathMoE's perplexity on its {count} most frequent paths", f"{points} points of accuracy"]
+            lines.append([*finding, percent(ours), verdict(-1 if points[0] == "+" else 1, ours)])
     return table_of(["finding", "paper", "here [95 %]", "same direction"], lines)
 
 
@@ -388,6 +486,28 @@ def plot_routing(table: Table, file: Path) -> None:
     plt.close(figure)
 
 
+def plot_layers(table: Table, file: Path) -> None:
+    """What the routers of each layer see, and what their choices matter."""
+    titles = {
+        "norm": "root mean square of the residual stream",
+        "turn": "cosine of a router's input and the next layer's",
+        "spread": "standard deviation of a token's logits",
+        None: "rise of perplexity when this layer's experts are shuffled",
+    }
+    figure, axes = plt.subplots(1, len(titles), figsize=(19, 4.5), layout="constrained")
+    for axis, (name, title) in zip(axes, titles.items()):
+        for index, (row, runs) in enumerate(table.rows.items()):
+            for label, run in zip([row, *[None] * len(runs)], runs.values()):
+                if "stream" not in run.measures:
+                    continue
+                values = run.measures["stream"][name] if name else run.layer_rises()
+                axis.plot(values, "o-", color=f"C{index % 10}", label=label, ms=3)
+        axis.set(title=title, xlabel="layer", yscale="linear" if name else "log")
+    axes[0].legend(fontsize="small")
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
 def plot_differences(tables: dict[int, Table], file: Path) -> None:
     """Every row's perplexity against the baseline's, with its interval and each seed."""
     figure, axes = plt.subplots(1, len(tables), figsize=(7.5 * len(tables), 6), layout="constrained", squeeze=False)
@@ -431,6 +551,18 @@ def plot_perturbations(table: Table, file: Path) -> None:
     plt.close(figure)
 
 
+def write_card(run: Measured, tasks: pd.DataFrame, final: Path, file: Path) -> None:
+    """The run's model card, as training wrote it, with what was measured since."""
+    lines = [["perplexity per token of held-out documents", f"{run.perplexity:.2f}"]]
+    measures = run.path_measures()
+    lines += [[name, with_interval(measures[key])] for key, name in PATH_MEASURES.items() if key in measures]
+    of_run = tasks[(tasks["model"] == run.row) & (tasks["seed"] == run.seed)]
+    lines += [[f"accuracy on {cell.task}", f"{100 * cell.score:.1f} %"] for cell in of_run.itertuples()]
+    head, recipe = (final / "README.md").read_text(encoding="utf-8").split("\nTrained with this recipe", 1)
+    evaluated = table_of(["evaluated", "value [95 %]"], lines)
+    file.write_text(f"{head}\n{evaluated}\n\nTrained with this recipe{recipe}", encoding="utf-8")
+
+
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
@@ -451,7 +583,11 @@ def main(args: list[str] | None = None) -> None:
                 shutil.copyfile(options.runs / run.name / name, kept / run.name / name)
         shutil.copyfile(options.runs / "tuned.json", kept / "tuned.json")
         evaluated = [Measured(run.row, run.tokens, run.seed, options.runs / run.name) for run in done]
-        compare_tasks(evaluated).to_csv(options.output / "tasks.csv", index=False)
+        tasks = compare_tasks(evaluated)
+        tasks.to_csv(options.output / "tasks.csv", index=False)
+        most = max(run.tokens for run in evaluated)
+        best = min((run for run in evaluated if run.tokens == most), key=lambda run: run.perplexity)
+        write_card(best, tasks, best.folder / "final", options.output / "best_model_card.md")
     tuned = json.loads((kept / "tuned.json").read_text(encoding="utf-8"))
     runs = [Measured(run.row, run.tokens, run.seed, kept / run.name) for run in done]
     tables = {
@@ -465,12 +601,27 @@ def main(args: list[str] | None = None) -> None:
         f"{len(done)} of {len(wanted)} runs, {hours:.1f} hours of training on one CPU core each. Learning rate "
         f"{tuned['learning_rate']:g}, chosen on `{experiment['tune']['row']}` by validation loss ({rates}).",
         *([f"Not run yet: {', '.join(missing)}."] if missing else []),
+        *([noise] if (noise := seed_noise(longest)) else []),
         "## Beside the paper",
         paper_table(tables),
     ]
     for tokens, table in sorted(tables.items(), reverse=True):
-        parts += [f"## Perplexity after {tokens / 1e6:g}M tokens", perplexity_table(table)]
-        parts += [f"## Paths after {tokens / 1e6:g}M tokens", path_table(table)]
+        after = f"after {tokens / 1e6:g}M tokens"
+        parts += [f"## Perplexity {after}", perplexity_table(table)]
+        parts += [f"## Sharing against not sharing {after}", pair_table(table)]
+        for title, number_of, rows, base in (
+            ("Block size", "layers that share", BLOCK_SIZES, 1),
+            ("Experts of a token, PathMoE", "k", {k: f"pathb4-moe-top{k}" for k in (1, 2, 8)} | {4: "pathb4-moe"}, 4),
+            (
+                "Experts of a token, independent",
+                "k",
+                {k: f"indep-moe-top{k}" for k in (1, 2, 8)} | {4: "indep-moe"},
+                4,
+            ),
+        ):
+            if rows[base] in table.rows and len(set(rows.values()) & set(table.rows)) > 2:
+                parts += [f"## {title} {after}", ablation_table(table, number_of, rows, base)]
+        parts += [f"## Paths {after}", path_table(table)]
     parts += [f"## Perplexity by source after {longest.tokens / 1e6:g}M tokens"]
     parts += [source_table(longest, list(longest.rows))]
     if len(tasks := pd.read_csv(options.output / "tasks.csv")):
@@ -480,7 +631,8 @@ def main(args: list[str] | None = None) -> None:
     plot_routing(longest, options.output / "routing.png")
     plot_differences(tables, options.output / "perplexity.png")
     plot_perturbations(longest, options.output / "perturbations.png")
-    print(f"Wrote {options.output / 'tables.md'} and four plots of {len(done)} runs.")
+    plot_layers(longest, options.output / "layers.png")
+    print(f"Wrote {options.output / 'tables.md'} and five plots of {len(done)} runs.")
 
 
 if __name__ == "__main__":

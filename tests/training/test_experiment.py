@@ -10,10 +10,12 @@ from pathlib import Path
 import experiment as measuring
 import experiment_report
 import pytest
+import torch
 import yaml
 from experiment_report import Measured, Table
 from run_helpers import ROOT
 
+from modeling_pathmoe import PathMoEForCausalLM
 from modeling_pathmoe.accounting import count_parameters
 from train_accelerate import build_config
 from training.experiment import comparison_runs, main, read_experiment, tuning_runs
@@ -163,7 +165,53 @@ def test_the_tables_come_out_the_same_from_what_is_kept(measured, tmp_path):
     (tmp_path / "tables.md").unlink()
     experiment_report.main([*arguments, str(tmp_path / "runs")])
     assert (tmp_path / "tables.md").read_text() == tables
-    assert all((tmp_path / f"{name}.png").stat().st_size for name in ("learning", "routing", "perturbations"))
+    assert all((tmp_path / f"{name}.png").stat().st_size for name in ("learning", "layers", "perturbations"))
+
+
+def test_the_best_run_has_its_card_filled(measured, tmp_path):
+    file, runs = measured
+    experiment_report.main(["--config", str(file), "--output", str(tmp_path), "--runs", str(runs)])
+    both = [Measured(row, 1024, 0, runs / f"{row}-1k-s0") for row in ("indep-moe-lbl", "pathb4-moe")]
+    best = min(both, key=lambda run: run.perplexity)
+    card = (tmp_path / "best_model_card.md").read_text()
+    assert f"# {best.folder.name}\n" in card and "learning_rate: 0.01\n" in card
+    assert f"| perplexity per token of held-out documents | {best.perplexity:.2f} |" in card
+
+
+def test_where_nothing_is_added_to_the_stream_routers_see_the_same_in_every_layer(tiny_config):
+    model, ids = PathMoEForCausalLM(tiny_config()).eval(), torch.randint(0, 64, (1, 12))
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.experts.down_proj)
+    stream = measuring.measure_stream(model, [ids[0, :5].tolist(), ids[0, 5:].tolist()])
+    embeddings = model.get_input_embeddings().weight[ids[0]].double()
+    layers = model.config.num_hidden_layers
+    assert stream["norm"] == pytest.approx([embeddings.square().mean(-1).sqrt().mean().item()] * layers)
+    assert stream["turn"] == pytest.approx([1.0] * (layers - 1))
+    routed = model(ids, output_router_logits=True).router_logits
+    assert stream["spread"] == pytest.approx([logits.double().std(-1).mean().item() for logits in routed])
+
+
+def test_information_beyond_chance_is_none_of_permuted_labels_and_all_of_equal_ones(tmp_path):
+    for value, adjusted in ((0.2, 0.0), (1.0, 1.0), (0.6, 0.5)):
+        row = {"key": "nmi", "value": value, "baseline": 0.2, "low": None, "high": value}
+        (tmp_path / "measures.json").write_text(json.dumps({"measures": [row], "sustained_4": 1.0}))
+        found = Measured("pathb4-moe", 1024, 0, tmp_path).path_measures()["adjusted"]
+        assert found == {"value": pytest.approx(adjusted), "low": None, "high": pytest.approx(adjusted)}
+
+
+@pytest.mark.parametrize(
+    ("paper", "value", "low", "high", "seeds", "said"),
+    [
+        (-1, -0.05, -0.06, -0.04, [-0.05], "yes"),
+        (-1, 0.05, 0.04, 0.06, [0.05], "**no**"),
+        (-1, -0.05, -0.11, 0.01, [-0.05], "undecided"),
+        (-1, -0.05, -0.06, -0.04, [-0.11, 0.01], "undecided"),
+        (0, 0.005, 0.004, 0.006, [0.005], "yes"),
+    ],
+)
+def test_a_direction_needs_interval_and_seeds(paper, value, low, high, seeds, said):
+    assert experiment_report.verdict(paper, {"value": value, "low": low, "high": high, "seeds": seeds}) == said
 
 
 def test_the_shipped_tables_come_from_the_shipped_runs(tmp_path):
