@@ -137,10 +137,13 @@ class Measured:
             np.array([np.mean(line[name]) for line in lines]),
         )
 
+    @cached_property
+    def recipe(self) -> dict:
+        return yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8"))
+
     @property
     def tokens_per_step(self) -> int:
-        recipe = yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8"))
-        return recipe["batch_size"] * recipe["sequence_length"]
+        return self.recipe["batch_size"] * self.recipe["sequence_length"]
 
 
 class Table:
@@ -239,6 +242,38 @@ def seed_noise(table: Table) -> str:
         f"After {table.tokens / 1e6:g}M tokens the perplexities of two seeds of a row are up to "
         f"{100 * max(ratios):.1f} % apart, and the differences of two rows up to {100 * spread:.1f} points. Intervals "
         "are over documents and do not hold that."
+    )
+
+
+def find_repeats(tables: dict[int, Table]) -> list[tuple[str, int, float]]:
+    """How far rounding alone takes runs of one row and seed apart: the row, after how many tokens, and the share by
+    which their perplexities differ.
+
+    A run and a longer one of its row and seed are the same run until the shorter one's learning rate decays.
+    """
+    found = []
+    for tokens, table in tables.items():
+        for row, seeds in table.rows.items():
+            for seed, run in seeds.items():
+                constant = (1 - run.recipe["decay_steps"]) * tokens
+                for longer in (other for more, other in tables.items() if more > tokens):
+                    if other := longer.rows.get(row, {}).get(seed):
+                        curves = [dict(zip(*each.curve("eval_loss"))) for each in (run, other)]
+                        at = max((x for x in curves[0].keys() & curves[1].keys() if x <= constant), default=None)
+                        if at is not None:
+                            found.append((row, at, math.expm1(abs(curves[0][at] - curves[1][at]))))
+    return found
+
+
+def repeat_noise(repeats: list[tuple[str, int, float]]) -> str:
+    """What [`find_repeats`] found, in words."""
+    if not repeats:
+        return ""
+    apart_by = ", ".join(f"{row} {100 * by:.1f} %" for row, _, by in repeats)
+    return (
+        "A run and the longer one of its row and seed do the same, but for rounding, until the shorter one's learning "
+        f"rate decays. After {repeats[0][1] / 1e6:.1f}M tokens their validation perplexities are apart by: "
+        f"{apart_by}. A difference between single runs that is not above all of these means nothing."
     )
 
 
@@ -345,19 +380,20 @@ def rise(table: Table, row: str, curve: str, index: int = -1) -> dict | None:
     }
 
 
-def verdict(paper: int, ours: dict) -> str:
-    """Whether an effect has the paper's sign: undecided where the interval holds zero or seeds differ in it. Where the
-    paper has none (0), whether ours is below one percent."""
+def verdict(paper: int, ours: dict, noise: float = 0.0) -> str:
+    """Whether an effect has the paper's sign: undecided where the interval holds zero, seeds differ in it, or a single
+    seed's is within the noise. Where the paper has none (0), whether ours is within the noise or one percent."""
     if paper == 0:
-        return "yes" if abs(ours["value"]) < 0.01 else "**no**"
+        return "yes" if abs(ours["value"]) <= max(noise, 0.01) else "**no**"
     ends = [ours["low"], ours["high"], *ours.get("seeds", [])]
-    if min(ends) <= 0 <= max(ends):
+    if min(ends) <= 0 <= max(ends) or (len(ours.get("seeds", [])) == 1 and abs(ours["value"]) <= noise):
         return "undecided"
     return "yes" if (ours["value"] > 0) == (paper > 0) else "**no**"
 
 
-def paper_table(tables: dict[int, Table]) -> str:
-    """The paper's findings beside ours, each at the largest budget that has both rows."""
+def paper_table(tables: dict[int, Table], noise: float) -> str:
+    """The paper's findings beside ours, each at the largest budget that has both rows. A difference in perplexity of
+    one seed is undecided where it is within `noise`, a share."""
     lines = []
 
     def largest(*rows: str) -> Table | None:
@@ -370,7 +406,7 @@ def paper_table(tables: dict[int, Table]) -> str:
             ours = table.difference(row, base)
             seeds = ", ".join(f"{100 * seed:+.1f}" for seed in ours["seeds"])
             of = f"{table.tokens / 1e6:g}M tokens" + (f"; seeds {seeds}" if len(ours["seeds"]) > 1 else "")
-            lines.append([what, paper, f"{percent(ours)} ({of})", verdict(sign, ours)])
+            lines.append([what, paper, f"{percent(ours)} ({of})", verdict(sign, ours, noise)])
 
     def compare_measure(what: str, key: str, paper: str, sign: int):
         table = largest("pathb4-moe", "indep-moe-lbl")
@@ -492,7 +528,7 @@ def plot_layers(table: Table, file: Path) -> None:
         "norm": "root mean square of the residual stream",
         "turn": "cosine of a router's input and the next layer's",
         "spread": "standard deviation of a token's logits",
-        None: "rise of perplexity when this layer's experts are shuffled",
+        None: "rise of perplexity, this layer's experts shuffled",
     }
     figure, axes = plt.subplots(1, len(titles), figsize=(19, 4.5), layout="constrained")
     for axis, (name, title) in zip(axes, titles.items()):
@@ -595,15 +631,16 @@ def main(args: list[str] | None = None) -> None:
     }
     longest = tables[max(tables)]
     hours = sum(run.tokens / run.tokens_per_s for run in runs) / 3600
+    repeats = find_repeats(tables)
     missing = [run.name for run in wanted if run not in done]
     rates = ", ".join(f"{float(rate):g}: {loss:.4f}" for rate, loss in tuned["losses"].items())
     parts = [
         f"{len(done)} of {len(wanted)} runs, {hours:.1f} hours of training on one CPU core each. Learning rate "
         f"{tuned['learning_rate']:g}, chosen on `{experiment['tune']['row']}` by validation loss ({rates}).",
         *([f"Not run yet: {', '.join(missing)}."] if missing else []),
-        *([noise] if (noise := seed_noise(longest)) else []),
+        *filter(None, (seed_noise(longest), repeat_noise(repeats))),
         "## Beside the paper",
-        paper_table(tables),
+        paper_table(tables, max((by for _, _, by in repeats), default=0.0)),
     ]
     for tokens, table in sorted(tables.items(), reverse=True):
         after = f"after {tokens / 1e6:g}M tokens"

@@ -207,11 +207,28 @@ def test_information_beyond_chance_is_none_of_permuted_labels_and_all_of_equal_o
         (-1, 0.05, 0.04, 0.06, [0.05], "**no**"),
         (-1, -0.05, -0.11, 0.01, [-0.05], "undecided"),
         (-1, -0.05, -0.06, -0.04, [-0.11, 0.01], "undecided"),
-        (0, 0.005, 0.004, 0.006, [0.005], "yes"),
+        (-1, -0.025, -0.03, -0.02, [-0.025], "undecided"),
+        (-1, -0.025, -0.03, -0.02, [-0.03, -0.02], "yes"),
+        (0, 0.025, 0.02, 0.03, [0.025], "yes"),
     ],
 )
-def test_a_direction_needs_interval_and_seeds(paper, value, low, high, seeds, said):
-    assert experiment_report.verdict(paper, {"value": value, "low": low, "high": high, "seeds": seeds}) == said
+def test_a_direction_needs_its_interval_its_seeds_and_more_than_noise(paper, value, low, high, seeds, said):
+    ours = {"value": value, "low": low, "high": high, "seeds": seeds}
+    assert experiment_report.verdict(paper, ours, noise=0.03) == said
+
+
+def test_runs_of_one_row_and_seed_are_compared_before_the_shorter_ones_rate_decays(tmp_path):
+    """Of 10 and 20 steps of 100 tokens, decaying from step 7 and 14: step 6 counts, step 9 does not."""
+    tables = {}
+    for tokens, losses in ((1000, {3: 4.0, 6: 3.0, 9: 2.0}), (2000, {3: 4.5, 6: 3.1, 9: 2.9, 18: 1.0})):
+        folder = tmp_path / str(tokens)
+        folder.mkdir()
+        recipe = {"batch_size": 4, "sequence_length": 25, "decay_steps": 0.3}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        lines = [json.dumps({"step": step, "eval_loss": loss}) + "\n" for step, loss in losses.items()]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+        tables[tokens] = Table([Measured("indep-moe", tokens, 0, folder)])
+    assert experiment_report.find_repeats(tables) == [("indep-moe", 600, pytest.approx(math.expm1(0.1)))]
 
 
 def test_the_shipped_tables_come_from_the_shipped_runs(tmp_path):
