@@ -271,9 +271,10 @@ def repeat_noise(repeats: list[tuple[str, int, float]]) -> str:
         return ""
     apart_by = ", ".join(f"{row} {100 * by:.1f} %" for row, _, by in repeats)
     return (
-        "A run and the longer one of its row and seed do the same, but for rounding, until the shorter one's learning "
-        f"rate decays. After {repeats[0][1] / 1e6:.1f}M tokens their validation perplexities are apart by: "
-        f"{apart_by}. A difference between single runs that is not above all of these means nothing."
+        "A run and the longer one of its row and seed do the same until the shorter one's learning rate decays, but "
+        f"for rounding where kernels or threads differ. After {repeats[0][1] / 1e6:.1f}M tokens their validation "
+        f"perplexities are apart by: {apart_by}. A difference between single runs that is not above all of these "
+        "means nothing."
     )
 
 
