@@ -17,6 +17,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -485,14 +486,19 @@ def task_table(tasks: pd.DataFrame) -> str:
     return table_of(["accuracy (%)", rows[0], *(f"{row}; difference of each seed [95 %]" for row in rows[1:])], lines)
 
 
+def lines_of(table: Table) -> Iterator[tuple[Measured, dict]]:
+    """Every run with how its line is drawn: a row has one colour and style, and is named once."""
+    for index, (row, runs) in enumerate(table.rows.items()):
+        for label, run in zip([row, *[None] * len(runs)], runs.values()):
+            yield run, {"color": f"C{index % 10}", "ls": ("-", "--", ":")[index // 10], "label": label}
+
+
 def plot_learning(tables: dict[int, Table], file: Path) -> None:
     figure, axes = plt.subplots(1, len(tables), figsize=(8 * len(tables), 5), layout="constrained", squeeze=False)
     for axis, (tokens, table) in zip(axes[0], sorted(tables.items())):
-        for number_of_row, (row, runs) in enumerate(table.rows.items()):
-            color, style = f"C{number_of_row % 10}", ("-", "--", ":")[number_of_row // 10]
-            for label, run in zip([row, *[None] * len(runs)], runs.values()):
-                x, y = run.curve("eval_loss")
-                axis.plot(x / 1e6, y, style, color=color, label=label)
+        for run, style in lines_of(table):
+            x, y = run.curve("eval_loss")
+            axis.plot(x / 1e6, y, **style)
         axis.set(title=f"{tokens / 1e6:g}M tokens", xlabel="million tokens", ylabel="validation loss (nats per token)")
         low = min(run.curve("eval_loss")[1].min() for runs in table.rows.values() for run in runs.values())
         axis.set_ylim(low - 0.05, low + 1.2)
@@ -513,10 +519,9 @@ def plot_routing(table: Table, file: Path) -> None:
     }
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     for axis, (name, title) in zip(axes.flat, titles.items()):
-        for index, (row, runs) in enumerate(table.rows.items()):
-            for label, run in zip([row, *[None] * len(runs)], runs.values()):
-                x, y = run.curve(name)
-                axis.plot(x / 1e6, y, color=f"C{index % 10}", ls=("-", "--", ":")[index // 10], label=label)
+        for run, style in lines_of(table):
+            x, y = run.curve(name)
+            axis.plot(x / 1e6, y, **style)
         axis.set(title=title, xlabel="million tokens")
     axes[0, 0].legend(fontsize="small")
     figure.savefig(file, dpi=100)
@@ -533,12 +538,10 @@ def plot_layers(table: Table, file: Path) -> None:
     }
     figure, axes = plt.subplots(1, len(titles), figsize=(19, 4.5), layout="constrained")
     for axis, (name, title) in zip(axes, titles.items()):
-        for index, (row, runs) in enumerate(table.rows.items()):
-            for label, run in zip([row, *[None] * len(runs)], runs.values()):
-                if "stream" not in run.measures:
-                    continue
+        for run, style in lines_of(table):
+            if "stream" in run.measures:  # no dense model has one
                 values = run.measures["stream"][name] if name else run.layer_rises()
-                axis.plot(values, "o-", color=f"C{index % 10}", label=label, ms=3)
+                axis.plot(values, marker="o", ms=3, **style)
         axis.set(title=title, xlabel="layer", yscale="linear" if name else "log")
     axes[0].legend(fontsize="small")
     figure.savefig(file, dpi=100)
