@@ -652,13 +652,8 @@ def main(args: list[str] | None = None) -> None:
         parts += [f"## Sharing against not sharing {after}", pair_table(table)]
         for title, number_of, rows, base in (
             ("Block size", "layers that share", BLOCK_SIZES, 1),
-            ("Experts of a token, PathMoE", "k", {k: f"pathb4-moe-top{k}" for k in (1, 2, 8)} | {4: "pathb4-moe"}, 4),
-            (
-                "Experts of a token, independent",
-                "k",
-                {k: f"indep-moe-top{k}" for k in (1, 2, 8)} | {4: "indep-moe"},
-                4,
-            ),
+            ("Experts of a token, PathMoE", "k", top_k_rows("pathb4-moe"), 4),
+            ("Experts of a token, independent", "k", top_k_rows("indep-moe"), 4),
         ):
             if rows[base] in table.rows and len(set(rows.values()) & set(table.rows)) > 2:
                 parts += [f"## {title} {after}", ablation_table(table, number_of, rows, base)]
