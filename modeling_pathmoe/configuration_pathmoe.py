@@ -57,6 +57,8 @@ class PathMoEConfig(PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
         router_initializer_range (`float`, *optional*): That of the routers' initial weights; `initializer_range` when
             unset. A linear router's first logits have this times the root of `hidden_size` as standard deviation.
+        embedding_initializer_range (`float`, *optional*): That of the input embeddings; `initializer_range` when unset.
+            A larger one leaves less of the stream to the first layer. It asks for untied output embeddings.
         use_cache (`bool`, defaults to `True`): Whether to return the key-value cache.
         tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings are one matrix.
 
@@ -129,6 +131,7 @@ class PathMoEConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     router_initializer_range: float | None = None
+    embedding_initializer_range: float | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -242,6 +245,7 @@ class PathMoEConfig(PreTrainedConfig):
             "router_bias_update_rate",
             "initializer_range",
             "router_initializer_range",
+            "embedding_initializer_range",
             "rms_norm_eps",
         ):
             value = getattr(self, name)

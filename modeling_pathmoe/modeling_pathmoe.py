@@ -194,6 +194,8 @@ class PathMoEPreTrainedModel(PreTrainedModel):
             router_std = self.config.router_initializer_range
             module.init_weights(std if router_std is None else router_std)
             module.init_selection_bias()
+        elif isinstance(module, nn.Embedding) and self.config.embedding_initializer_range is not None:
+            init.normal_(module.weight, mean=0.0, std=self.config.embedding_initializer_range)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         # Registered where the package is imported; code from the Hub runs without it.

@@ -170,6 +170,12 @@ def test_routers_may_start_from_a_scale_of_their_own(tiny_config):
     assert model.layers[0].mlp.experts.down_proj.std().item() == pytest.approx(0.02, rel=0.2)
 
 
+def test_embeddings_may_start_from_a_scale_of_their_own(tiny_config):
+    model = PathMoEForCausalLM(tiny_config(embedding_initializer_range=0.7))
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.7, rel=0.2)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 def test_state_is_carried_from_layer_to_layer_across_blocks(tiny_model, tokens, assert_same, carrying):
     """Every router's logits, from the hidden states that entered the experts and a recurrence by hand."""
     model, ids = tiny_model(router_type=carrying), tokens()
