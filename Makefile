@@ -18,7 +18,7 @@
 # make faults        kills training runs and compares how they end with uninterrupted ones
 # make bench-paths   times the measures of expert paths, and recording beside a bare forward
 # make convert-witness  takes a real dense model through conversion, training and back (16 GB of memory)
-# make experiment  repeats the paper's comparison, 48M tokens    (4 to 5 hours on 2 cores; stop and go on as you like)
+# make experiment  repeats the paper's comparison, 60M tokens    (5 to 6 hours on 2 cores; stop and go on as you like)
 # make lint          checks style
 # Each sets up what it needs in .venv; nothing is done twice.
 

@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from compare import compare, interval, read_run
+from scipy import stats
 
 
 matplotlib.use("Agg")
@@ -59,12 +60,14 @@ PAIRS = {
     "with a selection bias": ("pathb4-moe-bias", "indep-moe-bias"),
     "cosine scores (X-MoE)": ("pathb4x-moe", "x-moe"),
     "the first layer has its own router": ("pathb4-moe-first", "indep-moe"),
-    "the same, with LBL": ("pathb4-moe-lbl-first", "indep-moe-lbl"),
+    "the first layer has its own router, with LBL": ("pathb4-moe-lbl-first", "indep-moe-lbl"),
     "routers' first logits as wide as at the paper's width": ("pathb4-moe-init", "indep-moe-init"),
     "routers learn at a quarter of the rate": ("pathb4-moe-slow-router", "indep-moe-slow-router"),
     "k = 1": ("pathb4-moe-top1", "indep-moe-top1"),
     "k = 2": ("pathb4-moe-top2", "indep-moe-top2"),
     "k = 8": ("pathb4-moe-top8", "indep-moe-top8"),
+    "wide embeddings": ("pathb4-moe-embed", "indep-moe-embed"),
+    "wide embeddings, with LBL": ("pathb4-moe-lbl-embed", "indep-moe-lbl-embed"),
 }
 
 
@@ -204,6 +207,14 @@ def percent(difference: dict | None, digits: int = 1) -> str:
     return f"{value} % [{low}, {high}]"
 
 
+def with_seeds(difference: dict | None) -> str:
+    """A difference with its interval and, where there are several, what each seed gave."""
+    text = percent(difference)
+    if difference is not None and len(difference["seeds"]) > 1:
+        text += f" (seeds {', '.join(f'{100 * seed:+.1f}' for seed in difference['seeds'])})"
+    return text
+
+
 def geometric_mean(values: list[float]) -> float:
     return float(np.exp(np.mean(np.log(values))))
 
@@ -232,23 +243,57 @@ def table_of(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def seed_noise(table: Table) -> str:
-    """How far seeds are apart, which is what a row of one seed has to be read with; empty where all have one."""
-    ratios = [max(values) / min(values) - 1 for row in table.rows if len(values := table.perplexity(row)) > 1]
-    if not ratios:
-        return ""
-    found = [table.difference(row, base) for row in table.rows for base in table.rows if row != base]
-    spread = max(max(each["seeds"]) - min(each["seeds"]) for each in found if each and len(each["seeds"]) > 1)
-    return (
-        f"After {table.tokens / 1e6:g}M tokens the perplexities of two seeds of a row are up to "
-        f"{100 * max(ratios):.1f} % apart, and the differences of two rows up to {100 * spread:.1f} points. Intervals "
-        "are over documents and do not hold that."
-    )
+@dataclass(frozen=True)
+class SeedNoise:
+    """What neither a run's row nor its seed tells of its perplexity, from all rows of several seeds: the residual of
+    an additive model of log perplexity, with an effect of each row and one of each seed within a token budget.
+
+    Args:
+        deviation (`float`): Its standard deviation.
+        freedom (`int`): The degrees of freedom that it is estimated with; 0 where no row has two seeds.
+    """
+
+    deviation: float
+    freedom: int
+
+    @classmethod
+    def of(cls, tables: dict[int, "Table"]) -> "SeedNoise":
+        runs = pd.DataFrame(
+            {"row": f"{row} {tokens}", "seed": f"{seed} {tokens}", "log": math.log(run.perplexity)}
+            for tokens, table in tables.items()
+            for row, seeds in table.rows.items()
+            if len(seeds) > 1
+            for seed, run in seeds.items()
+        )
+        if runs.empty:
+            return cls(math.nan, 0)
+        effects = pd.get_dummies(runs[["row", "seed"]]).to_numpy(float)
+        fit, _, rank, _ = np.linalg.lstsq(effects, runs["log"], rcond=None)
+        freedom = len(runs) - int(rank)
+        squares = float(np.square(runs["log"] - effects @ fit).sum())
+        return cls(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
+
+    def half_width(self, seeds: int) -> float:
+        """Half of Student's 95 % interval of the difference of two rows that have so many seeds in common."""
+        if not self.freedom:
+            return math.inf
+        return float(stats.t.ppf(0.975, self.freedom)) * self.deviation * math.sqrt(2 / seeds)
+
+    def __str__(self) -> str:
+        if not self.freedom:
+            return "No row has two seeds, so that no difference can be told from what a seed does."
+        widths = ", ".join(f"{100 * self.half_width(seeds):.1f} points with {seeds}" for seeds in (1, 2, 3))
+        return (
+            f"**Seeds.** Beyond what its row and its seed explain, a run's perplexity varies by "
+            f"{100 * self.deviation:.1f} % (standard deviation with {self.freedom} degrees of freedom). The 95 % "
+            f"interval of a difference over seeds is plus or minus {widths} seeds in common. Intervals in brackets "
+            "are over documents and do not hold that."
+        )
 
 
-def find_repeats(tables: dict[int, Table]) -> list[tuple[str, int, float]]:
-    """How far rounding alone takes runs of one row and seed apart: the row, after how many tokens, and the share by
-    which their perplexities differ.
+def find_repeats(tables: dict[int, Table]) -> list[tuple[str, int, int, float]]:
+    """How far rounding alone takes runs of one row and seed apart: the row, the seed, after how many tokens, and the
+    share by which their perplexities differ.
 
     A run and a longer one of its row and seed are the same run until the shorter one's learning rate decays.
     """
@@ -262,20 +307,19 @@ def find_repeats(tables: dict[int, Table]) -> list[tuple[str, int, float]]:
                         curves = [dict(zip(*each.curve("eval_loss"))) for each in (run, other)]
                         at = max((x for x in curves[0].keys() & curves[1].keys() if x <= constant), default=None)
                         if at is not None:
-                            found.append((row, at, math.expm1(abs(curves[0][at] - curves[1][at]))))
+                            found.append((row, seed, at, math.expm1(abs(curves[0][at] - curves[1][at]))))
     return found
 
 
-def repeat_noise(repeats: list[tuple[str, int, float]]) -> str:
+def repeat_noise(repeats: list[tuple[str, int, int, float]]) -> str:
     """What [`find_repeats`] found, in words."""
     if not repeats:
         return ""
-    apart_by = ", ".join(f"{row} {100 * by:.1f} %" for row, _, by in repeats)
+    apart_by = ", ".join(f"{row} (seed {seed}) {100 * by:.1f} %" for row, seed, _, by in repeats)
     return (
-        "A run and the longer one of its row and seed do the same until the shorter one's learning rate decays, but "
-        f"for rounding where kernels or threads differ. After {repeats[0][1] / 1e6:.1f}M tokens their validation "
-        f"perplexities are apart by: {apart_by}. A difference between single runs that is not above all of these "
-        "means nothing."
+        "**Rounding.** A run and the longer one of its row and seed do the same until the shorter one's learning rate "
+        f"decays, but for rounding where kernels or threads differ. After {repeats[0][2] / 1e6:.1f}M tokens their "
+        f"validation perplexities are apart by: {apart_by}."
     )
 
 
@@ -290,8 +334,8 @@ def pair_table(table: Table) -> str:
                 [
                     change,
                     *values,
-                    percent(table.difference(path, independent)),
-                    percent(table.difference(path, BASELINE)),
+                    with_seeds(table.difference(path, independent)),
+                    with_seeds(table.difference(path, BASELINE)),
                     number(agreement["value"]),
                 ]
             )
@@ -326,17 +370,22 @@ def top_k_rows(row: str) -> dict[int, str]:
 
 
 def perplexity_table(table: Table) -> str:
-    """Rows from the lowest perplexity up."""
+    """Rows from the best up, by what the seeds say that a row shares with the baseline."""
+
+    def against_baseline(row: str) -> float:
+        difference = table.difference(row, BASELINE)
+        return math.inf if difference is None else difference["value"]
+
     lines = []
-    for row in sorted(table.rows, key=lambda row: np.mean(table.perplexity(row))):
+    for row in sorted(table.rows, key=against_baseline):
         values = table.perplexity(row)
         seeds = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
         lines.append(
             [
                 row,
                 f"{geometric_mean(values):.2f}{seeds}",
-                "" if row == BASELINE else percent(table.difference(row, BASELINE)),
-                "" if row == "indep-moe" else percent(table.difference(row, "indep-moe")),
+                "" if row == BASELINE else with_seeds(table.difference(row, BASELINE)),
+                "" if row == "indep-moe" else with_seeds(table.difference(row, "indep-moe")),
                 f"{np.median([run.tokens_per_s for run in table.rows[row].values()]):,.0f}",
             ]
         )
@@ -351,6 +400,23 @@ def path_table(table: Table) -> str:
         if any(measures):
             lines.append([row, *("" if measure is None else with_interval(measure) for measure in measures)])
     return table_of(["row", *PATH_MEASURES.values()], lines)
+
+
+def layer_table(table: Table) -> str:
+    """What parts the first layer from the others; means over the seeds."""
+    lines = []
+    for row, runs in table.rows.items():
+        found = [run for run in runs.values() if "stream" in run.measures]  # no dense model has one
+        if found:
+            of_layers = [
+                (*map(run.measures["stream"].get, ("norm", "turn", "spread")), run.layer_rises()) for run in found
+            ]
+            norm, turn, spread, rises = (np.mean(values, axis=0) for values in zip(*of_layers))
+            cells = [norm[0], norm[1], norm[-1], turn[0], turn[1:].min(), spread[0], spread[1:4].min()]
+            lines.append([row, *map(number, cells), f"{100 * rises[0]:+.0f} %", f"{100 * rises[1:].max():+.1f} %"])
+    head = ["row", "stream before layer 1", "layer 2", "the last", "cosine of layers 1 and 2", "others, at least"]
+    head += ["spread of logits, layer 1", "layers 2 to 4, at least", "layer 1 shuffled", "another, at most"]
+    return table_of(head, lines)
 
 
 def source_table(table: Table, rows: list[str]) -> str:
@@ -383,19 +449,16 @@ def rise(table: Table, row: str, curve: str, index: int = -1) -> dict | None:
 
 
 def verdict(paper: int, ours: dict, noise: float = 0.0) -> str:
-    """Whether an effect has the paper's sign: undecided where the interval holds zero, seeds differ in it, or a single
-    seed's is within the noise. Where the paper has none (0), whether ours is within the noise or one percent."""
-    if paper == 0:
-        return "yes" if abs(ours["value"]) <= max(noise, 0.01) else "**no**"
-    ends = [ours["low"], ours["high"], *ours.get("seeds", [])]
-    if min(ends) <= 0 <= max(ends) or (len(ours.get("seeds", [])) == 1 and abs(ours["value"]) <= noise):
+    """Whether an effect has the paper's sign: undecided where its interval over documents, or over seeds (`noise` to
+    either side), holds zero. Where the paper has none (0), only an effect can be found."""
+    low, high = min(ours["low"], ours["value"] - noise), max(ours["high"], ours["value"] + noise)
+    if low <= 0 <= high:
         return "undecided"
-    return "yes" if (ours["value"] > 0) == (paper > 0) else "**no**"
+    return "yes" if np.sign(ours["value"]) == paper else "**no**"
 
 
-def paper_table(tables: dict[int, Table], noise: float) -> str:
-    """The paper's findings beside ours, each at the largest budget that has both rows. A difference in perplexity of
-    one seed is undecided where it is within `noise`, a share."""
+def paper_table(tables: dict[int, Table], noise: SeedNoise) -> str:
+    """The paper's findings beside ours, each at the largest budget that has both rows."""
     lines = []
 
     def largest(*rows: str) -> Table | None:
@@ -406,9 +469,9 @@ def paper_table(tables: dict[int, Table], noise: float) -> str:
         table = largest(row, base)
         if table is not None:
             ours = table.difference(row, base)
-            seeds = ", ".join(f"{100 * seed:+.1f}" for seed in ours["seeds"])
-            of = f"{table.tokens / 1e6:g}M tokens" + (f"; seeds {seeds}" if len(ours["seeds"]) > 1 else "")
-            lines.append([what, paper, f"{percent(ours)} ({of})", verdict(sign, ours, noise)])
+            half = noise.half_width(len(ours["seeds"]))
+            here = f"{with_seeds(ours)} after {table.tokens / 1e6:g}M tokens"
+            lines.append([what, paper, here, f"± {100 * half:.1f}", verdict(sign, ours, half)])
 
     def compare_measure(what: str, key: str, paper: str, sign: int):
         table = largest("pathb4-moe", "indep-moe-lbl")
@@ -418,7 +481,7 @@ def paper_table(tables: dict[int, Table], noise: float) -> str:
         if one is None or two is None:  # nothing has tags
             return
         ours = " beside ".join(map(with_interval, (one, two)))
-        lines.append([what, paper, ours, verdict(sign, apart(one, two))])
+        lines.append([what, paper, ours, "", verdict(sign, apart(one, two))])
 
     path, independent = "pathb4-moe", "indep-moe"
     compare_perplexity(
@@ -447,12 +510,12 @@ def paper_table(tables: dict[int, Table], noise: float) -> str:
         shuffled = [rise(table, row, "Experts shuffled, each layer") for row in (path, BASELINE)]
         ours = " beside ".join(percent(point, 0) for point in shuffled)
         finding = ["Perplexity when experts are shuffled", "+237 % beside +5328 %", ours]
-        lines.append([*finding, verdict(-1, apart(*shuffled))])
+        lines.append([*finding, "", verdict(-1, apart(*shuffled))])
         for index, (count, points) in enumerate(((10, "-2.49"), (100, "-0.53"), (500, "+0.15"))):
             ours = rise(table, path, "Most frequent paths", index)
             finding = [f"PathMoE's perplexity on its {count} most frequent paths", f"{points} points of accuracy"]
-            lines.append([*finding, percent(ours), verdict(-1 if points[0] == "+" else 1, ours)])
-    return table_of(["finding", "paper", "here [95 %]", "same direction"], lines)
+            lines.append([*finding, percent(ours), "", verdict(-1 if points[0] == "+" else 1, ours)])
+    return table_of(["finding", "paper", "here [95 %, documents]", "95 %, seeds", "same direction"], lines)
 
 
 def compare_tasks(runs: list[Measured]) -> pd.DataFrame:
@@ -490,7 +553,7 @@ def lines_of(table: Table) -> Iterator[tuple[Measured, dict]]:
     """Every run with how its line is drawn: a row has one colour and style, and is named once."""
     for index, (row, runs) in enumerate(table.rows.items()):
         for label, run in zip([row, *[None] * len(runs)], runs.values()):
-            yield run, {"color": f"C{index % 10}", "ls": ("-", "--", ":")[index // 10], "label": label}
+            yield run, {"color": f"C{index % 10}", "ls": ("-", "--", ":", "-.")[index // 10], "label": label}
 
 
 def plot_learning(tables: dict[int, Table], file: Path) -> None:
@@ -635,16 +698,16 @@ def main(args: list[str] | None = None) -> None:
     }
     longest = tables[max(tables)]
     hours = sum(run.tokens / run.tokens_per_s for run in runs) / 3600
-    repeats = find_repeats(tables)
+    noise = SeedNoise.of(tables)
     missing = [run.name for run in wanted if run not in done]
     rates = ", ".join(f"{float(rate):g}: {loss:.4f}" for rate, loss in tuned["losses"].items())
     parts = [
         f"{len(done)} of {len(wanted)} runs, {hours:.1f} hours of training on one CPU core each. Learning rate "
         f"{tuned['learning_rate']:g}, chosen on `{experiment['tune']['row']}` by validation loss ({rates}).",
         *([f"Not run yet: {', '.join(missing)}."] if missing else []),
-        *filter(None, (seed_noise(longest), repeat_noise(repeats))),
+        *filter(None, (str(noise), repeat_noise(find_repeats(tables)))),
         "## Beside the paper",
-        paper_table(tables, max((by for _, _, by in repeats), default=0.0)),
+        paper_table(tables, noise),
     ]
     for tokens, table in sorted(tables.items(), reverse=True):
         after = f"after {tokens / 1e6:g}M tokens"
@@ -658,6 +721,7 @@ def main(args: list[str] | None = None) -> None:
             if rows[base] in table.rows and len(set(rows.values()) & set(table.rows)) > 2:
                 parts += [f"## {title} {after}", ablation_table(table, number_of, rows, base)]
         parts += [f"## Paths {after}", path_table(table)]
+        parts += [f"## What the routers of each layer see, and what their choices matter, {after}", layer_table(table)]
     parts += [f"## Perplexity by source after {longest.tokens / 1e6:g}M tokens"]
     parts += [source_table(longest, list(longest.rows))]
     if len(tasks := pd.read_csv(options.output / "tasks.csv")):

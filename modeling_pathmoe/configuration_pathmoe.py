@@ -57,7 +57,7 @@ class PathMoEConfig(PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
         router_initializer_range (`float`, *optional*): That of the routers' initial weights; `initializer_range` when
             unset. A linear router's first logits have this times the root of `hidden_size` as standard deviation.
-        embedding_initializer_range (`float`, *optional*): That of the input embeddings; `initializer_range` when unset.
+        embedding_initializer_range (`float`, *optional*): That of the input embeddings; `initializer_range` if unset.
             A larger one leaves less of the stream to the first layer. It asks for untied output embeddings.
         use_cache (`bool`, defaults to `True`): Whether to return the key-value cache.
         tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings are one matrix.

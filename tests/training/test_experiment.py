@@ -9,6 +9,7 @@ from pathlib import Path
 
 import experiment as measuring
 import experiment_report
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -201,20 +202,46 @@ def test_information_beyond_chance_is_none_of_permuted_labels_and_all_of_equal_o
 
 
 @pytest.mark.parametrize(
-    ("paper", "value", "low", "high", "seeds", "said"),
+    ("paper", "value", "low", "high", "noise", "said"),
     [
-        (-1, -0.05, -0.06, -0.04, [-0.05], "yes"),
-        (-1, 0.05, 0.04, 0.06, [0.05], "**no**"),
-        (-1, -0.05, -0.11, 0.01, [-0.05], "undecided"),
-        (-1, -0.05, -0.06, -0.04, [-0.11, 0.01], "undecided"),
-        (-1, -0.025, -0.03, -0.02, [-0.025], "undecided"),
-        (-1, -0.025, -0.03, -0.02, [-0.03, -0.02], "yes"),
-        (0, 0.025, 0.02, 0.03, [0.025], "yes"),
+        (-1, -0.05, -0.06, -0.04, 0.03, "yes"),
+        (-1, 0.05, 0.04, 0.06, 0.03, "**no**"),
+        (-1, -0.05, -0.11, 0.01, 0.03, "undecided"),
+        (-1, -0.05, -0.06, -0.04, 0.06, "undecided"),
+        (0, 0.05, 0.04, 0.06, 0.03, "**no**"),
+        (0, 0.05, 0.04, 0.06, math.inf, "undecided"),
     ],
 )
-def test_a_direction_needs_its_interval_its_seeds_and_more_than_noise(paper, value, low, high, seeds, said):
-    ours = {"value": value, "low": low, "high": high, "seeds": seeds}
-    assert experiment_report.verdict(paper, ours, noise=0.03) == said
+def test_a_direction_needs_its_interval_over_documents_and_over_seeds(paper, value, low, high, noise, said):
+    assert experiment_report.verdict(paper, {"value": value, "low": low, "high": high}, noise) == said
+
+
+def runs_of(folder, perplexities):
+    """A table of 1,000 tokens with one document a run: `perplexities` by row and seed."""
+    runs = []
+    for row, seeds in perplexities.items():
+        for seed, perplexity in seeds.items():
+            (folder / f"{row}{seed}").mkdir()
+            document = {"text_sha": "0", "source": "a", "nll": 10 * math.log(perplexity), "tokens": 10}
+            (folder / f"{row}{seed}" / "measures.json").write_text(json.dumps({"documents": [document]}))
+            runs.append(Measured(row, 1000, seed, folder / f"{row}{seed}"))
+    return Table(runs)
+
+
+def test_what_seeds_do_is_known_from_runs_that_it_made(tmp_path):
+    """Log perplexities of a row's effect, a seed's effect, and noise of a known size; one row has a single seed."""
+    random = np.random.default_rng(0)
+    rows, seeds, noise = random.normal(size=40), random.normal(size=5), random.normal(scale=0.03, size=(40, 5))
+    made = {str(r): {s: math.exp(rows[r] + seeds[s] + noise[r, s]) for s in range(5)} for r in range(40)}
+    found = experiment_report.SeedNoise.of({1000: runs_of(tmp_path, made | {"single": {0: 100.0}})})
+    assert found.freedom == 39 * 4 and found.deviation == pytest.approx(0.03, rel=0.15)
+    # Student's interval of the difference of two means of five.
+    assert found.half_width(5) == pytest.approx(1.975 * found.deviation * math.sqrt(2 / 5), rel=1e-3)
+
+
+def test_no_interval_over_seeds_without_a_second_one(tmp_path):
+    found = experiment_report.SeedNoise.of({1000: runs_of(tmp_path, {"indep-moe": {0: 9.0}, "pathb4-moe": {0: 8.0}})})
+    assert found.freedom == 0 and found.half_width(1) == math.inf
 
 
 def test_runs_of_one_row_and_seed_are_compared_before_the_shorter_ones_rate_decays(tmp_path):
@@ -228,7 +255,7 @@ def test_runs_of_one_row_and_seed_are_compared_before_the_shorter_ones_rate_deca
         lines = [json.dumps({"step": step, "eval_loss": loss}) + "\n" for step, loss in losses.items()]
         (folder / "metrics.jsonl").write_text("".join(lines))
         tables[tokens] = Table([Measured("indep-moe", tokens, 0, folder)])
-    assert experiment_report.find_repeats(tables) == [("indep-moe", 600, pytest.approx(math.expm1(0.1)))]
+    assert experiment_report.find_repeats(tables) == [("indep-moe", 0, 600, pytest.approx(math.expm1(0.1)))]
 
 
 def test_the_shipped_tables_come_from_the_shipped_runs(tmp_path):
