@@ -557,7 +557,7 @@ def lines_of(table: Table) -> Iterator[tuple[Measured, dict]]:
 
 
 def plot_learning(tables: dict[int, Table], file: Path) -> None:
-    figure, axes = plt.subplots(1, len(tables), figsize=(8 * len(tables), 5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(tables), figsize=(9 * len(tables), 6), layout="constrained", squeeze=False)
     for axis, (tokens, table) in zip(axes[0], sorted(tables.items())):
         for run, style in lines_of(table):
             x, y = run.curve("eval_loss")
@@ -565,7 +565,7 @@ def plot_learning(tables: dict[int, Table], file: Path) -> None:
         axis.set(title=f"{tokens / 1e6:g}M tokens", xlabel="million tokens", ylabel="validation loss (nats per token)")
         low = min(run.curve("eval_loss")[1].min() for runs in table.rows.values() for run in runs.values())
         axis.set_ylim(low - 0.05, low + 1.2)
-        axis.legend(fontsize="small", ncols=2)
+        axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -611,8 +611,8 @@ def plot_layers(table: Table, file: Path) -> None:
     plt.close(figure)
 
 
-def plot_differences(tables: dict[int, Table], file: Path) -> None:
-    """Every row's perplexity against the baseline's, with its interval and each seed."""
+def plot_differences(tables: dict[int, Table], noise: SeedNoise, file: Path) -> None:
+    """Every row's perplexity against the baseline's: each seed, the interval over documents, in gray that over seeds."""
     figure, axes = plt.subplots(1, len(tables), figsize=(7.5 * len(tables), 6), layout="constrained", squeeze=False)
     for axis, (tokens, table) in zip(axes[0], sorted(tables.items())):
         found = {row: table.difference(row, BASELINE) for row in table.rows if row != BASELINE}
@@ -620,6 +620,10 @@ def plot_differences(tables: dict[int, Table], file: Path) -> None:
         order = sorted(found, key=lambda row: found[row]["value"], reverse=True)
         for height, row in enumerate(order):
             difference = found[row]
+            half = noise.half_width(len(difference["seeds"]))
+            if math.isfinite(half):
+                ends = [100 * (difference["value"] + sign * half) for sign in (-1, 1)]
+                axis.plot(ends, [height] * 2, color="0.85", lw=5)
             axis.plot([100 * difference["low"], 100 * difference["high"]], [height] * 2, color="C0")
             axis.plot([100 * seed for seed in difference["seeds"]], [height] * len(difference["seeds"]), "C1|", ms=9)
             axis.plot(100 * difference["value"], height, "C0o")
@@ -729,7 +733,7 @@ def main(args: list[str] | None = None) -> None:
     (options.output / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     plot_learning(tables, options.output / "learning.png")
     plot_routing(longest, options.output / "routing.png")
-    plot_differences(tables, options.output / "perplexity.png")
+    plot_differences(tables, noise, options.output / "perplexity.png")
     plot_perturbations(longest, options.output / "perturbations.png")
     plot_layers(longest, options.output / "layers.png")
     print(f"Wrote {options.output / 'tables.md'} and five plots of {len(done)} runs.")
