@@ -9,7 +9,7 @@
 The first one also keeps each run's recipe, metrics and measures in OUTPUT/runs, of which the second one makes the same
 tables, and writes the best run's model card with what was measured. A difference between two rows is the mean over the
 seeds that both have, paired by document; its interval is Student's over documents. What the seeds gave stands beside
-it, for two or three of them make no interval.
+it, and [`SeedNoise`] gives the interval over seeds.
 """
 
 import argparse
@@ -186,8 +186,10 @@ class Table:
         value, *of_seeds = (math.expm1(np.average(d, weights=weights)) for d in (mean, *differences))
         return {"value": value, "low": math.expm1(low), "high": math.expm1(high), "seeds": of_seeds}
 
-    def perplexity(self, row: str) -> list[float]:
-        return [run.perplexity for _, run in sorted(self.rows[row].items())]
+    def perplexity(self, row: str, beside: str | None = None) -> list[float]:
+        """Of each seed; where another row is named, of those that both have."""
+        seeds = set(self.rows[row]) & set(self.rows[beside or row])
+        return [self.rows[row][seed].perplexity for seed in sorted(seeds)]
 
     def path_measure(self, row: str, key: str) -> dict | None:
         """Mean over the seeds, with the first seed's interval widened to hold each seed's value."""
@@ -217,6 +219,12 @@ def with_seeds(difference: dict | None) -> str:
 
 def geometric_mean(values: list[float]) -> float:
     return float(np.exp(np.mean(np.log(values))))
+
+
+def with_each_seed(perplexities: list[float]) -> str:
+    """Their mean and, where there are several, each."""
+    each = f" ({', '.join(f'{value:.2f}' for value in perplexities)})" if len(perplexities) > 1 else ""
+    return f"{geometric_mean(perplexities):.2f}{each}"
 
 
 def number(value: float) -> str:
@@ -250,14 +258,17 @@ class SeedNoise:
 
     Args:
         deviation (`float`): Its standard deviation.
-        freedom (`int`): The degrees of freedom that it is estimated with; 0 where no row has two seeds.
+        freedom (`int`): The degrees of freedom that it is estimated with; 0 where no budget has two rows of two
+            seeds.
+
+    One deviation for all rows and budgets is an approximation: rows without balancing may vary more than others.
     """
 
     deviation: float
     freedom: int
 
     @classmethod
-    def of(cls, tables: dict[int, "Table"]) -> "SeedNoise":
+    def of(cls, tables: dict[int, Table]) -> "SeedNoise":
         runs = pd.DataFrame(
             {"row": f"{row} {tokens}", "seed": f"{seed} {tokens}", "log": math.log(run.perplexity)}
             for tokens, table in tables.items()
@@ -273,21 +284,24 @@ class SeedNoise:
         squares = float(np.square(runs["log"] - effects @ fit).sum())
         return cls(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
 
-    def half_width(self, seeds: int) -> float:
-        """Half of Student's 95 % interval of the difference of two rows that have so many seeds in common."""
+    def interval(self, difference: dict) -> tuple[float, float]:
+        """Student's 95 % interval of a difference of two rows over the seeds that they share, as shares."""
         if not self.freedom:
-            return math.inf
-        return float(stats.t.ppf(0.975, self.freedom)) * self.deviation * math.sqrt(2 / seeds)
+            return -1.0, math.inf
+        half = stats.t.ppf(0.975, self.freedom) * self.deviation * math.sqrt(2 / len(difference["seeds"]))
+        middle = math.log1p(difference["value"])
+        return math.expm1(middle - half), math.expm1(middle + half)
 
     def __str__(self) -> str:
         if not self.freedom:
-            return "No row has two seeds, so that no difference can be told from what a seed does."
-        widths = ", ".join(f"{100 * self.half_width(seeds):.1f} points with {seeds}" for seeds in (1, 2, 3))
+            return "No two rows of a budget have two seeds, so that no difference can be told from what a seed does."
+        ends = [self.interval({"value": 0.0, "seeds": [0] * seeds}) for seeds in (1, 2, 3)]
+        widths = ", ".join(f"{100 * low:+.1f} to {100 * high:+.1f} %" for low, high in ends)
         return (
             f"**Seeds.** Beyond what its row and its seed explain, a run's perplexity varies by "
             f"{100 * self.deviation:.1f} % (standard deviation with {self.freedom} degrees of freedom). The 95 % "
-            f"interval of a difference over seeds is plus or minus {widths} seeds in common. Intervals in brackets "
-            "are over documents and do not hold that."
+            f"interval over seeds of a difference of nothing is {widths} with 1, 2, 3 seeds in common. Intervals in "
+            "brackets are over documents and do not hold that."
         )
 
 
@@ -328,7 +342,8 @@ def pair_table(table: Table) -> str:
     lines = []
     for change, (path, independent) in PAIRS.items():
         if path in table.rows and independent in table.rows:
-            values = [f"{geometric_mean(table.perplexity(row)):.2f}" for row in (independent, path)]
+            pair = (independent, path), (path, independent)
+            values = [f"{geometric_mean(table.perplexity(row, beside)):.2f}" for row, beside in pair]
             agreement = table.path_measure(path, "agreement")
             lines.append(
                 [
@@ -353,9 +368,9 @@ def ablation_table(table: Table, name: str, rows: dict[int, str], base: int) -> 
             lines.append(
                 [
                     str(value),
-                    f"{geometric_mean(table.perplexity(row)):.2f}",
-                    "" if value == base else percent(table.difference(row, rows[base])),
-                    percent(table.difference(row, BASELINE)),
+                    with_each_seed(table.perplexity(row)),
+                    "" if value == base else with_seeds(table.difference(row, rows[base])),
+                    with_seeds(table.difference(row, BASELINE)),
                     *(number(measure["value"]) for measure in measures),
                     percent(shuffled, 0),
                 ]
@@ -370,7 +385,7 @@ def top_k_rows(row: str) -> dict[int, str]:
 
 
 def perplexity_table(table: Table) -> str:
-    """Rows from the best up, by what the seeds say that a row shares with the baseline."""
+    """Rows by their difference from the baseline, which is over the seeds that both have."""
 
     def against_baseline(row: str) -> float:
         difference = table.difference(row, BASELINE)
@@ -378,12 +393,10 @@ def perplexity_table(table: Table) -> str:
 
     lines = []
     for row in sorted(table.rows, key=against_baseline):
-        values = table.perplexity(row)
-        seeds = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
         lines.append(
             [
                 row,
-                f"{geometric_mean(values):.2f}{seeds}",
+                with_each_seed(table.perplexity(row)),
                 "" if row == BASELINE else with_seeds(table.difference(row, BASELINE)),
                 "" if row == "indep-moe" else with_seeds(table.difference(row, "indep-moe")),
                 f"{np.median([run.tokens_per_s for run in table.rows[row].values()]):,.0f}",
@@ -407,15 +420,20 @@ def layer_table(table: Table) -> str:
     lines = []
     for row, runs in table.rows.items():
         found = [run for run in runs.values() if "stream" in run.measures]  # no dense model has one
-        if found:
-            of_layers = [
-                (*map(run.measures["stream"].get, ("norm", "turn", "spread")), run.layer_rises()) for run in found
-            ]
-            norm, turn, spread, rises = (np.mean(values, axis=0) for values in zip(*of_layers))
-            cells = [norm[0], norm[1], norm[-1], turn[0], turn[1:].min(), spread[0], spread[1:4].min()]
-            lines.append([row, *map(number, cells), f"{100 * rises[0]:+.0f} %", f"{100 * rises[1:].max():+.1f} %"])
-    head = ["row", "stream before layer 1", "layer 2", "the last", "cosine of layers 1 and 2", "others, at least"]
-    head += ["spread of logits, layer 1", "layers 2 to 4, at least", "layer 1 shuffled", "another, at most"]
+        if not found:
+            continue
+        norm, turn, spread = (
+            np.mean([run.measures["stream"][name] for run in found], axis=0) for name in ("norm", "turn", "spread")
+        )
+        rises = np.mean([run.layer_rises() for run in found], axis=0)
+        cells = [norm[0], norm[1], norm[-1], turn[0], turn[1:].min(), spread[0], spread[1:4].min()]
+        together = rise(table, row, "Experts shuffled, each layer")["value"]
+        shuffled = [f"{100 * share:+.0f} %" for share in (rises[0], rises[1:].max(), together)]
+        lines.append([row, *map(number, cells), *shuffled])
+    head = ["row", "stream into the experts of layer 1", "of layer 2", "of the last"]
+    head += ["cosine of routers' inputs, layers 1 and 2", "others, at least"]
+    head += ["spread of logits, layer 1", "layers 2 to 4, at least"]
+    head += ["rise when layer 1 is shuffled", "another one, at most", "all"]
     return table_of(head, lines)
 
 
@@ -448,10 +466,10 @@ def rise(table: Table, row: str, curve: str, index: int = -1) -> dict | None:
     }
 
 
-def verdict(paper: int, ours: dict, noise: float = 0.0) -> str:
-    """Whether an effect has the paper's sign: undecided where its interval over documents, or over seeds (`noise` to
-    either side), holds zero. Where the paper has none (0), only an effect can be found."""
-    low, high = min(ours["low"], ours["value"] - noise), max(ours["high"], ours["value"] + noise)
+def verdict(paper: int, ours: dict, over_seeds: tuple[float, float] = (math.inf, -math.inf)) -> str:
+    """Whether an effect has the paper's sign: undecided where its interval over documents or over seeds holds zero.
+    Where the paper has no effect (0) the answer is never yes, for that would need a margin."""
+    low, high = min(ours["low"], over_seeds[0]), max(ours["high"], over_seeds[1])
     if low <= 0 <= high:
         return "undecided"
     return "yes" if np.sign(ours["value"]) == paper else "**no**"
@@ -469,9 +487,10 @@ def paper_table(tables: dict[int, Table], noise: SeedNoise) -> str:
         table = largest(row, base)
         if table is not None:
             ours = table.difference(row, base)
-            half = noise.half_width(len(ours["seeds"]))
+            low, high = noise.interval(ours)
             here = f"{with_seeds(ours)} after {table.tokens / 1e6:g}M tokens"
-            lines.append([what, paper, here, f"± {100 * half:.1f}", verdict(sign, ours, half)])
+            ends = f"[{100 * low:+.1f}, {100 * high:+.1f}]" if noise.freedom else ""
+            lines.append([what, paper, here, ends, verdict(sign, ours, (low, high))])
 
     def compare_measure(what: str, key: str, paper: str, sign: int):
         table = largest("pathb4-moe", "indep-moe-lbl")
@@ -612,7 +631,7 @@ def plot_layers(table: Table, file: Path) -> None:
 
 
 def plot_differences(tables: dict[int, Table], noise: SeedNoise, file: Path) -> None:
-    """Every row's perplexity against the baseline's: each seed, the interval over documents, in gray that over seeds."""
+    """Every row's perplexity against the baseline's, each seed's, the interval over documents, in gray over seeds."""
     figure, axes = plt.subplots(1, len(tables), figsize=(7.5 * len(tables), 6), layout="constrained", squeeze=False)
     for axis, (tokens, table) in zip(axes[0], sorted(tables.items())):
         found = {row: table.difference(row, BASELINE) for row in table.rows if row != BASELINE}
@@ -620,10 +639,8 @@ def plot_differences(tables: dict[int, Table], noise: SeedNoise, file: Path) -> 
         order = sorted(found, key=lambda row: found[row]["value"], reverse=True)
         for height, row in enumerate(order):
             difference = found[row]
-            half = noise.half_width(len(difference["seeds"]))
-            if math.isfinite(half):
-                ends = [100 * (difference["value"] + sign * half) for sign in (-1, 1)]
-                axis.plot(ends, [height] * 2, color="0.85", lw=5)
+            if noise.freedom:
+                axis.plot([100 * end for end in noise.interval(difference)], [height] * 2, color="0.85", lw=5)
             axis.plot([100 * difference["low"], 100 * difference["high"]], [height] * 2, color="C0")
             axis.plot([100 * seed for seed in difference["seeds"]], [height] * len(difference["seeds"]), "C1|", ms=9)
             axis.plot(100 * difference["value"], height, "C0o")

@@ -58,7 +58,8 @@ class PathMoEConfig(PreTrainedConfig):
         router_initializer_range (`float`, *optional*): That of the routers' initial weights; `initializer_range` when
             unset. A linear router's first logits have this times the root of `hidden_size` as standard deviation.
         embedding_initializer_range (`float`, *optional*): That of the input embeddings; `initializer_range` if unset.
-            A larger one leaves less of the stream to the first layer. It asks for untied output embeddings.
+            A larger one leaves less of the stream to the first layer. With `tie_word_embeddings` it is the output's
+            too, and then 1 makes the first logits as wide as the root of `hidden_size`.
         use_cache (`bool`, defaults to `True`): Whether to return the key-value cache.
         tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings are one matrix.
 

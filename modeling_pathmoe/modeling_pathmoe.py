@@ -196,6 +196,8 @@ class PathMoEPreTrainedModel(PreTrainedModel):
             module.init_selection_bias()
         elif isinstance(module, nn.Embedding) and self.config.embedding_initializer_range is not None:
             init.normal_(module.weight, mean=0.0, std=self.config.embedding_initializer_range)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         # Registered where the package is imported; code from the Hub runs without it.

@@ -171,7 +171,8 @@ def test_routers_may_start_from_a_scale_of_their_own(tiny_config):
 
 
 def test_embeddings_may_start_from_a_scale_of_their_own(tiny_config):
-    model = PathMoEForCausalLM(tiny_config(embedding_initializer_range=0.7))
+    model = PathMoEForCausalLM(tiny_config(embedding_initializer_range=0.7, pad_token_id=3))
+    assert not model.model.embed_tokens.weight[3].any()
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.7, rel=0.2)
     assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.2)
 

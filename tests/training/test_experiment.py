@@ -202,18 +202,19 @@ def test_information_beyond_chance_is_none_of_permuted_labels_and_all_of_equal_o
 
 
 @pytest.mark.parametrize(
-    ("paper", "value", "low", "high", "noise", "said"),
+    ("paper", "value", "documents", "seeds", "said"),
     [
-        (-1, -0.05, -0.06, -0.04, 0.03, "yes"),
-        (-1, 0.05, 0.04, 0.06, 0.03, "**no**"),
-        (-1, -0.05, -0.11, 0.01, 0.03, "undecided"),
-        (-1, -0.05, -0.06, -0.04, 0.06, "undecided"),
-        (0, 0.05, 0.04, 0.06, 0.03, "**no**"),
-        (0, 0.05, 0.04, 0.06, math.inf, "undecided"),
+        (-1, -0.05, (-0.06, -0.04), (-0.08, -0.02), "yes"),
+        (-1, 0.05, (0.04, 0.06), (0.02, 0.08), "**no**"),
+        (-1, -0.05, (-0.11, 0.01), (-0.08, -0.02), "undecided"),
+        (-1, -0.05, (-0.06, -0.04), (-0.11, 0.01), "undecided"),
+        (0, 0.05, (0.04, 0.06), (0.02, 0.08), "**no**"),
+        (0, 0.05, (0.04, 0.06), (-1.0, math.inf), "undecided"),
     ],
 )
-def test_a_direction_needs_its_interval_over_documents_and_over_seeds(paper, value, low, high, noise, said):
-    assert experiment_report.verdict(paper, {"value": value, "low": low, "high": high}, noise) == said
+def test_a_direction_needs_its_interval_over_documents_and_over_seeds(paper, value, documents, seeds, said):
+    ours = {"value": value, "low": documents[0], "high": documents[1]}
+    assert experiment_report.verdict(paper, ours, seeds) == said
 
 
 def runs_of(folder, perplexities):
@@ -235,13 +236,14 @@ def test_what_seeds_do_is_known_from_runs_that_it_made(tmp_path):
     made = {str(r): {s: math.exp(rows[r] + seeds[s] + noise[r, s]) for s in range(5)} for r in range(40)}
     found = experiment_report.SeedNoise.of({1000: runs_of(tmp_path, made | {"single": {0: 100.0}})})
     assert found.freedom == 39 * 4 and found.deviation == pytest.approx(0.03, rel=0.15)
-    # Student's interval of the difference of two means of five.
-    assert found.half_width(5) == pytest.approx(1.975 * found.deviation * math.sqrt(2 / 5), rel=1e-3)
+    low, high = found.interval({"value": 0.2, "seeds": [0.2] * 5})  # of the difference of two means of five
+    half = 1.975 * found.deviation * math.sqrt(2 / 5)
+    assert (low, high) == pytest.approx((1.2 * math.exp(-half) - 1, 1.2 * math.exp(half) - 1), rel=1e-3)
 
 
 def test_no_interval_over_seeds_without_a_second_one(tmp_path):
     found = experiment_report.SeedNoise.of({1000: runs_of(tmp_path, {"indep-moe": {0: 9.0}, "pathb4-moe": {0: 8.0}})})
-    assert found.freedom == 0 and found.half_width(1) == math.inf
+    assert found.freedom == 0 and found.interval({"value": -0.1, "seeds": [-0.1]}) == (-1, math.inf)
 
 
 def test_runs_of_one_row_and_seed_are_compared_before_the_shorter_ones_rate_decays(tmp_path):
