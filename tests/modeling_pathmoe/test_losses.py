@@ -55,7 +55,8 @@ def test_load_balancing_loss_equals_loops(seed, layers, tokens, experts_and_k):
 @given(**shapes)
 def test_z_loss_equals_loops(seed, layers, tokens, experts_and_k):
     logits = random_logits(seed, layers, tokens, experts_and_k[0])
-    assert router_z_loss(logits).item() == pytest.approx(brute_force_z(logits), rel=1e-5)
+    # A logsumexp near zero is what is left of numbers near one: float32 knows it to 1e-7, not to a share of itself.
+    assert router_z_loss(logits).item() == pytest.approx(brute_force_z(logits), rel=1e-5, abs=1e-6)
 
 
 def test_z_loss_of_equal_logits_is_the_squared_log_of_their_number():
