@@ -701,6 +701,10 @@ def main(args: list[str] | None = None) -> None:
     kept = options.output / "runs"
     kept.mkdir(parents=True, exist_ok=True)
     if options.runs.resolve() != kept.resolve():
+        if not (options.runs / done[0].name / "final").is_dir():
+            raise SystemExit(
+                f"--runs {options.runs} holds what a report kept: its tables go to --output {options.runs.parent}"
+            )
         for run in done:
             (kept / run.name).mkdir(exist_ok=True)
             for name in KEPT:

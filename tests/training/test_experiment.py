@@ -169,6 +169,14 @@ def test_the_tables_come_out_the_same_from_what_is_kept(measured, tmp_path):
     assert all((tmp_path / f"{name}.png").stat().st_size for name in ("learning", "layers", "perturbations"))
 
 
+def test_what_is_kept_makes_its_tables_in_its_own_folder(measured, tmp_path):
+    file, runs = measured
+    arguments = ["--config", str(file), "--output"]
+    experiment_report.main([*arguments, str(tmp_path / "a"), "--runs", str(runs)])
+    with pytest.raises(SystemExit, match=f"--output {tmp_path / 'a'}$"):
+        experiment_report.main([*arguments, str(tmp_path / "b"), "--runs", str(tmp_path / "a" / "runs")])
+
+
 def test_the_best_run_has_its_card_filled(measured, tmp_path):
     file, runs = measured
     experiment_report.main(["--config", str(file), "--output", str(tmp_path), "--runs", str(runs)])
