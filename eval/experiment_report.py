@@ -657,16 +657,15 @@ def plot_perturbations(table: Table, file: Path) -> None:
     titles = [curve["title"] for curve in example.measures["perturbations"]["curves"]]
     figure, axes = plt.subplots(2, math.ceil(len(titles) / 2), figsize=(18, 8), layout="constrained")
     for axis, title in zip(axes.flat, titles):
-        for index, (row, runs) in enumerate(table.rows.items()):
-            for label, run in zip([row, *[None] * len(runs)], runs.values()):
-                curves = run.measures.get("perturbations", {}).get("curves", [])
-                for curve in (curve for curve in curves if curve["title"] == title):
-                    x = range(len(curve["values"]))
-                    y, low, high = ([1 + point[key] for point in curve["rise"]] for key in ("estimate", "low", "high"))
-                    axis.plot(x, y, "o-", color=f"C{index % 10}", label=label)
-                    axis.fill_between(x, low, high, color=f"C{index % 10}", alpha=0.12)
-                    axis.set_xticks(x, ["all" if value is None else str(value) for value in curve["values"]])
-                    axis.set_xlabel(curve["axis"])
+        for run, style in lines_of(table):
+            curves = run.measures.get("perturbations", {}).get("curves", [])
+            for curve in (curve for curve in curves if curve["title"] == title):
+                x = range(len(curve["values"]))
+                y, low, high = ([1 + point[key] for point in curve["rise"]] for key in ("estimate", "low", "high"))
+                axis.plot(x, y, marker="o", **style)
+                axis.fill_between(x, low, high, color=style["color"], alpha=0.12)
+                axis.set_xticks(x, ["all" if value is None else str(value) for value in curve["values"]])
+                axis.set_xlabel(curve["axis"])
         axis.set(title=title, yscale="log", ylabel="perplexity over undisturbed")
     axes.flat[0].legend(fontsize="small")
     for axis in axes.flat[len(titles) :]:
