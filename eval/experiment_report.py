@@ -698,14 +698,13 @@ def main(args: list[str] | None = None) -> None:
     if not done:
         raise SystemExit(f"--runs {options.runs} holds no measured run of {options.config}.")
     kept = options.output / "runs"
-    kept.mkdir(parents=True, exist_ok=True)
     if options.runs.resolve() != kept.resolve():
         if not (options.runs / done[0].name / "final").is_dir():
             raise SystemExit(
                 f"--runs {options.runs} holds what a report kept: its tables go to --output {options.runs.parent}"
             )
         for run in done:
-            (kept / run.name).mkdir(exist_ok=True)
+            (kept / run.name).mkdir(parents=True, exist_ok=True)
             for name in KEPT:
                 shutil.copyfile(options.runs / run.name / name, kept / run.name / name)
         shutil.copyfile(options.runs / "tuned.json", kept / "tuned.json")
