@@ -1,0 +1,34 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""How a command of this project ends: with one clear line for a mistake of the user, and a traceback for ours."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one line that names the field or file, its value and the fix."""
+
+
+def run_command(main: Callable[[], int | None], interrupted: int = 130):
+    """Runs `main` and exits with its status; an expected error becomes `error: …`, one line on stderr, and status 2.
+
+    Args:
+        main (`Callable`): The command. Returns an exit status, or `None` for 0.
+        interrupted (`int`, defaults to 130): The exit status after Ctrl-C.
+    """
+    # Being terminated is an exception too, so that nothing half-written stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(interrupted)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split())

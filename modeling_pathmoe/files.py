@@ -1,0 +1,69 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Files that are whole or not there: every writer of the project writes aside and renames."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def write_aside(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary file beside `path`, which replaces `path` when the block ends and is removed if it fails.
+
+    The file has the permissions that the umask gives, whatever the writer sets (safetensors creates files that only
+    their owner can read).
+
+    Args:
+        path (`str` or `Path`): The file to write. Its folder is created.
+
+    Raises:
+        OSError: If the folder cannot be created or written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:80]}.", suffix=".partial", dir=path.parent))
+    try:
+        partial = folder / path.name
+        yield partial
+        if partial.is_file():
+            partial.chmod(0o666 & ~current_umask())
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str):
+    """Writes `text` to `path` as UTF-8, through [`write_aside`]."""
+    with write_aside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def check_writable(path: str | Path, option: str):
+    """Refuses an output file that cannot be written, before any work is done for it.
+
+    Args:
+        path (`str` or `Path`): The file that will be written later. Its folder is created.
+        option (`str`): What the user called it, such as `--output`.
+
+    Raises:
+        ValueError: If `path` is a folder, or if its folder cannot be created or written; the message names `option`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder: name a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be written: {error.strerror}. Choose another place.") from error
+
+
+def current_umask() -> int:
+    """The umask of this process."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

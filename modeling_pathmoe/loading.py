@@ -1,0 +1,78 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Loads checkpoints and refuses those that do not hold what their configuration asks for."""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .command import UserError
+
+
+# What old checkpoints hold besides their tensors, and every model computes for itself.
+CONSTANTS = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def load_model(source: str | Path, *, option: str = "--model", allow_missing: bool = False, **kwargs) -> PreTrainedModel:
+    """Loads a causal language model and checks that its checkpoint is whole: no tensor is drawn at random.
+
+    Args:
+        source (`str` or `Path`): A folder, or a repository of the Hub.
+        option (`str`, defaults to `"--model"`): What the user called it.
+        allow_missing (`bool`, defaults to `False`): Whether tensors that the checkpoint lacks may be initialised anew.
+        **kwargs: Arguments of `from_pretrained`.
+
+    Returns:
+        `PreTrainedModel`: The model in evaluation mode.
+
+    Raises:
+        UserError: If the checkpoint cannot be read, lacks tensors, has tensors that the model does not know or of
+            another shape, or holds values that are not finite.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{option} {source}: the model could not be loaded: {error}") from error
+    check_loading_report(info, f"{option} {source}", allow_missing)
+    check_finite(model, f"{option} {source}")
+    return model.eval()
+
+
+def check_loading_report(info: dict, what: str, allow_missing: bool = False):
+    """Refuses a loading report with tensors that are missing, unknown or of another shape.
+
+    Args:
+        info (`dict`): What `from_pretrained(output_loading_info=True)` reports.
+        what (`str`): The checkpoint's name, for the message.
+        allow_missing (`bool`, defaults to `False`): Whether missing tensors are accepted.
+
+    Raises:
+        UserError: If the report has such tensors.
+    """
+    wrong = {
+        "missing": [] if allow_missing else sorted(info["missing_keys"]),
+        "unknown": sorted(key for key in info["unexpected_keys"] if not CONSTANTS.search(key)),
+        "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+    }
+    found = [
+        f"{len(names)} {kind} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
+        for kind, names in wrong.items()
+        if names
+    ]
+    if found:
+        raise UserError(
+            f"{what}: the tensors do not fit config.json: {'; '.join(found)}. Check its fields, such as "
+            "router_block_size and router_type, and that no file of the checkpoint is missing."
+        )
+
+
+def check_finite(model: torch.nn.Module, what: str):
+    """Refuses a model with weights that are not finite.
+
+    Raises:
+        UserError: If a parameter or buffer holds NaN or infinity; the message names the tensor.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+            raise UserError(f"{what}: {name} holds values that are not finite: the checkpoint is damaged or diverged.")
