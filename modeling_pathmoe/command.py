@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line that names the field or file, its value and the fix."""
+    """A mistake that the user can mend. The message is one line: the field or file, its value and the fix."""
 
 
 def run_command(main: Callable[[], int | None], interrupted: int = 130):

@@ -14,7 +14,9 @@ from .command import UserError
 CONSTANTS = re.compile(r"rotary_emb\.inv_freq$")
 
 
-def load_model(source: str | Path, *, option: str = "--model", allow_missing: bool = False, **kwargs) -> PreTrainedModel:
+def load_model(
+    source: str | Path, *, option: str = "--model", allow_missing: bool = False, **kwargs
+) -> PreTrainedModel:
     """Loads a causal language model and checks that its checkpoint is whole: no tensor is drawn at random.
 
     Args:
