@@ -79,7 +79,7 @@ class PathMoEConfig(PreTrainedConfig):
     """
 
     model_type = "pathmoe"
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "z_loss", "router_logits"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss", "z_loss", "router_logits"]
     attribute_map = {"num_local_experts": "num_experts"}
 
     base_model_tp_plan = {

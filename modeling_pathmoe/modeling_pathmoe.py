@@ -2,11 +2,11 @@
 """PyTorch PathMoE model: Qwen3-MoE with the routers lifted out of the layers and shared by blocks of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
@@ -18,17 +18,10 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import AutoModel
-from transformers.models.qwen3_moe.modeling_qwen3_moe import (
-    Qwen3MoeAttention,
-    Qwen3MoeExperts,
-    Qwen3MoeRMSNorm,
-    Qwen3MoeRotaryEmbedding,
-)
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import (
     OutputRecorder,
@@ -36,39 +29,46 @@ from transformers.utils.output_capturing import (
     install_all_output_capturing_hooks,
 )
 
+from .attention_pathmoe import PathMoEAttention, PathMoERotaryEmbedding
+from .cache_pathmoe import CACHE_NAME, PathMoECausalLMOutputWithPast, PathMoEModelOutputWithPast, take_cache
 from .configuration_pathmoe import PathMoEConfig
 from .loss_pathmoe import linear_cross_entropy
-from .norm_pathmoe import rms_norm
-from .routing_pathmoe import ROUTERS, PathMoERouter, load_balancing_loss, router_z_loss
+from .norm_pathmoe import PathMoERMSNorm
+from .routing_pathmoe import ROUTERS, PathMoERouter, load_balancing_loss, router_z_loss, token_mask
 
 
-logger = logging.get_logger(__name__)
-
-
-class PathMoERMSNorm(Qwen3MoeRMSNorm):
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-
-class PathMoERotaryEmbedding(Qwen3MoeRotaryEmbedding):
-    pass
-
-
-class PathMoEAttention(Qwen3MoeAttention):
-    """Qwen3 attention; with `qk_norm=False`, that of Llama and Mixtral."""
-
-    def __init__(self, config: PathMoEConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        for name in ("q_norm", "k_norm"):
-            norm = PathMoERMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-            setattr(self, name, norm)
-
-
-# transformers looks for this decorator in the source of the model's own file; without it the experts would silently
-# run eagerly, although the parent class carries it too.
 @use_experts_implementation
-class PathMoEExperts(Qwen3MoeExperts):
+class PathMoEExperts(nn.Module):
     """SwiGLU experts, held as `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F)."""
+
+    def __init__(self, config: PathMoEConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim, self.intermediate_dim = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The `"eager"` implementation: one expert after another, in plain torch.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`): Hidden states.
+            top_k_index (`torch.Tensor` of shape `(T, k)`): Experts; ids from E on (those of other ranks) add nothing.
+            top_k_weights (`torch.Tensor` of shape `(T, k)`): Their weights.
+
+        Returns:
+            `torch.Tensor` of shape `(T, D)`: Weighted sums of the experts' outputs.
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            tokens, places = torch.where(top_k_index == expert)
+            gate, up = nn.functional.linear(hidden_states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            rows = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output.index_add_(0, tokens, (rows * top_k_weights[tokens, places, None]).to(output.dtype))
+        return output
 
 
 def check_grouped_mm_rows(config: PathMoEConfig, dtype: torch.dtype):
@@ -101,24 +101,33 @@ class PathMoESparseMoeBlock(nn.Module):
         shape = hidden_states.shape
         hidden_states = hidden_states.view(-1, shape[-1])
         top_k_weights, top_k_index, router_state = route(hidden_states, router_state)
-        device_type = hidden_states.device.type
-        # Weights that accelerate has offloaded are on the meta device until the experts' own hook fetches them.
-        if torch.is_autocast_enabled(device_type) and next(self.experts.parameters()).device.type != "meta":
-            # The experts' kernels ignore autocast: float32 weights would run in float32, slowly and in silence.
-            dtype = torch.get_autocast_dtype(device_type)
-            if self.config._experts_implementation == "grouped_mm":
-                check_grouped_mm_rows(self.config, dtype)
-            weights = {name: parameter.to(dtype) for name, parameter in self.experts.named_parameters()}
-            inputs = (hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
-            hidden_states = torch.func.functional_call(self.experts, weights, inputs)
-        else:
-            hidden_states = self.experts(hidden_states, top_k_index, top_k_weights)
+        hidden_states = self._run_experts(hidden_states, top_k_index, top_k_weights)
         return hidden_states.view(shape), router_state
+
+    def _run_experts(self, hidden_states, top_k_index, top_k_weights):
+        experts, device_type = self.experts, hidden_states.device.type
+        # Weights that accelerate has offloaded are on the meta device until the experts' own hook fetches them.
+        if not torch.is_autocast_enabled(device_type) or experts.gate_up_proj.device.type == "meta":
+            return experts(hidden_states, top_k_index, top_k_weights)
+        # The experts' kernels ignore autocast: float32 weights would run in float32, slowly and in silence.
+        dtype = torch.get_autocast_dtype(device_type)
+        if self.config._experts_implementation == "grouped_mm":
+            check_grouped_mm_rows(self.config, dtype)
+        inputs = (hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
+        if getattr(experts, "_is_replica", False):  # DataParallel's copy for one forward, which has no parameters
+            experts.gate_up_proj, experts.down_proj = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+            return experts(*inputs)
+        weights = {name: parameter.to(dtype) for name, parameter in experts.named_parameters()}
+        return torch.func.functional_call(experts, weights, inputs)
 
 
 class PathMoEDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: PathMoEConfig, layer_idx: int):
+    """Attention and experts. `router_block` and `router_layer` say which router serves the layer, and as which layer:
+    it keeps them when layers before it are skipped, removed or repeated."""
+
+    def __init__(self, config: PathMoEConfig, layer_idx: int, router_block: int):
         super().__init__()
+        self.router_block, self.router_layer = router_block, layer_idx
         self.self_attn = PathMoEAttention(config, layer_idx)
         self.mlp = PathMoESparseMoeBlock(config)
         self.input_layernorm = PathMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -130,23 +139,11 @@ class PathMoEDecoderLayer(GradientCheckpointingLayer):
         route: Callable,
         router_state: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
-        hidden_states, _ = self.self_attn(
-            hidden_states=hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        hidden_states, _ = self.self_attn(hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
         hidden_states = residual + hidden_states
 
         residual = hidden_states
@@ -162,7 +159,7 @@ class PathMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PathMoEDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -235,11 +232,11 @@ class PathMoEModel(PathMoEPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList([PathMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        blocks = config.layer_to_block
+        self.layers = nn.ModuleList([PathMoEDecoderLayer(config, i, block) for i, block in enumerate(blocks)])
         # The only owner of the routers. A second `ModuleList` would confuse servers that split the model by its first.
         router_class = ROUTERS[config.router_type]
         self.routers = nn.ModuleDict({str(b): router_class(config, ls) for b, ls in enumerate(config.router_blocks)})
-        self.layer_to_block = config.layer_to_block
         self.norm = PathMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = PathMoERotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -248,17 +245,21 @@ class PathMoEModel(PathMoEPreTrainedModel):
             # Otherwise the first forward that records router logits installs the hooks: a compiled one cannot.
             install_all_output_capturing_hooks(self)
 
-    def _route_of_layer(self, layer_idx: int) -> Callable:
+    def _route_of_layer(self, index: int) -> Callable | None:
         """What a layer is handed instead of a router, so that no router is registered in two places.
 
         Returns:
             `Callable`: `(hidden_states (T, D), state) -> (weights (T, k), indices (T, k), state)`, all on the device
-            of `hidden_states`, which may not be the router's when the layers are spread over devices.
+            of `hidden_states`, which may not be the router's when the layers are spread over devices. `None` for the
+            placeholder of a layer that is in another stage of a pipeline.
         """
-        router = self.routers[str(self.layer_to_block[layer_idx])]
+        layer = self.layers[index]
+        if not hasattr(layer, "router_block"):
+            return None
+        router = self.routers[str(layer.router_block)]
 
         def route(hidden_states, state):
-            _, weights, indices, state = router(hidden_states, layer_idx, state)
+            _, weights, indices, state = router(hidden_states, layer.router_layer, state)
             device = hidden_states.device
             if isinstance(state, tuple):
                 state = tuple(tensor.to(device) for tensor in state)
@@ -275,10 +276,14 @@ class PathMoEModel(PathMoEPreTrainedModel):
             return
         sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in self.routers.parameters())
         router_loss = self.config.router_aux_loss_coef or self.config.router_z_loss_coef
-        if sharded or router_loss or self.config.router_sharing == "decision":
+        # DDP counts each gradient of a shared router as another one, unless its graph is static.
+        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        shared = ddp is not None and not ddp.static_graph and len(self.routers) < len(self.layers)
+        if sharded or router_loss or shared or self.config.router_sharing == "decision":
             raise ValueError(
-                "Gradient checkpointing with use_reentrant=True gives wrong router gradients when parameters are "
-                "sharded, an auxiliary router loss is on or router_sharing is 'decision': use "
+                "Gradient checkpointing with use_reentrant=True fails or gives wrong router gradients when parameters "
+                "are sharded, an auxiliary router loss is on, router_sharing is 'decision', or layers share a router "
+                "under DistributedDataParallel: use "
                 'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
             )
 
@@ -292,8 +297,9 @@ class PathMoEModel(PathMoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeModelOutputWithPast:
+    ) -> PathMoEModelOutputWithPast:
         """Runs the decoder.
 
         Args:
@@ -301,73 +307,61 @@ class PathMoEModel(PathMoEPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, *optional*): 0 marks padding.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Positions; those after the
                 cache when unset.
-            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; `cache` is its other name.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, D)`, *optional*): Instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return the cache.
             **kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions`; what the attention takes.
 
         Returns:
-            `MoeModelOutputWithPast`: `last_hidden_state` of shape `(batch, sequence, D)`, and on request
+            `PathMoEModelOutputWithPast`: `last_hidden_state` of shape `(batch, sequence, D)`, and on request
             `router_logits`, a tuple of L float32 tensors of shape `(batch · sequence, E)`.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or if reentrant gradient
-                checkpointing would corrupt the routers' gradients.
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, if there are two caches, or if
+                reentrant gradient checkpointing would corrupt the routers' gradients.
+            TypeError: If a cache is passed under a name that is not known.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         self._refuse_reentrant_checkpointing()
 
+        cache = take_cache(past_key_values, cache, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
+            past = cache.get_seq_length() if cache is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
 
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: cache},
         )
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        kwargs |= {CACHE_NAME: cache} if cache is not None else {}
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
-        hidden_states, router_state = inputs_embeds, None
-        for layer_idx, decoder_layer in enumerate(self.layers):
+        hidden_states, router_state, block = inputs_embeds, None, None
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            previous, block = block, getattr(layer, "router_block", None)
+            if self.config.router_sharing == "decision" and block != previous:
+                router_state = None  # each block decides for itself
             # What needs gradients goes by position, or reentrant checkpointing would backpropagate through it twice.
-            outputs = decoder_layer(
+            outputs = layer(
                 hidden_states,
-                self._route_of_layer(layer_idx),
+                self._route_of_layer(index),
                 router_state,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
             hidden_states, router_state = outputs if isinstance(outputs, tuple) else (outputs, None)
-        hidden_states = self.norm(hidden_states)
-        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
-
-
-@dataclass
-class PathMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """[`~transformers.modeling_outputs.MoeCausalLMOutputWithPast`] with the router z-loss.
-
-    Args:
-        loss (`torch.FloatTensor`, scalar): Cross-entropy; while training, plus the auxiliary losses, each times its
-            coefficient.
-        aux_loss (`torch.FloatTensor`, scalar): The load-balancing loss before its coefficient, when router logits were
-            asked for or an auxiliary loss is being trained.
-        z_loss (`torch.FloatTensor`, scalar): The router z-loss before its coefficient, likewise.
-    """
-
-    z_loss: torch.FloatTensor | None = None
+        return PathMoEModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
 
 class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
@@ -411,6 +405,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PathMoECausalLMOutputWithPast:
         """Predicts the next token. Arguments that are not listed are those of [`PathMoEModel.forward`].
@@ -433,8 +428,8 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             cross-entropy alone in evaluation mode.
 
         Raises:
-            ValueError: If auxiliary losses are needed and `attention_mask` is not two-dimensional, or if `skip_logits`
-                is given without `labels` or where `can_skip_logits` is false.
+            ValueError: If auxiliary losses are needed and `attention_mask` is not two-dimensional, if `skip_logits` is
+                given without `labels` or where `can_skip_logits` is false, or as [`PathMoEModel.forward`].
         """
         if skip_logits and labels is None:
             raise ValueError("skip_logits=True leaves the loss alone, but labels is None: pass labels.")
@@ -448,13 +443,14 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         lb_coef, z_coef = self.config.router_aux_loss_coef, self.config.router_z_loss_coef
         balance = self.training and labels is not None and self.config.trains_router_balance
 
-        outputs: MoeModelOutputWithPast = self.model(
+        outputs: PathMoEModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             output_router_logits=output_router_logits or balance,
             **kwargs,
         )
@@ -467,21 +463,23 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden_states[:, slice_indices, :])
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        if outputs.router_logits is not None:
-            mask = self._token_mask(attention_mask, sequence_length=hidden_states.shape[1])
+        # Without labels nobody asked for a loss, and a server's mask may not say which tokens are padding.
+        mask_is_known = attention_mask is None or getattr(attention_mask, "ndim", None) == 2
+        if outputs.router_logits is not None and (mask_is_known or labels is not None):
+            mask = token_mask(attention_mask, sequence_length=hidden_states.shape[1])
             aux_loss = load_balancing_loss(
                 outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask
             )
             z_loss = router_z_loss(outputs.router_logits, mask)
             if balance and self.config.router_bias_update_rate:
-                for layer_idx, block in enumerate(self.config.layer_to_block):
-                    router = self.model.routers[str(block)]
-                    router.count_load(outputs.router_logits[layer_idx], layer_idx, mask)
+                for layer, logits in zip(self.model.layers, outputs.router_logits):
+                    self.model.routers[str(layer.router_block)].count_load(logits, layer.router_layer, mask)
         if balance and (lb_coef or z_coef):
             router_loss = lb_coef * aux_loss + z_coef * z_loss
             if (num_items_in_batch := kwargs.get("num_items_in_batch")) is not None:
                 # The cross-entropy of a micro-batch counts by its share of the step's targets. So does this loss.
-                targets = kwargs.get("shift_labels", labels[..., 1:])
+                targets = kwargs.get("shift_labels")
+                targets = labels[..., 1:] if targets is None else targets
                 router_loss = router_loss * (targets != -100).sum().to(router_loss.device) / num_items_in_batch
             loss = loss + router_loss.to(loss.device)
 
@@ -490,29 +488,11 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             z_loss=z_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
+            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
-
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
-        # Decoding has no use for router losses, and with a static cache not the two-dimensional mask that they need.
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        return inputs | {"output_router_logits": False}
-
-    @staticmethod
-    def _token_mask(attention_mask: torch.Tensor | None, sequence_length: int) -> torch.Tensor | None:
-        """The mask of the tokens that were routed in this forward: not of those in the cache."""
-        if attention_mask is None:
-            return None
-        if getattr(attention_mask, "ndim", None) != 2:
-            raise ValueError(
-                "The auxiliary router losses leave padding out and so need an attention_mask of shape (batch, "
-                f"sequence), got {getattr(attention_mask, 'shape', type(attention_mask).__name__)}: pass that, or "
-                "None when nothing is padded."
-            )
-        return attention_mask[:, -sequence_length:]
 
 
 class PathMoEForSequenceClassification(GenericForSequenceClassification, PathMoEPreTrainedModel):

@@ -118,7 +118,7 @@ class PathMoERouter(nn.Module):
             `(T, k)` in int64, best first, and the state for the next layer. Where a block shares its decision, that is
             the decision itself, which its later layers repeat.
         """
-        if self.shares_decision and layer_idx != self.layers[0]:
+        if self.shares_decision and state is not None:
             return (*state, state)
         # Autocast would turn a float32 matrix product back into bfloat16.
         device_type = hidden_states.device.type
@@ -370,6 +370,30 @@ def router_z_loss(router_logits: tuple[torch.Tensor, ...], attention_mask: torch
             for logits in router_logits
         ]
     ).mean()
+
+
+def token_mask(attention_mask: torch.Tensor | None, sequence_length: int) -> torch.Tensor | None:
+    """The part of an attention mask that belongs to the tokens routed in this forward, without those in the cache.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, *optional*): 0 marks padding.
+        sequence_length (`int`): How many tokens each row of the batch has in this forward.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, sequence)`, or `None` without a mask.
+
+    Raises:
+        ValueError: If the mask is not two-dimensional, and so does not say which tokens are padding.
+    """
+    if attention_mask is None:
+        return None
+    if getattr(attention_mask, "ndim", None) != 2:
+        raise ValueError(
+            "The auxiliary router losses leave padding out and so need an attention_mask of shape (batch, "
+            f"sequence), got {getattr(attention_mask, 'shape', type(attention_mask).__name__)}: pass that, or "
+            "None when nothing is padded."
+        )
+    return attention_mask[:, -sequence_length:]
 
 
 def _mean_over_tokens(values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
