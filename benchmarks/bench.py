@@ -60,6 +60,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.bench_report import describe, find_peak, make_table, plot_scaling  # noqa: E402
 from modeling_pathmoe import PathMoEConfig  # noqa: E402
 from modeling_pathmoe.accounting import forward_flops_per_token  # noqa: E402
+from modeling_pathmoe.cache_pathmoe import CACHE_NAME  # noqa: E402
 from modeling_pathmoe.loss_pathmoe import linear_cross_entropy  # noqa: E402
 from training.plan import PeakMemory  # noqa: E402
 
@@ -338,12 +339,12 @@ def decode(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
     # For a whole prompt batched_mm would gather more weights than there is memory.
     reader = zoo.build(name, "grouped_mm").eval() if backend == "batched_mm" else model
     with torch.no_grad():
-        reader(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        reader(input_ids=prompt, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
 
     @torch.no_grad()
     def run(turn=0):
         for step in steps:
-            logits = call(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = call(input_ids=step, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits
         if case.compiled:
             for layer in cache.layers:
                 layer.cumulative_length.fill_(case.length)

@@ -104,9 +104,9 @@ def record_overhead(rounds: int, batch: int, length: int, device: str, steps: in
     ids = torch.randint(config.vocab_size, (batch, length), device=device)
 
     def run():
-        cache = model(ids, use_cache=steps > 0).past_key_values
+        cache = model(ids, use_cache=steps > 0).cache
         for _ in range(steps):
-            model(ids[:, -1:], past_key_values=cache)
+            model(ids[:, -1:], cache=cache)
 
     def seconds(**options) -> float:
         # On a CPU the time that the process itself computes, which a busy machine does not stretch.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.cache_utils import Cache
 
 from .routers import RoutedModel, Routing, check_indices, edit_paths
 
@@ -368,12 +369,24 @@ def _check_prompt_offsets(offset_mapping, args: tuple, kwargs: dict) -> torch.Te
     offsets = torch.as_tensor(offset_mapping).reshape(-1, 2)
     if len(offsets) != shape.numel():
         raise ValueError(f"offset_mapping has {len(offsets)} tokens, but the prompt has {shape.numel()}.")
-    if (cache := kwargs.get("past_key_values")) is not None and int(cache.get_seq_length()):
+    if past := _cached_tokens(kwargs):
         raise ValueError(
-            f"generate got an offset_mapping, and past_key_values with {int(cache.get_seq_length())} tokens already: "
+            f"generate got an offset_mapping, and a cache with {past} tokens already: "
             "which tokens the offsets belong to cannot be told. Leave one of the two out."
         )
     return offsets.view(*shape, 2)
+
+
+def _cached_tokens(arguments: dict) -> int:
+    """The number of tokens in the key-value cache, whatever the installed transformers calls that argument.
+
+    Raises:
+        ValueError: Under continuous batching, whose forwards mix tokens of several requests.
+    """
+    if type(arguments.get("cache")).__name__ == "PagedAttentionCache":
+        raise ValueError("Paths cannot be recorded under continuous batching: use generate, or plain forwards.")
+    caches = [value for value in arguments.values() if isinstance(value, Cache)]
+    return int(caches[0].get_seq_length()) if caches else 0
 
 
 def _offsets_of_prompt(prompt_offsets: torch.Tensor, tokens: "ForwardTokens") -> torch.Tensor | None:
@@ -417,8 +430,7 @@ class ForwardTokens:
         else:
             self.input_ids = self.input_ids.clone()
             batch, length = self.input_ids.shape
-        cache = arguments.get("past_key_values")
-        self.past = 0 if cache is None else int(cache.get_seq_length())
+        self.past = _cached_tokens(arguments)
         mask = arguments.get("attention_mask")
         if getattr(mask, "ndim", None) == 2:
             self.real = mask[:, -length:] != 0
