@@ -58,7 +58,6 @@ from data.batches import Batches, PackedBlocks, PackedStream, Prefetch, document
 from data.text import DataError, load_text, pack, train_tokenizer
 from modeling_pathmoe import PathMoERouter, update_selection_bias
 from modeling_pathmoe.accounting import count_parameters, forward_flops_per_token
-from modeling_pathmoe.modeling_pathmoe import check_grouped_mm_rows
 from training.checkpoints import CheckpointError, Checkpoints, find_checkpoint, step_of
 from training.engine import StopOnSignal, accumulate, build_accelerator, clip_gradients, gradient_norm, whole
 from training.log import Log, is_spike, plot, read_metrics
@@ -659,7 +658,7 @@ def main(args: list[str] | None = None) -> int:
     config = build_config(recipe)
     if config.model_type == "pathmoe" and recipe.precision == "bf16" and recipe.experts_implementation == "grouped_mm":
         try:
-            check_grouped_mm_rows(config, torch.bfloat16)
+            config.check_grouped_mm_rows(torch.bfloat16)
         except ValueError as error:
             raise RecipeError(f"precision='bf16': {error}") from error
     accelerator = build_accelerator(recipe)

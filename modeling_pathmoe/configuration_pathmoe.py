@@ -4,6 +4,7 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers import __version__
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -40,9 +41,10 @@ class PathMoEConfig(PreTrainedConfig):
         router_dim (`int`, *optional*): Width of the cosine router's projection (E / 2 when unset) or of the recurrent
             router's state (128 when unset).
         router_rank (`int`, defaults to 8): Rank of each layer's own term in the low-rank router.
-        router_bias_update_rate (`float`, defaults to 0.0): Step of the auxiliary-loss-free balancing (arXiv
-            2408.15664, which uses 0.001): above 0 a bias on the choice of experts, moved by `update_selection_bias`
-            after each optimizer step.
+        router_selection_bias (`bool`, defaults to `False`): Whether a bias on the choice of experts balances their
+            load without an auxiliary loss (arXiv 2408.15664). Always true when `router_bias_update_rate` is above 0.
+        router_bias_update_rate (`float`, defaults to 0.0): How far `update_selection_bias` moves that bias after each
+            optimizer step (the paper uses 0.001). 0 leaves a trained bias as it is.
         router_aux_loss_coef (`float`, defaults to 0.0): Coefficient of the load-balancing loss while training. The
             paper trains PathMoE without it; its independent baseline uses 0.01.
         router_z_loss_coef (`float`, defaults to 0.0): Coefficient of the router z-loss while training.
@@ -120,6 +122,7 @@ class PathMoEConfig(PreTrainedConfig):
     router_sharing: Literal["parameters", "decision"] = "parameters"
     router_dim: int | None = None
     router_rank: int = 8
+    router_selection_bias: bool = False
     router_bias_update_rate: float | int = 0.0
     router_aux_loss_coef: float | int = 0.0
     router_z_loss_coef: float | int = 0.0
@@ -145,6 +148,8 @@ class PathMoEConfig(PreTrainedConfig):
         heads = self.num_attention_heads
         if self.head_dim is None and heads > 0 and self.hidden_size % heads == 0:
             self.head_dim = self.hidden_size // heads
+        if self.router_bias_update_rate:
+            self.router_selection_bias = True
         router = ROUTERS.get(self.router_type)
         if self.router_sharing == "decision" or (router is not None and router.carries_state):
             # A stage of a pipeline passes on hidden states alone, and the routing would lose its state there.
@@ -164,6 +169,47 @@ class PathMoEConfig(PreTrainedConfig):
     def layer_to_block(self) -> list[int]:
         """The block of each layer, which is the index of its router."""
         return [block for block, layers in enumerate(self.router_blocks) for _ in layers]
+
+    def check_grouped_mm_rows(self, dtype):
+        """Refuses experts whose rows grouped_mm cannot take.
+
+        Args:
+            dtype (`torch.dtype`): The dtype in which the experts compute.
+
+        Raises:
+            ValueError: If a row of the hidden or the intermediate states is not a multiple of 16 bytes in `dtype`.
+        """
+        for name in ("hidden_size", "moe_intermediate_size"):
+            width = getattr(self, name)
+            if width * dtype.itemsize % 16:
+                raise ValueError(
+                    f"{name}={width} in {dtype} makes rows of {width * dtype.itemsize} bytes, but the grouped_mm "
+                    f"experts need multiples of 16: choose a multiple of {16 // dtype.itemsize}, or pass "
+                    'experts_implementation="eager".'
+                )
+
+    @classmethod
+    def check_parallel_styles(cls, distributed_config):
+        """Refuses tensor or expert parallelism whose plan the installed transformers does not know.
+
+        Args:
+            distributed_config (`DistributedConfig` or `dict`, *optional*): What `from_pretrained` was called with.
+
+        Raises:
+            ValueError: If a style of the plan is unknown; the message names it.
+        """
+        if distributed_config is None:
+            return
+        asked = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config)
+        from transformers.integrations import ALL_PARALLEL_STYLES
+
+        plans = (("ep_size", cls.base_model_ep_plan), ("tp_size", cls.base_model_tp_plan))
+        styles = {style for size, plan in plans if (asked.get(size) or 1) > 1 for style in plan.values()}
+        if unknown := sorted(styles - set(ALL_PARALLEL_STYLES)):
+            raise ValueError(
+                f"transformers {__version__} does not know the parallel styles {unknown} of PathMoE's plan: install a "
+                "transformers of the range that pathmoe's README states, or leave tp_size and ep_size out."
+            )
 
     @property
     def trains_router_balance(self) -> bool:

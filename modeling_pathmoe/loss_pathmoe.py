@@ -8,6 +8,8 @@ wrong by 0.2.
 import torch
 from torch import nn
 
+from .routing_pathmoe import autocast_dtype, no_autocast
+
 
 # Fewer make the products with the head's weight inefficient.
 CHUNK_TOKENS = 1024
@@ -26,18 +28,19 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + CHUNK_TOKENS)
             counted = (labels[chunk] != ignore_index).unsqueeze(1)
             targets = labels[chunk].unsqueeze(1).where(counted, 0)
-            log_probs = (hidden_states[chunk] @ weight.t()).log_softmax(dim=1, dtype=torch.float32)
+            # `where`, not a product: a position that is not counted may hold inf or nan.
+            inputs = hidden_states[chunk].where(counted, 0)
+            log_probs = (inputs @ weight.t()).log_softmax(dim=1, dtype=torch.float32)
             total -= (log_probs.gather(1, targets) * counted).sum()
             if not (of_hidden_states or of_weight):
                 continue
             grad_logits = log_probs.exp_()
             grad_logits.scatter_add_(1, targets, grad_logits.new_full(targets.shape, -1.0))
             grad_logits = grad_logits.to(weight.dtype)
-            # What is not counted is taken out of the small factors, not of the large one.
             if of_hidden_states:
                 torch.mul(grad_logits @ weight, counted, out=grad_hidden_states[chunk])
             if of_weight:
-                grad_chunk = grad_logits.t() @ (hidden_states[chunk] * counted)
+                grad_chunk = grad_logits.t() @ inputs
                 # Sums are in float32; with a single chunk there is none.
                 grad_weight = grad_chunk if grad_weight is None else grad_weight.float().add_(grad_chunk)
         if of_weight and grad_weight is None:
@@ -86,8 +89,8 @@ def linear_cross_entropy(
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.flatten().to(hidden_states.device)
     device_type = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-    with torch.autocast(device_type, enabled=False):
+    dtype = autocast_dtype(device_type) or weight.dtype
+    with no_autocast(device_type):
         hidden_states, weight = hidden_states.flatten(0, -2).to(dtype), weight.to(dtype)
         if not torch.is_grad_enabled():  # autograd would ask for gradients all the same
             hidden_states, weight = hidden_states.detach(), weight.detach()

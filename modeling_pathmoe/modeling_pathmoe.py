@@ -34,7 +34,16 @@ from .cache_pathmoe import CACHE_NAME, PathMoECausalLMOutputWithPast, PathMoEMod
 from .configuration_pathmoe import PathMoEConfig
 from .loss_pathmoe import linear_cross_entropy
 from .norm_pathmoe import PathMoERMSNorm
-from .routing_pathmoe import ROUTERS, PathMoERouter, load_balancing_loss, router_z_loss, token_mask
+from .routing_pathmoe import (
+    ROUTERS,
+    PathMoERouter,
+    autocast_dtype,
+    load_balancing_loss,
+    match_config_to_layers,
+    refuse_reentrant_checkpointing,
+    router_z_loss,
+    token_mask,
+)
 
 
 @use_experts_implementation
@@ -71,22 +80,6 @@ class PathMoEExperts(nn.Module):
         return output
 
 
-def check_grouped_mm_rows(config: PathMoEConfig, dtype: torch.dtype):
-    """Refuses experts whose rows grouped_mm cannot take.
-
-    Raises:
-        ValueError: If a row of the hidden or the intermediate states is not a multiple of 16 bytes in `dtype`.
-    """
-    for name in ("hidden_size", "moe_intermediate_size"):
-        width = getattr(config, name)
-        if width * dtype.itemsize % 16:
-            raise ValueError(
-                f"{name}={width} in {dtype} makes rows of {width * dtype.itemsize} bytes, but the grouped_mm experts "
-                f"need multiples of 16: choose a multiple of {16 // dtype.itemsize}, or pass "
-                'experts_implementation="eager".'
-            )
-
-
 class PathMoESparseMoeBlock(nn.Module):
     """The experts of one layer. The router that chooses among them belongs to the layer's block."""
 
@@ -105,14 +98,13 @@ class PathMoESparseMoeBlock(nn.Module):
         return hidden_states.view(shape), router_state
 
     def _run_experts(self, hidden_states, top_k_index, top_k_weights):
-        experts, device_type = self.experts, hidden_states.device.type
+        experts, dtype = self.experts, autocast_dtype(hidden_states.device.type)
         # Weights that accelerate has offloaded are on the meta device until the experts' own hook fetches them.
-        if not torch.is_autocast_enabled(device_type) or experts.gate_up_proj.device.type == "meta":
+        if dtype is None or experts.gate_up_proj.device.type == "meta":
             return experts(hidden_states, top_k_index, top_k_weights)
         # The experts' kernels ignore autocast: float32 weights would run in float32, slowly and in silence.
-        dtype = torch.get_autocast_dtype(device_type)
         if self.config._experts_implementation == "grouped_mm":
-            check_grouped_mm_rows(self.config, dtype)
+            self.config.check_grouped_mm_rows(dtype)
         inputs = (hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
         if getattr(experts, "_is_replica", False):  # DataParallel's copy for one forward, which has no parameters
             experts.gate_up_proj, experts.down_proj = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
@@ -172,12 +164,14 @@ class PathMoEPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: PathMoEConfig, *inputs, **kwargs):
+        # The rate may have been set after the config was built.
+        config.router_selection_bias |= bool(config.router_bias_update_rate)
         super().__init__(config, *inputs, **kwargs)
         # From a local folder, transformers loads the config's file a second time under another module name. The
         # generic heads build their decoder through `AutoModel`, which must know that copy of the class too.
         if not isinstance(config, PathMoEConfig):
             AutoModel.register(type(config), PathMoEModel, exist_ok=True)
-        if config.router_bias_update_rate:
+        if config.router_selection_bias:
             self._keep_in_fp32_modules_strict = ["selection_bias"]
 
     @torch.no_grad()
@@ -204,18 +198,22 @@ class PathMoEPreTrainedModel(PreTrainedModel):
         if implementation == "grouped_mm":
             # While the model is being built its dtype is torch's default one; afterwards that of its weights.
             dtype = self.dtype if next(self.parameters(), None) is not None else torch.get_default_dtype()
-            check_grouped_mm_rows(self.config, dtype)
+            self.config.check_grouped_mm_rows(dtype)
         return implementation
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        PathMoEConfig.check_parallel_styles(kwargs.get("distributed_config"))
+        return super().from_pretrained(*args, **kwargs)
+
     def save_pretrained(self, *args, **kwargs):
+        match_config_to_layers(self.config, list(self.base_model.layers), self.base_model.routers)
         # transformers would list the saved class alone; servers ask for `AutoModel`, and others for the heads.
+        heads = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
         self.config.auto_map = {
             "AutoConfig": "configuration_pathmoe.PathMoEConfig",
             "AutoModel": "modeling_pathmoe.PathMoEModel",
-            "AutoModelForCausalLM": "modeling_pathmoe.PathMoEForCausalLM",
-            "AutoModelForSequenceClassification": "modeling_pathmoe.PathMoEForSequenceClassification",
-            "AutoModelForTokenClassification": "modeling_pathmoe.PathMoEForTokenClassification",
-            "AutoModelForQuestionAnswering": "modeling_pathmoe.PathMoEForQuestionAnswering",
+            **{f"AutoModelFor{head}": f"modeling_pathmoe.PathMoEFor{head}" for head in heads},
         }
         super().save_pretrained(*args, **kwargs)
 
@@ -269,24 +267,6 @@ class PathMoEModel(PathMoEPreTrainedModel):
 
         return route
 
-    def _refuse_reentrant_checkpointing(self):
-        """Reentrant checkpointing runs the layers without a graph, and what that loses of shared routers is silent."""
-        checkpoint = getattr(self.layers[0], "_gradient_checkpointing_func", None)
-        if not (self.training and self.gradient_checkpointing and checkpoint.keywords.get("use_reentrant") is True):
-            return
-        sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in self.routers.parameters())
-        router_loss = self.config.router_aux_loss_coef or self.config.router_z_loss_coef
-        # DDP counts each gradient of a shared router as another one, unless its graph is static.
-        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-        shared = ddp is not None and not ddp.static_graph and len(self.routers) < len(self.layers)
-        if sharded or router_loss or shared or self.config.router_sharing == "decision":
-            raise ValueError(
-                "Gradient checkpointing with use_reentrant=True fails or gives wrong router gradients when parameters "
-                "are sharded, an auxiliary router loss is on, router_sharing is 'decision', or layers share a router "
-                "under DistributedDataParallel: use "
-                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
-            )
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -323,7 +303,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        self._refuse_reentrant_checkpointing()
+        refuse_reentrant_checkpointing(self)
 
         cache = take_cache(past_key_values, cache, kwargs)
         if inputs_embeds is None:
@@ -345,7 +325,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states, router_state, block = inputs_embeds, None, None
-        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+        for index, layer in zip(range(self.config.num_hidden_layers), self.layers):
             previous, block = block, getattr(layer, "router_block", None)
             if self.config.router_sharing == "decision" and block != previous:
                 router_state = None  # each block decides for itself
@@ -452,6 +432,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             cache=cache,
             output_router_logits=output_router_logits or balance,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state

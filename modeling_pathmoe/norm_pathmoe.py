@@ -22,6 +22,7 @@ class RMSNormOnCPU(torch.autograd.Function):
     def backward(ctx, grad):
         hidden_states, weight, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: what follows writes in place, and could not be differentiated
+            hidden_states, weight = hidden_states.view_as(hidden_states), weight.view_as(weight)
             wanted, y = ctx.needs_input_grad[:2], _plain(hidden_states, weight, ctx.eps)
             inputs = [tensor for tensor, needed in zip((hidden_states, weight), wanted) if needed]
             gradients = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))

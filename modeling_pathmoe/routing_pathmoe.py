@@ -6,12 +6,25 @@ PathMoE is that the block owns *one* router. Shapes: T tokens, D hidden size, E 
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast computes in on a type of device, or `None` where autocast is off or unknown."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def no_autocast(device_type: str) -> AbstractContextManager:
+    """A context without autocast. To enter one takes a noticeable part of a small decoding step: not without need."""
+    return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
 
 
 class PathMoERouter(nn.Module):
@@ -38,13 +51,19 @@ class PathMoERouter(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.shares_decision = config.router_sharing == "decision"
-        self.bias_update_rate = config.router_bias_update_rate
-        if self.bias_update_rate:
-            # Saved and never trained, so a buffer: `from_pretrained` would thaw a frozen parameter.
-            # float32 in any model: the steps of the bias and the counts are too fine for bfloat16.
-            shape = (len(layers), self.num_experts)
-            self.selection_bias = nn.Buffer(torch.zeros(shape, dtype=torch.float32))
-            self.load = nn.Buffer(torch.zeros(shape, dtype=torch.float32), persistent=False)
+        self.config = config
+        # Saved and never trained, so a buffer: `from_pretrained` would thaw a frozen parameter.
+        # float32 in any model: the steps of the bias and the counts are too fine for bfloat16.
+        bias = (
+            torch.zeros(len(layers), self.num_experts, dtype=torch.float32) if config.router_selection_bias else None
+        )
+        self.register_buffer("selection_bias", bias)
+        self.register_buffer("load", None if bias is None else torch.zeros_like(bias), persistent=False)
+
+    @property
+    def bias_update_rate(self) -> float:
+        """How far an update moves the selection bias; the config's value as it is now."""
+        return self.config.router_bias_update_rate
 
     def _apply(self, fn, recurse=True):
         kept = {name: buffer for name, buffer in self.named_buffers() if name in ("selection_bias", "load")}
@@ -76,7 +95,7 @@ class PathMoERouter(nn.Module):
 
     def init_selection_bias(self):
         """Sets the selection bias and the counted load to zero."""
-        if self.bias_update_rate:
+        if self.selection_bias is not None:
             init.zeros_(self.selection_bias)
             init.zeros_(self.load)
 
@@ -95,9 +114,12 @@ class PathMoERouter(nn.Module):
         """
         probs = logits.softmax(dim=-1)
         scores = probs
-        if self.bias_update_rate:
+        if self.selection_bias is not None:
             scores = probs + self.selection_bias[self.layers.index(layer_idx)]
-        indices = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            indices = _top_k_by_maxima(scores, self.top_k)  # ONNX has no stable sort
+        else:
+            indices = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         weights = probs.gather(-1, indices)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -121,15 +143,25 @@ class PathMoERouter(nn.Module):
         if self.shares_decision and state is not None:
             return (*state, state)
         # Autocast would turn a float32 matrix product back into bfloat16.
-        device_type = hidden_states.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        with no_autocast(hidden_states.device.type):
             logits, state = self.compute_logits(hidden_states.float(), layer_idx, state)
             weights, indices = self.choose(logits, layer_idx)
         weights = weights.to(hidden_states.dtype)
         if self.shares_decision:
             state = (logits, weights, indices)
         return logits, weights, indices, state
+
+    def check_selection_bias(self):
+        """Refuses to balance a router that has no selection bias.
+
+        Raises:
+            ValueError: If the router was built without one.
+        """
+        if self.selection_bias is None:
+            raise ValueError(
+                f"router_bias_update_rate={self.bias_update_rate} moves a selection bias, but this model was built "
+                "without one: load it with from_pretrained(..., router_bias_update_rate=...), or set the rate to 0."
+            )
 
     @torch.no_grad()
     def count_load(self, logits: torch.Tensor, layer_idx: int, attention_mask: torch.Tensor | None = None):
@@ -139,7 +171,11 @@ class PathMoERouter(nn.Module):
             logits (`torch.Tensor` of shape `(batch · sequence, E)`): The layer's router logits.
             layer_idx (`int`): The layer.
             attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 marks padding, not counted.
+
+        Raises:
+            ValueError: If the router has no selection bias.
         """
+        self.check_selection_bias()
         _, indices = self.choose(logits, layer_idx)
         picked = torch.zeros_like(logits).scatter_(1, indices, 1.0)
         if attention_mask is not None:
@@ -262,7 +298,7 @@ class RecurrentRouter(PathMoERouter):
         layer = self.layers.index(layer_idx)
         inputs = F.linear(hidden_states, self.projection[layer].float())
         if state is None:
-            state = inputs.new_zeros(len(inputs), self.dim)
+            state = inputs.new_zeros(inputs.shape[0], self.dim)
         weights = (w.float() for w in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
         state = torch.gru_cell(inputs, state, *weights)
         return F.linear(state, self.gate[layer].float()), state
@@ -274,6 +310,15 @@ class RecurrentRouter(PathMoERouter):
             init.uniform_(weight, -(self.dim**-0.5), self.dim**-0.5)
 
 
+def _top_k_by_maxima(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The indices (T, k) of the k largest scores (T, E), best first, equal ones by index: argmax takes the first."""
+    indices = []
+    for _ in range(top_k):
+        indices.append(scores.argmax(dim=-1, keepdim=True))
+        scores = scores.scatter(-1, indices[-1], -torch.inf)
+    return torch.cat(indices, dim=-1)
+
+
 ROUTERS: dict[str, type[PathMoERouter]] = {
     "linear": LinearRouter,
     "cosine": CosineRouter,
@@ -281,6 +326,64 @@ ROUTERS: dict[str, type[PathMoERouter]] = {
     "recurrent": RecurrentRouter,
     "random": RandomRouter,
 }
+
+
+def match_config_to_layers(config, layers: list[nn.Module], routers: nn.ModuleDict):
+    """Makes a configuration describe a decoder whose layers were removed or repeated after it was built.
+
+    Layers keep the router that they were built with. Sets `router_block_size` and `num_hidden_layers` of the
+    configuration, if what it says would route these layers differently.
+
+    Args:
+        config (`PathMoEConfig`): The decoder's configuration.
+        layers (`list[nn.Module]`): Its layers. There may be more than `num_hidden_layers`, which are skipped.
+        routers (`nn.ModuleDict`): Its routers.
+
+    Raises:
+        ValueError: If no configuration describes such a decoder: layers of one block are not neighbours, a router
+            serves no layer, or a router has parameters for each of its layers, and these are other layers now.
+    """
+    whole = all(hasattr(layer, "router_block") for layer in layers)  # unlike one stage of a pipeline
+    if not whole or len(layers) > config.num_hidden_layers:
+        return
+    runs = [(block, [layer.router_layer for layer in run]) for block, run in groupby(layers, lambda x: x.router_block)]
+    if [served for _, served in runs] == config.router_blocks:
+        return
+    by_layer = any(router.selection_bias is not None or not router.can_share_decision for router in routers.values())
+    in_order = [block for block, _ in runs] == list(range(len(routers)))
+    if not in_order or (by_layer and any(routers[str(block)].layers != served for block, served in runs)):
+        raise ValueError(
+            f"These {len(layers)} layers are served by the routers {[layer.router_block for layer in layers]}, as "
+            f"layers {[layer.router_layer for layer in layers]}, which router_block_size cannot describe: a saved "
+            "checkpoint would route them differently. Keep at least one layer of each block and the order of the "
+            "blocks, and all layers where routers have parameters for each layer."
+        )
+    config.router_block_size, config.num_hidden_layers = [len(served) for _, served in runs], len(layers)
+
+
+def refuse_reentrant_checkpointing(model: nn.Module):
+    """Refuses reentrant checkpointing of a decoder where it loses gradients of shared routers in silence, or fails.
+
+    Raises:
+        ValueError: While training with it, if parameters are sharded, an auxiliary loss is on, blocks share decisions,
+            or layers share a router under DistributedDataParallel.
+    """
+    checkpoint = getattr(model.layers[0], "_gradient_checkpointing_func", None)
+    if not (model.training and model.gradient_checkpointing and checkpoint.keywords.get("use_reentrant") is True):
+        return
+    config = model.config
+    sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in model.routers.parameters())
+    router_loss = config.router_aux_loss_coef or config.router_z_loss_coef
+    # Unless its graph is static, DDP takes each layer's gradient of a shared router for the last one.
+    ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    shared = ddp is not None and not ddp.static_graph and len(model.routers) < len(model.layers)
+    if sharded or router_loss or shared or config.router_sharing == "decision":
+        raise ValueError(
+            "Gradient checkpointing with use_reentrant=True fails or gives wrong router gradients when parameters are "
+            "sharded, an auxiliary router loss is on, router_sharing is 'decision', or layers share a router under "
+            "DistributedDataParallel: use "
+            'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+        )
 
 
 def register_router(name: str, cls: type[PathMoERouter]):
@@ -313,6 +416,7 @@ def update_selection_bias(model: nn.Module):
     """
     for router in model.modules():
         if isinstance(router, PathMoERouter) and router.bias_update_rate:
+            router.check_selection_bias()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(router.load)
             error = router.load.mean(dim=-1, keepdim=True) - router.load

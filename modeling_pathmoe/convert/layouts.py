@@ -130,10 +130,10 @@ def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
         raise ValueError(
             "router_sharing='decision' cannot be exported: every layer of a Qwen3-MoE or Mixtral decides for itself."
         )
-    if config.router_bias_update_rate:
+    if config.router_selection_bias:
         raise ValueError(
-            f"router_bias_update_rate={config.router_bias_update_rate} cannot be exported: Qwen3-MoE and Mixtral have "
-            "no bias on the choice of experts."
+            f"router_selection_bias=True with router_bias_update_rate={config.router_bias_update_rate} cannot be "
+            "exported: Qwen3-MoE and Mixtral have no bias on the choice of experts."
         )
     shared = {
         **same_fields(config),

@@ -3,17 +3,26 @@
 
 loop.py     one expert after another, with one backward for all that they do: training on a CPU; and single tokens
 grouped.py  the same on torch's grouped matrix multiplication: other devices
+
+On a device other than a CPU, `"pathmoe"` runs transformers' own implementation, until a benchmark made on such a
+device shows ours ahead; `"pathmoe_grouped"` runs ours there.
 """
 
-from contextlib import nullcontext
+import inspect
 
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _can_use_grouped_mm, _default_apply_gate
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _can_use_grouped_mm,
+    _default_apply_gate,
+    use_experts_implementation,
+)
 from transformers.utils import logging
 
+from ..routing_pathmoe import autocast_dtype, no_autocast
 from . import grouped, loop
 
 
@@ -24,6 +33,20 @@ logger = logging.get_logger(__name__)
 FEW_ROWS, FEW_ROWS_OF_EXPERT = 4096, 16
 # In bfloat16, weights of at most so many elements are cheaper to gather than oneDNN's products are to start.
 CHEAP_TO_GATHER = 2**19
+# How transformers describes experts that are plain SwiGLU. Not every version has all of these attributes.
+PLAIN = {
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_transposed": False,
+    "has_gate": True,
+    "is_concatenated": True,
+}
+# Attributes that a newer transformers may have added, with their defaults: what they mean is not known here.
+UNKNOWN = {
+    name: parameter.default
+    for name, parameter in inspect.signature(use_experts_implementation).parameters.items()
+    if isinstance(parameter.default, bool) and name not in PLAIN
+}
 
 
 def select_kernel(
@@ -38,36 +61,41 @@ def select_kernel(
         top_k_weights (`torch.Tensor` of shape `(T, k)`): Their weights.
 
     Returns:
-        `str`: On a CPU, `"loop"`; on other devices `"grouped"`. Without gradients on a CPU, `"token"` for a single
-        token, and transformers' own `"grouped_mm"`, or `"batched_mm"` for very small experts in bfloat16, for up to
-        4,096 rows of experts (in bfloat16, for up to 16 times E). `"grouped_mm"` also where ours cannot: for experts
-        that are not plain SwiGLU (it warns), and outside a CPU where torch's grouped product does not take the dtype
-        or the device.
+        `str`: On a CPU, `"loop"`; without gradients, `"token"` for a single token, and transformers' own
+        `"grouped_mm"`, or `"batched_mm"` for very small experts in bfloat16, for up to 4,096 rows of experts (in
+        bfloat16, for up to 16 times E). `"grouped_mm"` also on other devices, under `torch.func`'s transforms, and for
+        experts that are not plain SwiGLU (it warns). `"batched_mm"` while the model is exported or traced, since its
+        operators are known everywhere and depend on no number of tokens.
 
     Raises:
         ValueError: If a row of the hidden or inner states is no multiple of 16 bytes, outside a CPU.
     """
-    if why_not(experts):
+    if unsupported_reason(experts):
         return "grouped_mm"
-    down_proj, dtype = experts.down_proj, compute_dtype(hidden_states, experts)
+    if torch.jit.is_tracing() or is_exporting():
+        return "batched_mm"
+    if torch._C._are_functorch_transforms_active():
+        return "grouped_mm"
+    down_proj, dtype, device_type = experts.down_proj, compute_dtype(hidden_states, experts), hidden_states.device.type
     unaligned = [size for size in down_proj.shape[1:] if size * dtype.itemsize % 16]
-    if hidden_states.device.type != "cpu":
+    if device_type not in ("cpu", "meta"):
         if unaligned:
             raise ValueError(
-                f"Rows of {unaligned[0] * dtype.itemsize} bytes are no multiple of 16, which grouped products need: "
-                f'choose widths that are multiples of {16 // dtype.itemsize}, or experts_implementation="eager".'
+                f"Rows of {unaligned[0] * dtype.itemsize} bytes are not a multiple of 16, which grouped products "
+                f'need: choose widths that are multiples of {16 // dtype.itemsize}, or experts_implementation="eager".'
             )
-        return "grouped" if _can_use_grouped_mm(hidden_states, down_proj, None) else "grouped_mm"
+        return "grouped_mm"
     if torch.is_grad_enabled():
         tensors = (hidden_states, top_k_weights, down_proj, experts.gate_up_proj)
         if any(tensor.requires_grad for tensor in tensors):
             return "loop"
-    if len(hidden_states) > 1 and torch.compiler.is_compiling():
+    tokens = hidden_states.shape[0]
+    if device_type == "meta" or (tokens > 1 and torch.compiler.is_compiling()):
         return "loop"
-    rows, autocast = top_k_index.numel(), torch.is_autocast_enabled("cpu")
+    rows, autocast = top_k_index.numel(), autocast_dtype("cpu") is not None
     if dtype == torch.bfloat16 and rows * down_proj[0].numel() <= CHEAP_TO_GATHER and not autocast:
         return "batched_mm"
-    if len(hidden_states) == 1:
+    if tokens == 1:
         return "token"
     few = {torch.float32: FEW_ROWS, torch.bfloat16: FEW_ROWS_OF_EXPERT * len(down_proj)}.get(dtype, 0)
     return "loop" if unaligned or rows > few or autocast else "grouped_mm"
@@ -75,17 +103,21 @@ def select_kernel(
 
 def compute_dtype(hidden_states: torch.Tensor, experts: torch.nn.Module) -> torch.dtype:
     """The experts' dtype; under autocast its own, which transformers' implementations ignore."""
-    device_type = hidden_states.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if autocast else experts.gate_up_proj.dtype
+    return autocast_dtype(hidden_states.device.type) or experts.gate_up_proj.dtype
 
 
-def why_not(experts: torch.nn.Module) -> str | None:
-    """What keeps our kernels from computing these experts; nothing, if they are plain SwiGLU."""
-    if experts.has_bias or experts.has_post_expert_norm or experts.is_transposed:
-        return "they have biases, a norm or transposed weights"
-    if not (experts.has_gate and experts.is_concatenated and type(experts)._apply_gate is _default_apply_gate):
-        return "they have no gate, or one of their own"
+def is_exporting() -> bool:
+    """Whether `torch.export` runs the model's Python. In dynamo's compilations torch below 2.14 always says yes."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def unsupported_reason(experts: torch.nn.Module) -> str | None:
+    """Says why our kernels cannot compute these experts; `None` if they are plain SwiGLU."""
+    for name, expected in (PLAIN | UNKNOWN).items():
+        if getattr(experts, name, expected) is not expected:
+            return f"they have {name}={getattr(experts, name)}"
+    if type(experts)._apply_gate is not _default_apply_gate:
+        return "they have a gate of their own"
     activation, weights = experts.act_fn, experts.gate_up_proj
     if activation is not F.silu and not isinstance(activation, (torch.nn.SiLU, SiLUActivation)):
         return f"their activation is {type(activation).__name__}, not SwiGLU"
@@ -114,19 +146,40 @@ def pathmoe_experts_forward(
         ValueError: As [`select_kernel`].
     """
     kernel = select_kernel(self, hidden_states, top_k_index, top_k_weights)
-    if kernel == "grouped_mm" and (reason := why_not(self)):
+    if kernel == "grouped_mm" and (reason := unsupported_reason(self)):
         logger.warning_once(f"{type(self).__name__} are run by transformers' grouped_mm: {reason}.")
+    return run_kernel(kernel, self, hidden_states, top_k_index, top_k_weights)
+
+
+def pathmoe_grouped_forward(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """As [`pathmoe_experts_forward`], but with our kernel also on devices other than a CPU, wherever torch's grouped
+    product takes the dtype and the device."""
+    kernel = select_kernel(self, hidden_states, top_k_index, top_k_weights)
+    if kernel == "grouped_mm" and hidden_states.device.type != "cpu" and not unsupported_reason(self):
+        kernel = "grouped" if _can_use_grouped_mm(hidden_states, self.down_proj, None) else kernel
+    return run_kernel(kernel, self, hidden_states, top_k_index, top_k_weights)
+
+
+def run_kernel(
+    kernel: str,
+    experts: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Runs the kernel that [`select_kernel`] names."""
     if kernel in ("grouped_mm", "batched_mm"):
-        return ALL_EXPERTS_FUNCTIONS[kernel](self, hidden_states, top_k_index, top_k_weights)
+        return ALL_EXPERTS_FUNCTIONS[kernel](experts, hidden_states, top_k_index, top_k_weights)
 
     run = {"loop": loop.run, "token": loop.run_token, "grouped": grouped.run}[kernel]
-    dtype, device_type = compute_dtype(hidden_states, self), hidden_states.device.type
-    inputs = (hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
+    dtype, device_type = compute_dtype(hidden_states, experts), hidden_states.device.type
+    inputs = (hidden_states, top_k_weights, experts.gate_up_proj, experts.down_proj)
     x, weights, *projections = (tensor.to(dtype) for tensor in inputs)
-    # To enter and leave a context costs a small model a noticeable part of a decoding step.
-    autocast = torch.is_autocast_enabled(device_type)
-    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+    with no_autocast(device_type):
         return run(x, top_k_index, weights, *projections).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register("pathmoe", pathmoe_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register("pathmoe_grouped", pathmoe_grouped_forward)

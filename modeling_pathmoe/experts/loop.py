@@ -219,6 +219,12 @@ def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 5
     trained = ctx.needs_input_grad[3:5]
+    if torch.is_grad_enabled():  # create_graph=True: the backward must be differentiable itself
+        # Views: the weights come from x, through the router, and x would be reached twice.
+        inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors[:5]]
+        wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad) if needed]
+        found = iter(torch.autograd.grad(run_plain(*inputs), wanted, grad, create_graph=True))
+        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
     grad_x, grad_weights, *gradients = experts_backward(grad, *ctx.saved_tensors, list(trained))
     return grad_x, None, grad_weights, *(g if wanted else None for g, wanted in zip(gradients, trained))
 
@@ -240,6 +246,17 @@ def run(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, d
         `torch.Tensor` of shape `(T, D)`: The output.
     """
     return experts(x, top_k_index, weights, gate_up_proj, down_proj)[0]
+
+
+def run_plain(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """As `run`, of operators that can be differentiated any number of times."""
+    output = torch.zeros_like(x)
+    for expert in range(len(gate_up_proj)):
+        tokens, places = torch.where(top_k_index == expert)
+        gate, up = F.linear(x[tokens], gate_up_proj[expert]).chunk(2, dim=-1)
+        rows = F.linear(F.silu(gate) * up, down_proj[expert]) * weights[tokens, places, None]
+        output = output.index_add(0, tokens, rows)
+    return output
 
 
 def token_forward(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
