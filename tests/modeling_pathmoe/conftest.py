@@ -1,7 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3PreTrainedModel
 
 from modeling_pathmoe import PathMoEForCausalLM
 
@@ -74,6 +75,8 @@ PATHMOE = [
 @pytest.fixture(params=[*PATHMOE, *PEERS], ids=str)
 def kind(request):
     """Each architecture whose paths can be looked at, as `any_model` takes it."""
+    if request.param == "deepseek_v3" and "router_logits" not in DeepseekV3PreTrainedModel._can_record_outputs:
+        pytest.skip(f"transformers {transformers.__version__} does not say which modules route DeepSeek-V3")
     return request.param
 
 

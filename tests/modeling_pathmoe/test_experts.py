@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from modeling_pathmoe.experts import grouped, loop, select_kernel
+from modeling_pathmoe.experts import UNKNOWN, grouped, loop, select_kernel
 from tests.conftest import TINY
 
 
@@ -221,7 +221,7 @@ def test_kernel_learns_through_the_weights_of_frozen_experts():
 
 @pytest.mark.parametrize(
     "module, reason",
-    [(experts_of("gelu"), "activation"), (gated_otherwise(), "gate"), (experts_of_gpt_oss(), "biases")],
+    [(experts_of("gelu"), "activation"), (gated_otherwise(), "gate"), (experts_of_gpt_oss(), "has_bias=True")],
     ids=["gelu", "gate", "gpt_oss"],
 )
 def test_other_experts_are_left_to_transformers_aloud(module, reason, caplog):
@@ -230,6 +230,16 @@ def test_other_experts_are_left_to_transformers_aloud(module, reason, caplog):
     with torch.no_grad():
         module(x, index, weights)
     assert "run by transformers' grouped_mm" in caplog.text and reason in caplog.text
+
+
+def test_experts_with_an_attribute_of_a_later_transformers_are_not_run_by_our_kernels(monkeypatch, caplog):
+    monkeypatch.setitem(UNKNOWN, "has_residual", False)
+    module, (x, index, weights, *_) = experts_of(), example(5)
+    assert select_kernel(module, x, index, weights) == "loop"
+    module.has_residual = True
+    assert select_kernel(module, x, index, weights) == "grouped_mm"
+    module(x, index, weights)
+    assert "they have has_residual=True" in caplog.text
 
 
 @pytest.mark.parametrize("architecture", ["olmoe", "qwen3_moe", "mixtral"])
