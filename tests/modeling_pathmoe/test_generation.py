@@ -1,6 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
+from transformers import GenerationConfig
 
 
 NEW = 12
@@ -131,3 +132,39 @@ def test_decoding_from_embeddings_equals_decoding_from_tokens(tiny_model, tokens
 def test_logits_to_keep_are_the_last_ones(tiny_model, tokens, assert_same):
     model, ids = tiny_model(), tokens()
     assert_same(model(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:])
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"router_type": "recurrent"}, {"router_sharing": "decision", "output_router_logits": True}], ids=str
+)
+def test_other_ways_to_generate_equal_greedy_decoding(tiny_model, tokens, fields):
+    """Each of them hands the cache over in a way of its own."""
+    model, ids = tiny_model(**fields), tokens(1, 6)
+    expected = greedy_by_hand(model, ids)
+    for how in ({"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}):
+        assert torch.equal(model.generate(ids, **how, **GREEDY), expected), how
+
+
+@pytest.mark.parametrize("backend", ["quanto", "hqq"])
+def test_a_quantized_cache_decodes_nearly_the_same(tiny_model, tokens, backend):
+    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+    model, ids = tiny_model(), tokens(1, 6)
+    how = {"cache_implementation": "quantized", "cache_config": {"backend": backend, "nbits": 8}}
+    actual = model.generate(ids, output_logits=True, return_dict_in_generate=True, **how, **GREEDY)
+    torch.testing.assert_close(actual.logits[1], next_logits(model, actual.sequences[:, :7]), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"router_type": "recurrent"}, {"router_sharing": "decision", "output_router_logits": True}], ids=str
+)
+def test_continuous_batching_equals_greedy_decoding(tiny_model, tokens, fields):
+    """Requests of several lengths share a forward; the mask is four-dimensional, and the cache a paged one."""
+    model = tiny_model(pad_token_id=0, eos_token_id=98, **fields)
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 4, 6)]
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=98, pad_token_id=0)
+    outputs = model.generate_batch(inputs=prompts, generation_config=config)
+    found = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+    for prompt in prompts:
+        expected = greedy_by_hand(model, torch.tensor([prompt]))[0, len(prompt) :].tolist()
+        expected = expected[: expected.index(98) + 1] if 98 in expected else expected
+        assert list(found[tuple(prompt)]) == expected
