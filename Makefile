@@ -4,6 +4,7 @@
 # make browser-test  tries such a report in a browser; needs chromium and chromium-driver
 # make witness checks the evaluation with SmolLM2-135M           (about half an hour on 2 cores)
 # make compare evaluates it and the quick start, item by item    (LIMIT=200 items a task: a quarter of an hour on 2 cores)
+# make test-matrix   runs them with other versions of transformers, and loads their checkpoints in each other
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
 # make bench   times PathMoE beside its peers, at one shape        (10 minutes on 2 cores)
@@ -42,8 +43,9 @@ VENV_FLAGS := $(if $(GPU),--system-site-packages)
 WITNESS := runs/witness
 LIMIT ?= 200
 
-.PHONY: demo test witness compare path-report browser-test conformance presets bench bench-all bench-compiled \
-	bench-operators bench-gpu bench-routers bench-memory bench-paths experiment plan training-plot convert-witness faults lint clean
+.PHONY: demo test test-matrix witness compare path-report browser-test conformance presets bench bench-all \
+	bench-compiled bench-operators bench-gpu bench-routers bench-memory bench-paths experiment plan training-plot \
+	convert-witness faults lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -52,6 +54,9 @@ demo: $(RUN)/report.md
 
 test: .venv/.dev .venv/.data
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-matrix: .venv/.dev .venv/.data
+	$(BIN)/python tests/matrix/run.py $(ARGS)
 
 path-report: $(PATHS)/report.html $(PATHS)/qwen3_moe/report.html
 	@echo "The reports are $^."

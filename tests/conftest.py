@@ -7,10 +7,11 @@ import socket
 from pathlib import Path
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network; read when the libraries are imported
+# Read when the libraries are imported, and by the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores must not fight over them
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 import yaml  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -18,8 +19,6 @@ from transformers import set_seed  # noqa: E402
 
 from modeling_pathmoe import PathMoEConfig  # noqa: E402
 
-
-torch.set_num_threads(1)  # two workers on two cores must not fight over them
 
 # A busy machine is no failure.
 settings.register_profile("pathmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])

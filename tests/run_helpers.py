@@ -20,7 +20,7 @@ def launch(args, *launcher, script=(str(ROOT / "train_accelerate.py"),)):
     return subprocess.Popen(
         [sys.executable, *launcher, *script, *args],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -31,7 +31,8 @@ from modeling_pathmoe import (
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CODE_FILES = [f"{name}_pathmoe.py" for name in ("configuration", "loss", "modeling", "norm", "routing")]
+PARTS = ("attention", "cache", "configuration", "loss", "modeling", "norm", "routing")
+CODE_FILES = [f"{name}_pathmoe.py" for name in PARTS]
 AUTO_CLASSES = {
     "AutoModel": PathMoEModel,
     "AutoModelForCausalLM": PathMoEForCausalLM,
@@ -131,7 +132,6 @@ def without_package(tmp_path):
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
     }
 
 

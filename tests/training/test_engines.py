@@ -25,20 +25,25 @@ def single(recipe, tmp_path_factory):
     return folder
 
 
+def assert_same_training(run, other, key):
+    """Other engines sum in another order. At first that is the rounding of float32 sums of about 4e4 numbers,
+    eps * sqrt(4e4) = 2e-5. Adam then divides by gradients near zero and a token between two experts may take the
+    other, so later steps agree less; what an engine does wrong shows in the first ones."""
+    actual, expected = metrics(run, key=key), metrics(other, key=key)
+    late = 5e-2 if key == "grad_norm" else 1e-3
+    assert actual.keys() == expected.keys()
+    for step, value in expected.items():
+        assert actual[step] == pytest.approx(value, rel=2e-5 if step <= 5 else late), (key, step)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "fsdp_ep"])
 def test_two_processes_train_the_model_of_one(single, recipe, tmp_path, free_port, engine):
     ep_size = 2 if engine == "fsdp_ep" else 1
     args = recipe(tmp_path / "two", **FIELDS, engine=engine, ep_size=ep_size)
     output = accelerate_launch(args, "ddp" if engine == "fsdp_ep" else engine, free_port)
     assert {"ddp": "MULTI_CPU x 2", "fsdp": "FSDP x 2", "fsdp_ep": "FSDP x EP x 2"}[engine] in output
-    tolerance = 1e-4 if engine == "fsdp_ep" else 1e-5
-    assert metrics(tmp_path / "two") == pytest.approx(metrics(single), abs=tolerance)
-    # Expert parallelism sums in another order, and a token between two experts may then take the other.
-    relative = 1e-2 if engine == "fsdp_ep" else 1e-3
-    for key in ("eval_loss", "grad_norm"):
-        assert metrics(tmp_path / "two", key=key) == pytest.approx(
-            metrics(single, key=key), rel=relative, abs=tolerance
-        )
+    for key in ("loss", "eval_loss", "grad_norm"):
+        assert_same_training(tmp_path / "two", single, key)
     # Half of a run's first micro-batch each, so the routing is measured on other tokens.
     assert metrics(tmp_path / "two", key="router_grad_norm")[10] == pytest.approx(
         metrics(single, key="router_grad_norm")[10], rel=1e-2
@@ -69,7 +74,7 @@ def test_sharded_checkpoint_goes_on_in_one_process_and_back(single, recipe, tmp_
     cut(after=12)
     output = accelerate_launch(args, "fsdp", free_port)
     assert "step-00000012 was written by 1 processes and goes on with 2" in output
-    assert metrics(run) == pytest.approx(metrics(single), abs=1e-5)
+    assert_same_training(run, single, "loss")
 
 
 def test_two_processes_that_are_asked_to_stop_save_the_step_they_are_in(single, recipe, tmp_path, free_port):
@@ -81,7 +86,7 @@ def test_two_processes_that_are_asked_to_stop_save_the_step_they_are_in(single, 
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert int(checkpoint.name[-8:]) == max(metrics(tmp_path / "run")) < 20
     accelerate_launch(args, "ddp", free_port)
-    assert metrics(tmp_path / "run") == pytest.approx(metrics(single), abs=1e-5)
+    assert_same_training(tmp_path / "run", single, "loss")
 
 
 WORKER = """

@@ -23,7 +23,7 @@ def saved(tiny_model, tmp_path):
 @pytest.fixture
 def logits():
     """Returns a function that gives the float32 logits of the model in a folder for fixed tokens; of all architectures
-    by the same kernels, so that what is the same is so to the bit."""
+    by the same kernels."""
 
     @torch.no_grad()
     def compute(folder):
@@ -33,6 +33,14 @@ def logits():
         return model(torch.arange(64).view(2, 32) % model.config.vocab_size).logits
 
     return compute
+
+
+@pytest.fixture
+def rounding():
+    """Returns a function that gives what the same sums may differ by where threads, processors or the alignment of
+    loaded weights split them otherwise: half an eps for each of the terms that a logit of a tiny model is summed
+    from, five layers of about 64 (attention and experts of width 32). What is converted wrongly is off by 1e-2."""
+    return lambda logits: torch.finfo(torch.float32).eps / 2 * 5 * 64 * logits.abs().max().item()
 
 
 SENTENCES = [f"The {i}th {noun} counts to {i * i}." for i in range(30) for noun in ("line", "town", "river", "bird")]

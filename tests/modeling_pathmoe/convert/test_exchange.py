@@ -78,15 +78,17 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize("fields", EXPORTS.values(), ids=EXPORTS)
-def test_export_computes_the_same_and_comes_back_the_same(saved, tmp_path, logits, fields):
+def test_export_computes_the_same_and_comes_back_the_same(saved, tmp_path, logits, rounding, fields):
     source, blocks = saved(**fields), fields.get("router_block_size", 2)
     kind = "qwen3_moe" if fields.get("qk_norm", True) else "mixtral"
 
     manifest = export_checkpoint(source, tmp_path / "exported", max_shard_size="30KB")
 
     assert AutoConfig.from_pretrained(tmp_path / "exported").model_type == kind
-    tolerance = 0 if fields.get("router_type", "linear") == "linear" else 1e-4
-    torch.testing.assert_close(logits(tmp_path / "exported"), logits(source), rtol=0, atol=tolerance)
+    # A low-rank router's product is rounded once more when it becomes one matrix.
+    expected = logits(source)
+    tolerance = rounding(expected) * (1 if fields.get("router_type", "linear") == "linear" else 4)
+    torch.testing.assert_close(logits(tmp_path / "exported"), expected, rtol=0, atol=tolerance)
     assert manifest["verified"]["largest_logit_difference"] <= tolerance
     assert manifest["target"]["shards"] > 5
 
@@ -122,10 +124,11 @@ def test_export_is_in_the_published_layout(saved, tmp_path, fields, name):
     assert "auto_map" not in config
 
 
-def test_export_loads_where_pathmoe_is_not_known(saved, tmp_path, logits):
+def test_export_loads_where_pathmoe_is_not_known(saved, tmp_path, logits, rounding):
     source = saved()
     export_checkpoint(source, tmp_path / "exported")
-    torch.save(logits(source), tmp_path / "logits.pt")
+    expected = logits(source)
+    torch.save(expected, tmp_path / "logits.pt")
     code = f"""
 import sys
 sys.modules["modeling_pathmoe"] = None
@@ -137,7 +140,7 @@ print((logits - torch.load({str(tmp_path / "logits.pt")!r})).abs().max().item())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == 0
+    assert float(done.stdout) <= rounding(expected)
 
 
 @pytest.mark.parametrize(
