@@ -17,6 +17,7 @@ import os
 # Read when torch is imported. Threads that spin while they wait cost a busy machine most of its speed.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
+import copy
 import hashlib
 import json
 import math
@@ -52,6 +53,7 @@ from transformers import (
     get_wsd_schedule,
 )
 from transformers.distributed import DistributedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.output_capturing import install_all_output_capturing_hooks
 
 from data.batches import Batches, PackedBlocks, PackedStream, Prefetch, document_positions
@@ -201,9 +203,15 @@ def load_source(recipe: Recipe, source: Source):
         config=source.dataset_config,
         data_files=source.data_files,
         streaming=recipe.streaming,
+        max_bad_rows=recipe.max_bad_rows,
     )
     train = load(source.train_split)
     if source.validation_split is not None:
+        files = source.data_files
+        if isinstance(files, dict) and files.get(source.train_split) == files.get(source.validation_split):
+            tqdm.write(
+                f"WARNING: data_files: training and validation text are the same file, {files[source.train_split]!r}."
+            )
         return source, train, load(source.validation_split)
     column, every = source.text_column, recipe.holdout_every
     validation = train.filter(lambda row: is_held_out(row[column], every))
@@ -216,6 +224,57 @@ def load_source(recipe: Recipe, source: Source):
     return source, train, validation
 
 
+FIXED = {"dtype", "torch_dtype", "model_type", "architectures", "auto_map", "transformers_version"}
+MAX_LAYERS = 10_000
+
+
+def read_fields(file: Path) -> dict:
+    """The fields of a model configuration file; one that stands there twice is an error."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        names = [name for name, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} stands there twice.")
+        return dict(pairs)
+
+    fields = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    if not isinstance(fields, dict):
+        raise ValueError("the file must hold a JSON object.")
+    return fields
+
+
+def check_fields(fields: dict):
+    """Refuses sizes that no machine can build, before anything is built."""
+    layers = fields.get("num_hidden_layers", 1)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers={layers} must be at most {MAX_LAYERS}.")
+
+
+def check_model(recipe: Recipe, config: PreTrainedConfig):
+    """Finds out before the text is read what would stop the model from being built.
+
+    Raises:
+        RecipeError: If an implementation is not known or the weights do not fit into the memory of the machine.
+    """
+    kwargs = {
+        name: getattr(recipe, name)
+        for name in ("attn_implementation", "experts_implementation")
+        if getattr(recipe, name) is not None
+    }
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)
+    except (ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise RecipeError(f"model={recipe.model!r} with {kwargs} cannot be built: {error}") from error
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise RecipeError(
+            f"model={recipe.model!r}: its weights take {size / 1e9:,.0f} GB in float32 and this machine has "
+            f"{memory / 1e9:,.0f} GB of memory: take a smaller model, or run `plan` for this one."
+        )
+
+
 def build_config(recipe: Recipe) -> PreTrainedConfig:
     """Reads the model configuration that the recipe names and applies its overrides.
 
@@ -226,13 +285,19 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
         raise RecipeError(f"model={recipe.model!r}: there is no such file.")
     try:
         if recipe.model.endswith(".json"):
-            fields = json.loads(Path(recipe.model).read_text(encoding="utf-8")) | recipe.model_overrides
+            fields = read_fields(Path(recipe.model)) | recipe.model_overrides
+            check_fields(fields)
             config = AutoConfig.for_model(fields.pop("model_type", "pathmoe"), **fields)
         else:
+            check_fields(recipe.model_overrides)
             config = AutoConfig.from_pretrained(recipe.model, **recipe.model_overrides)
-    except (StrictDataclassError, OSError, ValueError) as error:
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RecipeError(f"model={recipe.model!r}: {error.__cause__ or error}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise RecipeError(f"model={recipe.model!r}: model_type={config.model_type!r} is not a causal language model.")
     known = set(type(config)().to_dict()) | set(type(config).attribute_map) | {"model_type", "architectures"}
+    if fixed := FIXED & set(recipe.model_overrides):
+        raise RecipeError(f"model_overrides has {sorted(fixed)}, which cannot be overridden: see precision and model.")
     if unknown := set(recipe.model_overrides) - known:
         raise RecipeError(f"model_overrides has {sorted(unknown)}, no fields of a {config.model_type} configuration.")
     if recipe.model.endswith(".json") and (unknown := set(fields) - known):
@@ -292,7 +357,9 @@ def load_checked(recipe: Recipe, source: str | Path, **kwargs) -> PreTrainedMode
     """Loads the checkpoint to go on from and refuses one that does not fit its configuration or is not finite."""
     what = f"model={recipe.model!r}"
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )  # tensors of another shape are refused below, by name
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise RecipeError(f"{what} could not be loaded: {error}") from error
     try:
@@ -674,6 +741,7 @@ def main(args: list[str] | None = None) -> int:
             config.check_grouped_mm_rows(torch.bfloat16)
         except ValueError as error:
             raise RecipeError(f"precision='bf16': {error}") from error
+    check_model(recipe, config)
     accelerator = build_accelerator(recipe)
     rows = recipe.micro_batch_size * accelerator.num_processes
     if recipe.batch_size % rows:

@@ -315,7 +315,9 @@ def parse_recipe(args: list[str]) -> Recipe:
             raise RecipeError(f"--config {config} must hold 'field: value' lines.")
     for name, value in given.items():
         text = name in fields and str in getattr(fields[name].type, "__args__", (fields[name].type,))
-        values[name] = value if text and value != "null" and value[:1] not in "{[" else parse_yaml(value, name)
+        values[name] = (
+            value if text and value != "null" and not value.startswith(("{", "[")) else parse_yaml(value, name)
+        )
     for name, value in values.items():
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
