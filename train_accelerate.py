@@ -17,12 +17,12 @@ import os
 # Read when torch is imported. Threads that spin while they wait cost a busy machine most of its speed.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
-import contextlib
+import copy
 import hashlib
 import json
 import math
 import resource
-import shutil
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -38,8 +38,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
-from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -52,15 +53,21 @@ from transformers import (
     get_wsd_schedule,
 )
 from transformers.distributed import DistributedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.output_capturing import install_all_output_capturing_hooks
 
 from data.batches import Batches, PackedBlocks, PackedStream, Prefetch, document_positions
 from data.text import DataError, load_text, pack, train_tokenizer
 from modeling_pathmoe import PathMoERouter, update_selection_bias
 from modeling_pathmoe.accounting import count_parameters, forward_flops_per_token
-from training.checkpoints import CheckpointError, Checkpoints, find_checkpoint, step_of
+from modeling_pathmoe.command import UserError, run_command
+from modeling_pathmoe.files import write_aside, write_text
+from modeling_pathmoe.loading import check_finite, check_loading_report
+from training.checkpoints import Checkpoints, find_checkpoint, step_of
 from training.engine import StopOnSignal, accumulate, build_accelerator, clip_gradients, gradient_norm, whole
-from training.log import Log, is_spike, plot, read_metrics
+from training.final import save_final
+from training.log import Log, is_spike, plot
+from training.output import check_inputs, hold_output, is_finished, set_aside
 from training.plan import plan
 from training.recipe import Recipe, RecipeError, Source, parse_recipe
 from training.routing import RoutingMonitor
@@ -69,25 +76,46 @@ from training.routing import RoutingMonitor
 INTERRUPTED = 75  # exit status of a run that was asked to stop and can be resumed (EX_TEMPFAIL)
 
 
-class Diverged(ArithmeticError):
+WAY_OUT = (
+    "Go on from an older checkpoint with a lower learning rate: --resume OUTPUT_DIR/checkpoints/step-… "
+    "--learning_rate …"
+)
+
+
+class Diverged(UserError, ArithmeticError):
     """The loss or the gradients have not been finite for several steps. What was saved before that is whole."""
 
 
 def build_tokenizer(
-    recipe: Recipe, texts: list[tuple[Source, Dataset]], vocab_size: int, accelerator: Accelerator
+    recipe: Recipe,
+    texts: list[tuple[Source, Dataset]],
+    vocab_size: int,
+    accelerator: Accelerator,
+    fresh: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """Loads the recipe's tokenizer, or the one that this run has trained or now trains on its text."""
+    """Loads the recipe's tokenizer, or the one that this run has trained or now trains on its text.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+        texts (`list`): The sources and their text, needed where a tokenizer is trained.
+        vocab_size (`int`): The model's.
+        accelerator (`Accelerator`): The engine.
+        fresh (`bool`, defaults to `True`): Whether nothing has been trained yet. A tokenizer that an earlier start
+            left, on whatever text, is then set aside.
+    """
     name = recipe.tokenizer
     if name is None and not recipe.model.endswith(".json"):
         name = recipe.model
     if name is None:
         folder = Path(recipe.output_dir) / "tokenizer"
+        if accelerator.is_main_process and fresh and os.path.lexists(folder):
+            accelerator.print(f"{folder} was there before this run and is kept as {set_aside(folder)}.")
         if accelerator.is_main_process and not folder.exists():
             # A sample is enough for the merges and keeps this short on large data.
             sample = (row[source.text_column] for source, text in texts for row in text.take(50_000 // len(texts)))
             tokenizer = train_tokenizer(tqdm(sample, desc="train tokenizer", disable=None, unit="doc"), vocab_size)
-            tokenizer.save_pretrained(folder.with_suffix(".partial"))
-            folder.with_suffix(".partial").rename(folder)
+            with write_aside(folder) as partial:
+                tokenizer.save_pretrained(partial)
         accelerator.wait_for_everyone()
         name = str(folder)
     try:
@@ -104,8 +132,15 @@ def build_tokenizer(
     return tokenizer
 
 
-def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int):
+def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int, fresh: bool = True):
     """Loads and packs the text; every complaint about the data is made here, before there is a model.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+        accelerator (`Accelerator`): The engine.
+        vocab_size (`int`): The model's.
+        fresh (`bool`, defaults to `True`): Whether nothing has been trained yet, so that nothing which an earlier
+            start left is used.
 
     Returns:
         `tuple`: the tokenizer, the training batches and the validation blocks, an int array of shape
@@ -113,7 +148,8 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int):
     """
     with accelerator.main_process_first():
         texts = [load_source(recipe, source) for source in recipe.sources]
-    tokenizer = build_tokenizer(recipe, [(source, train) for source, train, _ in texts], vocab_size, accelerator)
+    readable = [(source, train) for source, train, _ in texts]
+    tokenizer = build_tokenizer(recipe, readable, vocab_size, accelerator, fresh)
     weights = [source.weight for source in recipe.sources]
     rank, world_size, length = accelerator.process_index, accelerator.num_processes, recipe.sequence_length
     cache = Path(recipe.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "pathmoe")
@@ -121,7 +157,11 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int):
     for number, (source, train, validation) in enumerate(texts):
         share = max(1, round(recipe.eval_sequences * source.weight / sum(weights)))
         if recipe.streaming:
-            held_out.append(hold_out_stream(recipe, accelerator, validation, tokenizer, source, number, share))
+            file = Path(recipe.output_dir) / f"validation-{number}.npy"
+            if accelerator.is_main_process and (fresh or not file.exists()):
+                hold_out_stream(recipe, file, validation, tokenizer, source, share)
+            accelerator.wait_for_everyone()
+            held_out.append(np.load(file))
             train = split_dataset_by_node(train, rank, world_size)
             sources.append(
                 PackedStream(train, tokenizer, source.text_column, length, recipe.seed, recipe.shuffle_window)
@@ -136,22 +176,16 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int):
     return tokenizer, Prefetch(batches) if recipe.streaming else batches, np.concatenate(held_out)
 
 
-def hold_out_stream(
-    recipe: Recipe, accelerator: Accelerator, validation, tokenizer, source: Source, number: int, share: int
-) -> np.ndarray:
-    """The first `share` validation blocks of a stream. They are read once, by the main process, and kept: to come by
-    one held-out document a hundred others may have to be read."""
-    file = Path(recipe.output_dir) / f"validation-{number}.npy"
-    if accelerator.is_main_process and not file.exists():
-        stream = PackedStream(validation, tokenizer, source.text_column, recipe.sequence_length)
-        try:
-            blocks = [stream.next_block() for _ in tqdm(range(share), desc="read validation text", disable=None)]
-        except DataError as error:
-            raise DataError(f"validation text of dataset={source.dataset!r}: {error}") from error
-        np.save(file.with_suffix(".partial.npy"), np.array(blocks, dtype=np.int32))
-        file.with_suffix(".partial.npy").rename(file)
-    accelerator.wait_for_everyone()
-    return np.load(file)
+def hold_out_stream(recipe: Recipe, file: Path, validation, tokenizer, source: Source, share: int):
+    """Writes the first `share` validation blocks of a stream to a file. They are read once, by the main process, and
+    kept: to come by one held-out document a hundred others may have to be read."""
+    stream = PackedStream(validation, tokenizer, source.text_column, recipe.sequence_length)
+    try:
+        blocks = [stream.next_block() for _ in tqdm(range(share), desc="read validation text", disable=None)]
+    except DataError as error:
+        raise DataError(f"validation text of dataset={source.dataset!r}: {error}") from error
+    with write_aside(file) as partial:
+        np.save(partial, np.array(blocks, dtype=np.int32))
 
 
 def is_held_out(text: str, every: int) -> bool:
@@ -169,9 +203,15 @@ def load_source(recipe: Recipe, source: Source):
         config=source.dataset_config,
         data_files=source.data_files,
         streaming=recipe.streaming,
+        max_bad_rows=recipe.max_bad_rows,
     )
     train = load(source.train_split)
     if source.validation_split is not None:
+        files = source.data_files
+        if isinstance(files, dict) and files.get(source.train_split) == files.get(source.validation_split):
+            tqdm.write(
+                f"WARNING: data_files: training and validation text are the same file, {files[source.train_split]!r}."
+            )
         return source, train, load(source.validation_split)
     column, every = source.text_column, recipe.holdout_every
     validation = train.filter(lambda row: is_held_out(row[column], every))
@@ -184,6 +224,57 @@ def load_source(recipe: Recipe, source: Source):
     return source, train, validation
 
 
+FIXED = {"dtype", "torch_dtype", "model_type", "architectures", "auto_map", "transformers_version"}
+MAX_LAYERS = 10_000
+
+
+def read_fields(file: Path) -> dict:
+    """The fields of a model configuration file; one that stands there twice is an error."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        names = [name for name, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} stands there twice.")
+        return dict(pairs)
+
+    fields = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    if not isinstance(fields, dict):
+        raise ValueError("the file must hold a JSON object.")
+    return fields
+
+
+def check_fields(fields: dict):
+    """Refuses sizes that no machine can build, before anything is built."""
+    layers = fields.get("num_hidden_layers", 1)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers={layers} must be at most {MAX_LAYERS}.")
+
+
+def check_model(recipe: Recipe, config: PreTrainedConfig):
+    """Finds out before the text is read what would stop the model from being built.
+
+    Raises:
+        RecipeError: If an implementation is not known or the weights do not fit into the memory of the machine.
+    """
+    kwargs = {
+        name: getattr(recipe, name)
+        for name in ("attn_implementation", "experts_implementation")
+        if getattr(recipe, name) is not None
+    }
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)
+    except (ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise RecipeError(f"model={recipe.model!r} with {kwargs} cannot be built: {error}") from error
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise RecipeError(
+            f"model={recipe.model!r}: its weights take {size / 1e9:,.0f} GB in float32 and this machine has "
+            f"{memory / 1e9:,.0f} GB of memory: take a smaller model, or run `plan` for this one."
+        )
+
+
 def build_config(recipe: Recipe) -> PreTrainedConfig:
     """Reads the model configuration that the recipe names and applies its overrides.
 
@@ -194,13 +285,19 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
         raise RecipeError(f"model={recipe.model!r}: there is no such file.")
     try:
         if recipe.model.endswith(".json"):
-            fields = json.loads(Path(recipe.model).read_text(encoding="utf-8")) | recipe.model_overrides
+            fields = read_fields(Path(recipe.model)) | recipe.model_overrides
+            check_fields(fields)
             config = AutoConfig.for_model(fields.pop("model_type", "pathmoe"), **fields)
         else:
+            check_fields(recipe.model_overrides)
             config = AutoConfig.from_pretrained(recipe.model, **recipe.model_overrides)
-    except (StrictDataclassError, OSError, ValueError) as error:
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RecipeError(f"model={recipe.model!r}: {error.__cause__ or error}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise RecipeError(f"model={recipe.model!r}: model_type={config.model_type!r} is not a causal language model.")
     known = set(type(config)().to_dict()) | set(type(config).attribute_map) | {"model_type", "architectures"}
+    if fixed := FIXED & set(recipe.model_overrides):
+        raise RecipeError(f"model_overrides has {sorted(fixed)}, which cannot be overridden: see precision and model.")
     if unknown := set(recipe.model_overrides) - known:
         raise RecipeError(f"model_overrides has {sorted(unknown)}, no fields of a {config.model_type} configuration.")
     if recipe.model.endswith(".json") and (unknown := set(fields) - known):
@@ -246,13 +343,32 @@ def build_model(
     if new and recipe.ep_size == 1:
         model = AutoModelForCausalLM.from_config(config, **kwargs)
     else:
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, **kwargs)
+        model = load_checked(recipe, source, config=config, **kwargs)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.compile:
         if recipe.routing_every:
             install_all_output_capturing_hooks(model.base_model)  # a compiled forward cannot
         model.compile()
+    return model
+
+
+def load_checked(recipe: Recipe, source: str | Path, **kwargs) -> PreTrainedModel:
+    """Loads the checkpoint to go on from and refuses one that does not fit its configuration or is not finite."""
+    what = f"model={recipe.model!r}"
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )  # tensors of another shape are refused below, by name
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        raise RecipeError(f"{what} could not be loaded: {error}") from error
+    try:
+        check_loading_report(info, what, recipe.initialize_missing)
+        if recipe.ep_size == 1:
+            check_finite(model, what)
+    except UserError as error:
+        hint = " To draw missing tensors from the seed, set initialize_missing=true." if info["missing_keys"] else ""
+        raise RecipeError(f"{error}{hint}") from error
     return model
 
 
@@ -358,7 +474,8 @@ def evaluate(
         totals += torch.stack([total.double().cpu(), count_targets(inputs).double().cpu()]) * bool(len(real))
     total, count = accelerator.reduce(totals.to(accelerator.device, torch.float32), reduction="sum").tolist()
     model.train()
-    return {"eval_loss": total / count, "eval_perplexity": float(np.exp(total / count))}
+    loss = total / count if count else math.nan
+    return {"eval_loss": loss, "eval_perplexity": float(np.exp(loss))}
 
 
 @torch.no_grad()
@@ -456,7 +573,8 @@ def train(
                 optimizer.step()
                 update_selection_bias(unwrapped)
                 counters["bad_steps_in_a_row"] = 0
-                if is_spike(counters, loss):
+                counters["healthy"] = not is_spike(counters, loss)
+                if not counters["healthy"]:
                     log.write(f"step {step} | loss spike: {loss:.4f}, running mean {counters['loss_mean']:.4f}",
                               step=step, loss_spike=loss, grad_norm=norm)  # fmt: skip
             else:
@@ -499,7 +617,10 @@ def train(
                 metrics = evaluate(model, held_out, recipe, accelerator, end_of_text)
                 log.write("step {step} | validation loss {eval_loss:.4f} | perplexity {eval_perplexity:.2f}".format(
                     step=step, **metrics), step=step, **metrics)  # fmt: skip
+                if last:
+                    check_evaluation(metrics, step)
             if last or stopping or (recipe.checkpoint_every and step % recipe.checkpoint_every == 0):
+                check_weights(unwrapped, step)
                 checkpoints.save(step)
             clock += time.perf_counter() - paused
             if stopping and not last:
@@ -522,6 +643,7 @@ def skip_bad_step(recipe: Recipe, model, counters: dict, log: Log, step: int, lo
     """Notes a step whose loss or gradients are not finite, which is not taken, and gives up after several in a row."""
     counters["skipped_steps"] += 1
     counters["bad_steps_in_a_row"] += 1
+    counters["healthy"] = False
     bad = [
         name
         for name, parameter in model.named_parameters()
@@ -542,9 +664,30 @@ def skip_bad_step(recipe: Recipe, model, counters: dict, log: Log, step: int, lo
     if counters["bad_steps_in_a_row"] >= recipe.max_bad_steps:
         raise Diverged(
             f"{recipe.max_bad_steps} steps in a row were not finite, the last at step {step} (loss {loss}, gradient "
-            f"norm {norm}); not finite: {where}. Lower learning_rate={recipe.learning_rate}, or go on from an older "
-            "checkpoint with --resume."
+            f"norm {norm}); not finite: {where}. Lower learning_rate={recipe.learning_rate}. {WAY_OUT}"
         )
+
+
+def check_weights(model: torch.nn.Module, step: int):
+    """Refuses to save weights that are not finite.
+
+    Raises:
+        Diverged: On all ranks, if any of them has such weights.
+    """
+    bad = [
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.isfinite(parameter.to_local() if isinstance(parameter, DTensor) else parameter).all()
+    ]
+    if bad := sorted(set(gather_object(bad))):
+        raise Diverged(f"step {step}: {bad[0]} holds values that are not finite. {WAY_OUT}")
+
+
+def check_evaluation(metrics: dict[str, float], step: int):
+    """Refuses a result whose evaluation is not finite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise Diverged(f"step {step}: {name}={value} is not finite, so that no result is written. {WAY_OUT}")
 
 
 def report_routing(measured: dict, collapse: list[str], log: Log, step: int):
@@ -578,69 +721,6 @@ def cross_entropy(output, config: PreTrainedConfig, share: torch.Tensor) -> torc
     return loss.detach()
 
 
-def save_final(recipe: Recipe, accelerator: Accelerator, model, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Writes the Hub-ready folder: weights, code, tokenizer, recipe and model card."""
-    folder = Path(recipe.output_dir) / "final"
-    partial = folder.with_name("final.partial")
-    unwrapped = accelerator.unwrap_model(model)
-    if recipe.ep_size > 1:
-        unwrapped.save_pretrained(partial)
-    else:
-        state_dict = accelerator.get_state_dict(model)
-        if accelerator.is_main_process:
-            own = dict(unwrapped.named_parameters()) | dict(unwrapped.named_buffers())  # tied weights once
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name in own}
-            unwrapped.save_pretrained(partial, state_dict=state_dict)
-    if accelerator.is_main_process:
-        tokenizer.save_pretrained(partial)
-        shutil.copy(Path(recipe.output_dir) / "recipe.yaml", partial)
-        (partial / "README.md").write_text(model_card(recipe, unwrapped.config), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def model_card(recipe: Recipe, config: PreTrainedConfig) -> str:
-    """The model card: how to load the model, how it was trained, and the numbers that were measured."""
-    metrics = read_metrics(Path(recipe.output_dir) / "metrics.jsonl")
-    trained = ([m for m in metrics if "loss" in m] or [{"tokens": 0, "loss": math.nan}])[-1]
-    evaluated = [m for m in metrics if "eval_loss" in m][-1]
-    count = count_parameters(config)
-    blocks = f", router block size {config.router_block_size}" if config.model_type == "pathmoe" else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [{config.model_type}, mixture-of-experts]
----
-# {Path(recipe.output_dir).resolve().name}
-
-A {config.model_type} language model ({count["total"]:,} parameters, {count["active"]:,} active per token{blocks}).
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER_OR_REPOSITORY", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER_OR_REPOSITORY")
-```
-
-With the `pathmoe` package imported, `trust_remote_code` is not needed.
-
-| measured | |
-|---|---|
-| tokens trained on | {trained["tokens"]:,} |
-| training loss, last step | {trained["loss"]:.4f} |
-| validation loss | {evaluated["eval_loss"]:.4f} |
-| validation perplexity (per token) | {evaluated["eval_perplexity"]:.2f} |
-
-Trained with this recipe (`recipe.yaml`):
-
-```yaml
-{yaml.safe_dump(vars(recipe), sort_keys=False).strip()}
-```
-"""
-
-
 def main(args: list[str] | None = None) -> int:
     """Runs a recipe. Returns the exit status: 0, or `INTERRUPTED` when stopped by a signal after a checkpoint.
 
@@ -661,6 +741,7 @@ def main(args: list[str] | None = None) -> int:
             config.check_grouped_mm_rows(torch.bfloat16)
         except ValueError as error:
             raise RecipeError(f"precision='bf16': {error}") from error
+    check_model(recipe, config)
     accelerator = build_accelerator(recipe)
     rows = recipe.micro_batch_size * accelerator.num_processes
     if recipe.batch_size % rows:
@@ -672,52 +753,35 @@ def main(args: list[str] | None = None) -> int:
         return run(recipe, config, accelerator)
 
 
-@contextlib.contextmanager
-def hold_output(recipe: Recipe, accelerator: Accelerator):
-    """Keeps other runs from writing to the same folder. What is held goes away with the process, however it ends."""
-    if not accelerator.is_main_process:
-        yield
-        return
-    Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(Path(recipe.output_dir) / "run.lock", timeout=0):
-            yield
-    except Timeout:
-        raise RecipeError(
-            f"output_dir={recipe.output_dir!r} is being written by another run: stop that one (a launcher that is "
-            "killed can leave its processes behind), or choose another folder."
-        ) from None
-
-
 def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> int:
     """Trains, from the start or from a checkpoint, and returns the exit status."""
     output = Path(recipe.output_dir)
+    check_inputs(recipe)
     checkpoint = find_checkpoint(recipe, accelerator)
-    if checkpoint is not None and step_of(checkpoint) >= recipe.max_steps and (output / "final").is_dir():
-        accelerator.print(f"{output / 'final'} is done: {checkpoint.name} of max_steps={recipe.max_steps}.")
+    if is_finished(recipe, checkpoint, 0 if checkpoint is None else step_of(checkpoint)):
+        accelerator.print(f"{output / 'final'} is done: max_steps={recipe.max_steps}.")
         return 0
-    if accelerator.is_main_process:
-        (output / "recipe.partial").write_text(yaml.safe_dump(vars(recipe), sort_keys=False))
-        (output / "recipe.partial").rename(output / "recipe.yaml")
-        # What an earlier run left is not this one's: its result, and its tokenizer if nothing was trained with it.
-        shutil.rmtree(output / "final", ignore_errors=True)
-        if checkpoint is None:
-            shutil.rmtree(output / "tokenizer", ignore_errors=True)
-            for kept in output.glob("validation-*.npy"):
-                kept.unlink()
-    accelerator.wait_for_everyone()
-
-    tokenizer, batches, held_out = build_data(recipe, accelerator, config.vocab_size)
-    model = build_model(recipe, config, tokenizer, accelerator)
+    model = None
+    if not recipe.model.endswith(".json"):  # what is wrong with a checkpoint is found before the text is read
+        model = build_model(recipe, config, build_tokenizer(recipe, [], config.vocab_size, accelerator), accelerator)
+    tokenizer, batches, held_out = build_data(recipe, accelerator, config.vocab_size, fresh=checkpoint is None)
+    if model is None:
+        model = build_model(recipe, config, tokenizer, accelerator)
     optimizer, scheduler = build_optimizer(recipe, model)
     if recipe.ep_size == 1:
         model, optimizer = accelerator.prepare(model, optimizer)
     counters = {"skipped_steps": 0, "bad_steps_in_a_row": 0, "losses_seen": 0, "loss_mean": 0.0, "loss_variance": 0.0}
+    counters |= {"healthy": True, "changes": []}
     checkpoints, first_step = Checkpoints(recipe, accelerator, model, optimizer, scheduler, batches, counters), 0
     if checkpoint is not None:
         first_step = checkpoints.load(checkpoint)
         accelerator.print(f"resumed from {checkpoint}")
+    if accelerator.is_main_process:
+        write_text(output / "recipe.yaml", yaml.safe_dump(vars(recipe), sort_keys=False))
     log = Log(recipe, accelerator, first_step)
+    for change in counters["changes"]:
+        if change["step"] == first_step:
+            log.write(f"step {first_step} | {change['field']}: {change['before']} → {change['after']}", **change)
     count = count_parameters(config)
     engine = "FSDP x EP" if recipe.ep_size > 1 else accelerator.distributed_type.value
     accelerator.print(
@@ -739,15 +803,17 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
         tokenizer.eos_token_id,
     )
     if done:
-        accelerator.print(f"saved {save_final(recipe, accelerator, model, tokenizer)}")
+        accelerator.print(f"saved {save_final(recipe, accelerator, model, tokenizer, counters['changes'])}")
     else:
         accelerator.print("stopped after a checkpoint; --resume auto goes on.")
     accelerator.end_training()
     return 0 if done else INTERRUPTED
 
 
+def command() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run can be resumed
+    return main()
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (RecipeError, DataError, Diverged, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+    run_command(command, interrupted=INTERRUPTED)

@@ -1,26 +1,36 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """From a data source to blocks of token ids: load, train a tokenizer, tokenise, pack."""
 
+import bz2
 import glob
+import gzip
 import hashlib
 import json
-from collections.abc import Iterable
+import lzma
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from modeling_pathmoe.command import UserError
+
 
 END_OF_TEXT = "<|endoftext|>"
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv", ".arrow": "arrow"}
+BUILDERS = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text",
+    ".csv": "csv", ".arrow": "arrow",
+}  # fmt: skip
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PROBLEM = "pathmoe_problem"  # column that says where a row without text stands and what is wrong with it
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The data cannot be used as asked. The message says what was found and what to do."""
 
 
@@ -32,85 +42,267 @@ def load_text(
     data_files: str | list[str] | dict | None = None,
     streaming: bool = False,
     cache_dir: str | Path | None = None,
+    max_bad_rows: int = 100,
 ) -> Dataset | IterableDataset:
-    """Loads one split of a text data set and checks that it holds text.
+    """Loads one split of a text data set, checks that it holds text, and leaves out rows without any.
 
     Args:
-        dataset (`str`): A file (.txt, .jsonl, .json, .parquet, .csv, .arrow), a folder written by `save_to_disk`, or
-            whatever `datasets.load_dataset` takes: a builder such as `"json"` with `data_files`, or a Hub name.
+        dataset (`str`): A file (.txt, .md, .jsonl, .json, .parquet, .csv, .arrow; text and JSON also compressed as
+            .gz, .bz2 or .xz), a folder written by `save_to_disk`, or whatever `datasets.load_dataset` takes: a builder
+            such as `"json"` with `data_files`, or a Hub name.
         split (`str`): Name of the split; `"train"` for a lone file. In .txt files, blank lines part the documents.
         text_column (`str`): Column that holds the text.
         config (`str`, *optional*): Configuration name of a Hub data set.
         data_files (`str`, `list` or `dict`, *optional*): As for `load_dataset`; relative to the working directory.
         streaming (`bool`): Whether to read as it goes instead of preparing all of it first.
         cache_dir (`str` or `Path`, *optional*): Where `datasets` keeps what it prepares.
+        max_bad_rows (`int`, defaults to 100): How many rows without readable text are left out: null, of another
+            type, without the column, broken JSON, invalid UTF-8. With one more, a `DataError` names the row.
 
     Returns:
         `Dataset` or `IterableDataset`: The split, with only its text column.
 
     Raises:
-        DataError: If a file or the split or the column is missing, or there is no text in it.
+        DataError: If a file or the split or the column is missing, or there is no text in it. A stream raises it where
+            it meets the row.
     """
-    path, options = Path(dataset), {}
-    if path.suffix in BUILDERS:
+    path, source = Path(dataset), dataset
+    if (kind := find_builder(path)) is not None:
         if data_files is not None:
             raise DataError(
-                f"dataset={dataset!r} is a file already: name both files in data_files, with dataset="
-                f"{BUILDERS[path.suffix]!r}."
+                f"dataset={dataset!r} is a file already: name both files in data_files, with dataset={kind!r}."
             )
         if split != "train":
             raise DataError(
                 f"dataset={dataset!r} is one file and has no split {split!r}: name a file for it in data_files."
             )
-        dataset, data_files = BUILDERS[path.suffix], {split: dataset}
-    if dataset == "text":
-        options["sample_by"] = "paragraph"
-    for entry in data_files.values() if isinstance(data_files, dict) else [data_files]:
-        for file in [entry] if isinstance(entry, str) else entry or []:
-            if "://" in file:
-                continue
-            if not (found := glob.glob(file, recursive=True)):
-                raise DataError(f"data file {file!r} does not exist (looked in {Path.cwd()}).")
-            if not any(Path(name).stat().st_size for name in found):
-                raise DataError(f"data file {file!r} is empty.")
-    if isinstance(data_files, dict) and split not in data_files:
-        raise DataError(f"data_files has no split {split!r}, only {sorted(data_files)}.")
-
+        dataset, data_files = kind, {split: dataset}
+    files = find_files(data_files, split)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        data = load_from_disk(str(path))
-        if isinstance(data, DatasetDict):
-            if split not in data:
-                raise DataError(f"{dataset} has no split {split!r}, only {sorted(data)}.")
-            data = data[split]
-        elif split != "train":
-            raise DataError(f"dataset={dataset!r} was saved without splits, so it has no split {split!r}.")
-        if streaming:
-            data = data.to_iterable_dataset()
+        data = load_saved(dataset, split, streaming)
     else:
+        cache_dir = None if cache_dir is None else str(cache_dir)
         try:
-            data = load_dataset(
-                dataset,
-                config,
-                data_files=data_files,
-                split=split,
-                streaming=streaming,
-                cache_dir=None if cache_dir is None else str(cache_dir),
-                **options,
-            )
+            if dataset in READERS and files is not None:
+                data = read_files(READERS[dataset], files, text_column, streaming, cache_dir)
+            else:
+                data = load_dataset(
+                    dataset, config, data_files=data_files, split=split, streaming=streaming, cache_dir=cache_dir
+                )
+            next(iter(data), None)
         except Exception as error:
             reason = f"{error} {error.__cause__ or ''}".strip() or type(error).__name__
-            source = dataset if data_files is None else f"{dataset} {data_files}"
-            raise DataError(f"could not load split {split!r} of {source}: {reason}") from error
-
+            where = dataset if data_files is None else f"{dataset} {data_files}"
+            raise DataError(f"could not load split {split!r} of {where}: {reason}") from error
     first = next(iter(data), None)
     if first is None:
         raise DataError(f"split {split!r} of {path} is empty.")
     if text_column not in first:
         raise DataError(f"split {split!r} of {path} has no column {text_column!r}, only {sorted(first)}.")
-    if not isinstance(first[text_column], str):
+    if first[text_column] is not None and not isinstance(first[text_column], str):
         kind = type(first[text_column]).__name__
         raise DataError(f"column {text_column!r} of {path} holds {kind}, not text: choose another text_column.")
-    return data.select_columns([text_column])
+    return leave_out_bad_rows(data, source, text_column, max_bad_rows)
+
+
+def find_builder(path: Path) -> str | None:
+    """The builder that reads a file of this name, `None` for a name that is not that of a text file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in OPENERS:
+        builder = BUILDERS.get(suffixes[-2]) if len(suffixes) > 1 else None
+        return builder if builder in READERS else None
+    return BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def find_files(data_files: str | list | dict | None, split: str) -> list[str] | None:
+    """The local files of a split in order, `None` when there are none or some are remote.
+
+    Raises:
+        DataError: If the split is not there, or if a file of any split is missing, empty or a folder.
+    """
+    if data_files is None:
+        return None
+    entries = data_files if isinstance(data_files, dict) else {split: data_files}
+    found = {}
+    for name, entry in entries.items():
+        for file in [entry] if isinstance(entry, str) else entry or []:
+            if not isinstance(file, str) or not file:
+                raise DataError(f"data_files has {file!r} where the name of a file should be.")
+            if "://" in file:
+                return None
+            files = [file] if Path(file).exists() else sorted(glob.glob(file, recursive=True))
+            files = [name for name in files if not (len(files) > 1 and Path(name).is_dir())]
+            if not files:
+                raise DataError(f"data file {file!r} does not exist (looked in {Path.cwd()}).")
+            if Path(files[0]).is_dir():
+                raise DataError(f"data file {file!r} is a folder: name the files in it, such as {file}/*.jsonl.")
+            if not any(Path(name).stat().st_size for name in files):
+                raise DataError(f"data file {file!r} is empty.")
+            found[name] = found.get(name, []) + files
+    if split not in found:
+        raise DataError(f"data_files has no split {split!r}, only {sorted(found)}.")
+    return found[split]
+
+
+def load_saved(dataset: str, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """A split of a folder that `save_to_disk` has written."""
+    try:
+        data = load_from_disk(dataset)
+    except Exception as error:
+        raise DataError(f"dataset={dataset!r} could not be loaded: {error}") from error
+    if isinstance(data, DatasetDict):
+        if split not in data:
+            raise DataError(f"{dataset} has no split {split!r}, only {sorted(data)}.")
+        data = data[split]
+    elif split != "train":
+        raise DataError(f"dataset={dataset!r} was saved without splits, so it has no split {split!r}.")
+    return data.to_iterable_dataset() if streaming else data
+
+
+def read_files(reader, files: list[str], column: str, streaming: bool, cache_dir: str | None):
+    """Text and JSON files as a data set that has, for rows without text, the problem in their place."""
+    # The times and sizes make a changed file another data set to the cache.
+    stamps = [(file, Path(file).stat().st_mtime_ns, Path(file).stat().st_size) for file in files]
+    features = Features({column: Value("string"), PROBLEM: Value("string")})
+    options = {"features": features, "gen_kwargs": {"files": stamps, "column": column}}
+    if streaming:
+        return IterableDataset.from_generator(reader, **options)
+    return Dataset.from_generator(reader, cache_dir=cache_dir, **options)
+
+
+def open_bytes(file: str):
+    return OPENERS.get(Path(file).suffix.lower(), open)(file, "rb")
+
+
+def read_json(files: list[tuple], column: str) -> Iterator[dict]:
+    """The rows of JSON Lines files, or of files that hold one JSON list."""
+    for file, *_ in files:
+        with open_bytes(file) as stream:
+            lines = iter(stream)
+            first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
+            if first.lstrip()[:1] == b"[":
+                content = first + stream.read()
+                try:
+                    rows = json.loads(content.decode())
+                except (ValueError, RecursionError) as error:
+                    yield {column: None, PROBLEM: f"{file} is not valid JSON ({error})"}
+                    continue
+                for number, row in enumerate(rows, 1):
+                    yield check_row(row, column, f"{file} row {number}")
+                continue
+            for number, line in enumerate(chain([first], lines), 1):
+                if not line.strip():
+                    continue
+                where = f"{file} line {number}"
+                try:
+                    row = json.loads(line.decode())
+                except UnicodeDecodeError:
+                    yield {column: None, PROBLEM: f"{where} is not valid UTF-8"}
+                except (ValueError, RecursionError) as error:
+                    yield {column: None, PROBLEM: f"{where} is not valid JSON ({error})"}
+                else:
+                    yield check_row(row, column, where)
+
+
+def check_row(row, column: str, where: str) -> dict:
+    """A row of a JSON file, or what is wrong with it."""
+    problem = None
+    if not isinstance(row, dict):
+        problem = f"{where} holds {type(row).__name__}, not an object"
+    elif column not in row:
+        problem = f"{where} has no column {column!r}, only {sorted(row)}"
+    elif row[column] is None:
+        problem = f"{where} holds null where a text should be"
+    elif not isinstance(row[column], str):
+        problem = f"{where}: column {column!r} holds {type(row[column]).__name__}, not text"
+    elif any("\ud800" <= character <= "\udfff" for character in row[column]):
+        problem = f"{where} holds half of a surrogate pair"
+    return {column: row[column] if problem is None else None, PROBLEM: problem}
+
+
+def read_paragraphs(files: list[tuple], column: str) -> Iterator[dict]:
+    """The documents of text files, which blank lines part."""
+    for file, *_ in files:
+        with open_bytes(file) as stream:
+            lines, number, start = [], 0, 1
+            for number, line in enumerate(chain(stream, [b""]), 1):
+                if line.strip():
+                    start = start if lines else number
+                    lines.append(line)
+                elif lines:
+                    content, lines = b"".join(lines).replace(b"\r\n", b"\n").removesuffix(b"\n"), []
+                    try:
+                        yield {column: content.decode("utf-8-sig"), PROBLEM: None}
+                    except UnicodeDecodeError:
+                        yield {column: None, PROBLEM: f"{file} line {start}: the paragraph is not valid UTF-8"}
+
+
+READERS = {"json": read_json, "text": read_paragraphs}
+
+
+class BadRows:
+    """Leaves rows without text out of a stream, and counts them.
+
+    Args:
+        source (`str`): The data set, for the message.
+        column (`str`): Column that holds the text.
+        limit (`int`): How many of them there may be.
+    """
+
+    def __init__(self, source: str, column: str, limit: int):
+        self.source, self.column, self.limit, self.seen = source, column, limit, set()
+
+    def __call__(self, row: dict, index: int) -> bool:
+        text = row[self.column]
+        if isinstance(text, str):
+            return True
+        problem = row.get(PROBLEM) or f"row {index + 1} of {self.source} holds {text!r} where a text should be"
+        if problem not in self.seen:  # a later epoch meets the row again
+            self.seen.add(problem)
+            tqdm.write(f"WARNING: skipped: {problem}.")
+            check_bad_rows(self.source, list(self.seen), problem, self.limit)
+        return False
+
+
+def check_bad_rows(source: str, problems: list[str], last: str, limit: int):
+    if len(problems) > limit:
+        raise DataError(
+            f"dataset={source!r} has more than max_bad_rows={limit} rows without text: {last}. Mend the rows, or "
+            "raise max_bad_rows."
+        )
+
+
+def leave_out_bad_rows(data: Dataset | IterableDataset, source: str, column: str, limit: int):
+    """The data set with its text column alone, without the rows that hold no text."""
+    if isinstance(data, IterableDataset):
+        rows = BadRows(source, column, limit)
+        data = data.filter(rows, with_indices=True).select_columns([column])
+        try:
+            if next(iter(data), None) is None:
+                raise DataError(f"no row of dataset={source!r} holds text: {next(iter(rows.seen))}.")
+        finally:
+            rows.seen.clear()
+        return data
+    if PROBLEM in data.column_names:
+        problems = data.data.column(PROBLEM).drop_null().to_pylist()
+    else:
+        nulls = (text is None for text in data[column]) if data.data.column(column).null_count else ()
+        problems = [
+            f"row {number} of {source} holds null where a text should be"
+            for number, null in enumerate(nulls, 1)
+            if null
+        ]
+    if problems:
+        if len(problems) == len(data):
+            raise DataError(f"no row of dataset={source!r} holds text: {problems[0]}.")
+        check_bad_rows(source, problems, problems[min(limit, len(problems) - 1)], limit)
+        tqdm.write(f"WARNING: skipped {len(problems)} rows without text of {source}, the first: {problems[0]}.")
+        data = data.filter(has_text, input_columns=[column])
+    return data.select_columns([column])
+
+
+def has_text(text: str | None) -> bool:
+    return text is not None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

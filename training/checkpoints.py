@@ -10,30 +10,48 @@ step-00000100/
 
 import json
 import os
+import re
 import shutil
 import zlib
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from training.recipe import FREE_TO_CHANGE, Recipe, RecipeError
+from modeling_pathmoe.command import UserError
+from training.output import follow_umask, set_aside
+from training.recipe import CHANGEABLE_ON_RESUME, FREE_TO_CHANGE, Recipe, RecipeError, list_changes, read_recipe
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class CheckpointError(RuntimeError):
+NAME = re.compile(r"step-\d{8,}")
+UNFINISHED = re.compile(r"step-\d{8,}(\.stale)?\.partial")
+
+
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written or read. The message names the file and what to do."""
 
 
 def list_checkpoints(recipe: Recipe) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted((Path(recipe.output_dir) / "checkpoints").glob("step-*[0-9]"))
+    """The checkpoints of a run, oldest first. What has a name of another form, such as a copy, is not one of them.
+
+    Raises:
+        RecipeError: If `checkpoints` is there and is not a folder.
+    """
+    folder = Path(recipe.output_dir) / "checkpoints"
+    if not os.path.lexists(folder):
+        return []
+    if not folder.is_dir():
+        raise RecipeError(f"{folder} is not a folder: move it away, or choose another output_dir.")
+    found = [
+        path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
+    return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -53,17 +71,34 @@ def summarise(files: list[Path]) -> dict[str, list[int]]:
     return found
 
 
+def read_manifest(folder: Path) -> dict[str, list[int]] | None:
+    """Size and CRC-32 of each file of a checkpoint; `None` when its manifest is damaged."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        whole = {"state.json", "rank-0.json"} <= set(manifest) and any(name.startswith("shard-") for name in manifest)
+        return {name: [int(size), int(crc)] for name, (size, crc) in manifest.items()} if whole else None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 def find_fault(folder: Path, accelerator: Accelerator) -> str | None:
     """What is wrong with a checkpoint; `None` when it is whole."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         return f"{manifest} is missing"
-    try:
-        expected = json.loads(manifest.read_text())
-    except ValueError:
+    expected = read_manifest(folder)
+    if expected is None:
         return f"{manifest} is damaged"
-    files = sorted(folder.iterdir())[accelerator.process_index :: accelerator.num_processes]
-    found = dict(gather_object(list(summarise(files).items())))
+    files = [folder / name for name in sorted(expected) if (folder / name).is_file()]
+    own = files[accelerator.process_index :: accelerator.num_processes]
+    try:
+        outcome = list(summarise(own).items()), None
+    except OSError as error:
+        outcome = [], f"{error.filename} cannot be read: {error.strerror}"
+    outcomes = gather_object([outcome])
+    if unreadable := [fault for _, fault in outcomes if fault]:
+        return unreadable[0]
+    found = dict(entry for entries, _ in outcomes for entry in entries)
     for name, (size, checksum) in expected.items():
         if name not in found:
             return f"{folder / name} is missing"
@@ -83,21 +118,22 @@ def find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:
         CheckpointError: If the checkpoint that was asked for is damaged, or with `"auto"` all are.
     """
     output, checkpoints = Path(recipe.output_dir), list_checkpoints(recipe)
+    before = read_recipe(output / "recipe.yaml")
     if recipe.resume is None:
-        if (output / "metrics.jsonl").exists():
+        if (output / "metrics.jsonl").exists() or before is not None or checkpoints:
             raise RecipeError(f"output_dir={recipe.output_dir!r} holds a run: pass --resume auto, or another folder.")
         return None
     if recipe.resume != "auto":
-        if Path(recipe.resume) not in checkpoints:
+        checkpoints = [path for path in checkpoints if path.resolve() == Path(recipe.resume).resolve()]
+        if not checkpoints:
             raise RecipeError(f"resume={recipe.resume!r} is no checkpoint of {output / 'checkpoints'}: use 'auto'.")
-        checkpoints = [Path(recipe.resume)]
-    if (output / "recipe.yaml").exists():
-        before = yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8"))
-        now = vars(recipe)
-        changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
-        if changed:
-            changes = ", ".join(f"{name}: {before.get(name)!r} → {now[name]!r}" for name in changed)
-            raise RecipeError(f"the run in {output} has another recipe ({changes}): use a new output_dir.")
+    if before is not None:
+        if changed := list_changes(before, vars(recipe)):
+            raise RecipeError(f"the run in {output} has another recipe ({', '.join(changed)}): use a new output_dir.")
+    elif (output / "metrics.jsonl").exists() and not checkpoints:
+        raise RecipeError(
+            f"{output / 'metrics.jsonl'} is not of this run: move it away, or choose another output_dir."
+        )
     faults = []
     for checkpoint in reversed(checkpoints):
         if (fault := find_fault(checkpoint, accelerator)) is None:
@@ -126,7 +162,8 @@ class Checkpoints:
         self.scheduler, self.batches, self.counters = scheduler, batches, counters
         if accelerator.is_main_process:
             for unfinished in (Path(recipe.output_dir) / "checkpoints").glob("*.partial"):
-                shutil.rmtree(unfinished)
+                if UNFINISHED.fullmatch(unfinished.name) and unfinished.is_dir() and not unfinished.is_symlink():
+                    shutil.rmtree(unfinished)
         accelerator.wait_for_everyone()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -139,7 +176,8 @@ class Checkpoints:
         return tensors
 
     def save(self, step: int):
-        """Writes the checkpoint aside, renames it when all of it is on the disk, and removes old ones.
+        """Writes the checkpoint aside, renames it when all of it is on the disk, and removes old ones, unless
+        `counters["healthy"]` says that the training does not go well.
 
         Raises:
             CheckpointError: If it could not be written. The checkpoints before it are as they were.
@@ -196,9 +234,11 @@ class Checkpoints:
                 "learning_rate": self.scheduler.get_last_lr()[0],
                 "optimizer_steps": steps,
                 "counters": self.counters,
+                "recipe": vars(self.recipe),
             }
             (partial / "state.json").write_text(json.dumps(state))
             own.append(partial / "state.json")
+        follow_umask(own)
         for file in own:
             sync(file)
         return summarise(own)
@@ -209,15 +249,33 @@ class Checkpoints:
         (partial / "manifest.json").write_text(json.dumps(manifest))
         sync(partial / "manifest.json")
         sync(partial)
-        if folder.exists():  # left by a run that was taken up from an older checkpoint
-            shutil.rmtree(folder.rename(folder.with_name(folder.name + ".stale.partial")))
+        if os.path.lexists(folder):
+            set_aside(folder)
         partial.rename(folder)
         sync(folder.parent)
-        kept = list_checkpoints(self.recipe)[-self.recipe.keep_last :]
-        for old in list_checkpoints(self.recipe):
-            if old not in kept and not (self.recipe.keep_every and step_of(old) % self.recipe.keep_every == 0):
+        whole = [path for path in list_checkpoints(self.recipe) if read_manifest(path) is not None]
+        for old in whole[: -self.recipe.keep_last] if self.counters["healthy"] else []:
+            if not (self.recipe.keep_every and step_of(old) % self.recipe.keep_every == 0):
                 # Renamed first, so that a run killed here does not leave half of it under its name.
                 shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
+
+    def _set_newer_aside(self, folder: Path):
+        """Renames the checkpoints after the one that the run goes on from: what they hold is not its future."""
+        for path in list_checkpoints(self.recipe) if self.accelerator.is_main_process else []:
+            if step_of(path) > step_of(folder) and (path / "manifest.json").is_file():
+                self.accelerator.print(f"{path} is newer than the one resumed from and is kept as {set_aside(path)}.")
+        self.accelerator.wait_for_everyone()
+
+    def _note_changes(self, before: dict, step: int):
+        """Notes what of the recipe is another than when the checkpoint was written, for the log and the model card."""
+        now = vars(self.recipe)
+        if before and (changed := list_changes(before, now)):
+            raise RecipeError(f"the checkpoint has another recipe ({', '.join(changed)}): use a new output_dir.")
+        self.counters["changes"] = self.counters["changes"] + [
+            {"step": step, "field": name, "before": before[name], "after": now[name]}
+            for name in sorted(CHANGEABLE_ON_RESUME - FREE_TO_CHANGE)
+            if name in before and before[name] != now[name]
+        ]
 
     def load(self, folder: Path) -> int:
         """Restores everything and returns the number of steps done."""
@@ -246,10 +304,11 @@ class Checkpoints:
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if (rate := self.scheduler.get_last_lr()[0]) != state["learning_rate"]:
             self.accelerator.print(
-                f"WARNING: with max_steps={self.recipe.max_steps} the learning rate goes on at {rate:.3e}; the "
-                f"checkpoint was to go on at {state['learning_rate']:.3e}."
+                f"WARNING: with this recipe (max_steps={self.recipe.max_steps}) the learning rate goes on at "
+                f"{rate:.3e}; the checkpoint was to go on at {state['learning_rate']:.3e}."
             )
         self.counters |= state["counters"]
+        self._note_changes(state.get("recipe", {}), state["step"])
         own = json.loads((folder / f"rank-{rank if same_world else 0}.json").read_text())
         self.batches.load_state_dict(own["batches"])
         if same_world:
@@ -262,6 +321,7 @@ class Checkpoints:
                 f"{folder} was written by {state['world_size']} processes and goes on with {world_size}: random "
                 "numbers (dropout) and the order of sums are others from here on."
             )
+        self._set_newer_aside(folder)
         return state["step"]
 
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -28,6 +29,11 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         RecipeError: If it is another one. Accelerate falls back in silence: it can leave the processes of one launch
             unaware of each other.
     """
+    trackers = [str(name) for name in get_available_trackers()]
+    if recipe.tracker not in (None, "all", *trackers):
+        raise RecipeError(
+            f"tracker={recipe.tracker!r} is not installed: install it, or use one of {trackers} or none."
+        )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",

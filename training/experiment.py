@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from data.text import load_text, train_tokenizer
 from training.log import read_metrics
-from training.recipe import FREE_TO_CHANGE, Recipe, RecipeError
+from training.recipe import FREE_TO_CHANGE, Recipe, RecipeError, list_changes, published, read_recipe
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_accelerate.py"
@@ -61,9 +61,9 @@ class Run:
         final = folder / self.name / "final"
         if not (final / "config.json").is_file():
             return False
-        trained = yaml.safe_load((final / "recipe.yaml").read_text(encoding="utf-8"))
-        wanted = vars(Recipe(**self.recipe, output_dir="", tokenizer=trained["tokenizer"]))
-        if changed := [name for name in set(wanted) - FREE_TO_CHANGE if wanted[name] != trained.get(name)]:
+        trained = read_recipe(final / "recipe.yaml")
+        wanted = published(vars(Recipe(**self.recipe, output_dir=str(folder), tokenizer=trained["tokenizer"])))
+        if changed := list_changes(trained, wanted, FREE_TO_CHANGE):
             raise RecipeError(
                 f"{final} was trained with another {', '.join(sorted(changed))}: remove {folder / self.name} to train "
                 "it anew, or choose another --output_dir."

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -45,8 +46,10 @@ class Log:
     def write(self, line: str, **values):
         if self.accelerator.is_main_process:
             tqdm.write(line)
+            # JSON has no NaN.
+            known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             with self.file.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps(known) + "\n")
         numbers = {}
         for name, value in values.items():
             value = [x for x in value if x is not None] if isinstance(value, list) else value

@@ -4,6 +4,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from modeling_pathmoe.command import UserError
 
-class RecipeError(ValueError):
+
+class RecipeError(UserError, ValueError):
     """The recipe cannot be run as asked. The message names the field, the value and the fix."""
 
 
@@ -36,6 +39,7 @@ class Recipe:
         dataset_config, data_files, text_column, train_split, streaming: As for `datasets.load_dataset`.
         validation_split (`str`, *optional*): When unset, one in `holdout_every` documents is held out, chosen by
             its text.
+        max_bad_rows (`int`): How many rows of a source that hold no readable text are skipped; one more stops the run.
         mixture (`list` of `dict`, *optional*): Several sources. Each has a `weight`, its share of the sequences in any
             stretch of training, and the data fields above; those that it leaves out are the recipe's own.
         document_mask (`bool`): Whether attention stays within a document. When off, a token sees all that precedes it
@@ -66,6 +70,8 @@ class Recipe:
             `keep_every` (0: none).
         max_bad_steps (`int`): After how many steps in a row with a loss or a gradient that is not finite the run
             stops. Such steps are skipped and counted.
+        initialize_missing (`bool`): Whether tensors that the checkpoint `model` lacks are drawn from the seed. When
+            off, such a checkpoint is refused.
         tracker (`str`, *optional*): `"tensorboard"`, `"wandb"` or another of Accelerate's trackers.
         seed (`int`): Seed of the weights and of the data order.
         resume (`str`, *optional*): `"auto"`, or a checkpoint folder of this run.
@@ -87,6 +93,7 @@ class Recipe:
     validation_split: str | None = None
     holdout_every: int = 40
     streaming: bool = False
+    max_bad_rows: int = 100
     mixture: list | None = None
     document_mask: bool = True
     shuffle_window: int = 1000
@@ -117,6 +124,7 @@ class Recipe:
     keep_last: int = 2
     keep_every: int = 0
     max_bad_steps: int = 5
+    initialize_missing: bool = False
     tracker: str | None = None
     seed: int = 0
     resume: str | None = None
@@ -130,6 +138,15 @@ class Recipe:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
 
+    def validate_types(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kinds = getattr(field.type, "__args__", (field.type,))
+            if isinstance(value, bool) and bool not in kinds:
+                raise ValueError(f"{field.name}={value} must not be a switch.")
+            if value == "" or (isinstance(value, str) and "\0" in value):
+                raise ValueError(f"{field.name}={value!r} is empty or has a zero byte: give a value, or leave it out.")
+
     def validate_numbers(self):
         for name in (
             "max_steps", "sequence_length", "batch_size", "micro_batch_size", "keep_last", "eval_sequences",
@@ -142,13 +159,22 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         for name in (
             "eval_every", "log_every", "routing_every", "checkpoint_every", "keep_every", "warmup_steps",
-            "decay_steps", "weight_decay",
+            "decay_steps", "weight_decay", "max_bad_rows",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        for name in ("min_lr_ratio", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1.")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio={self.min_lr_ratio} must be from 0 to 1.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to below 1.")
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) >= 1 and getattr(self, name) % 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a whole number of steps, or a share below 1.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be from 0 to {2**32 - 1}.")
+        if self.learning_rate > 1e3:
+            raise ValueError(f"learning_rate={self.learning_rate} is too large to train with: lower it.")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length={self.sequence_length} must be at least 2, or nothing is predicted.")
         if self.holdout_every < 2:
@@ -160,8 +186,11 @@ class Recipe:
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} do not fit into "
                 f"max_steps={self.max_steps}: shorten them, or give them as shares below 1."
             )
-        if self.schedule == "wsd" and self.decay_steps == 0:
-            raise ValueError("decay_steps=0 with schedule='wsd' never lowers the learning rate: set it above 0.")
+        if self.schedule == "wsd" and self.steps("decay_steps") == 0:
+            raise ValueError(
+                f"decay_steps={self.decay_steps} with schedule='wsd' never lowers the learning rate (max_steps="
+                f"{self.max_steps}): set it to 1 or more."
+            )
 
     def validate_sources(self):
         if (self.dataset is None) == (self.mixture is None):
@@ -203,11 +232,62 @@ class Source:
     weight: float
 
 
-# A run may be resumed with another value of these.
+# Fields that do not change what is trained; a run may be resumed with another value of these.
 FREE_TO_CHANGE = {
     "resume", "output_dir", "max_steps", "eval_every", "log_every", "routing_every", "checkpoint_every", "keep_last",
-    "keep_every", "max_bad_steps", "tracker", "engine", "ep_size", "micro_batch_size", "cache_dir",
+    "keep_every", "max_bad_steps", "max_bad_rows", "tracker", "engine", "ep_size", "micro_batch_size", "cache_dir",
 }  # fmt: skip
+
+# Fields that do, and that may change on resume nevertheless: the log and the model card record it.
+CHANGEABLE_ON_RESUME = FREE_TO_CHANGE | {
+    "learning_rate", "router_learning_rate_scale", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm",
+    "schedule", "warmup_steps", "decay_steps", "min_lr_ratio", "precision", "gradient_checkpointing", "compile",
+    "attn_implementation", "experts_implementation",
+}  # fmt: skip
+
+
+def list_changes(before: dict, now: dict, allowed: set[str] = frozenset(CHANGEABLE_ON_RESUME)) -> list[str]:
+    """The fields of two recipes that differ and may not, each as `name: before → now`. A field that an older version
+    did not know counts as its default."""
+    defaults = {"model_overrides": {}} | {
+        field.name: field.default for field in dataclasses.fields(Recipe) if field.name != "model_overrides"
+    }
+    before = defaults | before
+    changed = [name for name in now if name not in allowed and before[name] != now[name]]
+    return [f"{name}: {before[name]!r} → {now[name]!r}" for name in changed]
+
+
+def read_recipe(file: Path) -> dict | None:
+    """The recipe that a run has written; `None` if there is none.
+
+    Raises:
+        RecipeError: If the file is damaged.
+    """
+    if not file.is_file():
+        return None
+    values = read_yaml(file, str(file))
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{file} is damaged: it must hold 'field: value' lines. Restore it, or use a new output_dir."
+        )
+    return values
+
+
+def published(value):
+    """A recipe without what must not be published: the folders of this machine, and tokens and passwords."""
+    if isinstance(value, dict):
+        return {key: published(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [published(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if "://" in value:
+        scheme, _, rest = value.partition("://")
+        rest = re.split("[?#]", rest)[0]
+        value = f"{scheme}://{rest.rpartition('@')[2] if '@' in rest.split('/')[0] else rest}"
+    elif Path(value).is_absolute():
+        value = Path(value).name
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_…", value)
 
 
 def parse_recipe(args: list[str]) -> Recipe:
@@ -230,20 +310,22 @@ def parse_recipe(args: list[str]) -> Recipe:
     if config is not None:
         if not Path(config).is_file():
             raise RecipeError(f"--config {config}: there is no such file.")
-        values = parse_yaml(Path(config).read_text(encoding="utf-8"), f"--config {config}")
+        values = read_yaml(Path(config), f"--config {config}")
         if not isinstance(values, dict):
             raise RecipeError(f"--config {config} must hold 'field: value' lines.")
     for name, value in given.items():
         text = name in fields and str in getattr(fields[name].type, "__args__", (fields[name].type,))
-        values[name] = value if text and value != "null" and value[:1] not in "{[" else parse_yaml(value, name)
+        values[name] = (
+            value if text and value != "null" and not value.startswith(("{", "[")) else parse_yaml(value, name)
+        )
     for name, value in values.items():
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
             raise RecipeError(f"{name} is no field of a recipe." + (f" Did you mean {close[0]}?" if close else ""))
-        if fields[name].type is float and isinstance(value, str | int):
+        if fields[name].type is float and isinstance(value, str | int) and not isinstance(value, bool):
             try:
                 values[name] = float(value)  # YAML reads 1e-3 as text
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise RecipeError(f"{name}={value!r} must be a number.") from None
     missing = [
         name
@@ -258,8 +340,52 @@ def parse_recipe(args: list[str]) -> Recipe:
         raise RecipeError(str(error.__cause__ or error)) from error
 
 
+class StrictLoader(yaml.SafeLoader):
+    """YAML without its traps: a key that stands twice is an error, and 1e-3 is a number."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+MAX_NODES = 100_000  # of a YAML file whose aliases are written out
+
+
 def parse_yaml(text: str, what: str):
+    """Reads YAML.
+
+    Raises:
+        RecipeError: If it is not valid, names a key twice, or grows beyond measure by its aliases.
+    """
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{what} is no valid YAML: {error}") from error
+        check_size(yaml.compose(text, StrictLoader), {})
+        return yaml.load(text, StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise RecipeError(f"{what} is not valid YAML: {error}") from error
+
+
+def check_size(node: yaml.Node | None, sizes: dict[int, float]) -> float:
+    """The number of nodes under a YAML node, aliases written out. An alias within its own anchor is endless."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        flat = [child for entry in children for child in (entry if isinstance(entry, tuple) else (entry,))]
+        sizes[id(node)] = 1 + sum(check_size(child, sizes) for child in flat)
+    if sizes[id(node)] > MAX_NODES:
+        raise ValueError("its aliases make it too large")
+    return sizes[id(node)]
+
+
+def read_yaml(file: Path, what: str):
+    """Reads a YAML file, as [`parse_yaml`]."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{what} cannot be read as UTF-8 text: {error}") from error
+    return parse_yaml(text, what)

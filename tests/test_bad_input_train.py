@@ -1,0 +1,348 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""What strangers and mistakes give to the trainer: each is refused by a message that names it, or handled, and no file
+that was there before is lost."""
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from run_helpers import metrics
+from safetensors.torch import load_file, save_file
+
+from modeling_pathmoe.command import UserError
+from train_accelerate import Diverged, main
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad") / "trained"
+    assert main(recipe(folder, max_steps=2, checkpoint_every=1)) == 0
+    return folder
+
+
+def contents(folder):
+    """Every file below a folder with its checksum, without the run's lock and log."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "run.lock"
+    }
+
+
+RECIPES = [
+    ({"seed": -1}, "seed=-1"),
+    ({"seed": 2**32}, "seed=4294967296"),
+    ({"beta1": 1.0}, "beta1=1.0"),
+    ({"beta2": 1.0}, "beta2=1.0"),
+    ({"model": ""}, "model=''"),
+    ({"text_column": ""}, "text_column=''"),
+    ({"max_steps": True}, "max_steps"),
+    ({"learning_rate": True}, "learning_rate"),
+    ({"weight_decay": False}, "weight_decay"),
+    ({"warmup_steps": True}, "warmup_steps"),
+    ({"streaming": 1}, "streaming"),
+    ({"warmup_steps": 1.5}, "warmup_steps=1.5"),
+    ({"warmup_steps": math.nan}, "warmup_steps=nan"),
+    ({"schedule": "wsd", "decay_steps": 0.01}, "decay_steps=0.01"),
+    ({"learning_rate": 1e39}, "learning_rate=1e[+]39"),
+    ({"learning_rate": 0}, "learning_rate=0"),
+    ({"epsilon": math.inf}, "epsilon=inf"),
+    ({"max_bad_rows": -1}, "max_bad_rows=-1"),
+    ({"max_bad_steps": 0}, "max_bad_steps=0"),
+    ({"tracker": "nonesuch"}, "tracker='nonesuch'"),
+    ({"attn_implementation": "nonesuch"}, "nonesuch"),
+    ({"experts_implementation": "nonesuch"}, "nonesuch"),
+    ({"model_overrides": {"dtype": "float16"}}, "'dtype'"),
+    ({"model_overrides": {"model_type": "bert"}}, "bert"),
+    ({"model_overrides": {"num_hidden_layers": 1000000}}, "num_hidden_layers=1000000"),
+    ({"model_overrides": {"num_hidden_layers": "three"}}, "num_hidden_layers"),
+    ({"model_overrides": {"vocab_size": 2**45}}, "GB of memory"),
+    ({"model_overrides": {"num_expert": 4}}, "num_expert"),
+    ({"model_overrides": [1]}, "model_overrides"),
+    ({"tokenizer": "nonesuch"}, "tokenizer='nonesuch'"),
+    ({"dataset": "nonesuch.jsonl"}, "nonesuch.jsonl"),
+    ({"dataset": "json", "data_files": {"test": "x"}}, "'x' does not exist"),
+    ({"dataset": "json", "data_files": [3]}, "3 where the name of a file"),
+]
+
+
+@pytest.mark.parametrize(("fields", "complaint"), RECIPES)
+def test_recipe_is_refused_before_the_text_is_read(recipe, tmp_path, fields, complaint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=complaint):
+        main(recipe(tmp_path / "run", **fields))
+    assert not (tmp_path / "run").exists() or not contents(tmp_path / "run")
+
+
+def test_output_folder_that_cannot_be_written_is_refused(recipe, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for output, complaint in (
+        ("", "output_dir=''"),
+        (tmp_path / "file", "cannot be written"),
+        ("x" * 300, "too long"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            main([*recipe(tmp_path / "run"), "--output_dir", str(output)])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"seed: 1\nseed: 2\n", "seed stands there twice"),
+        (b"model_overrides: {a: 1, a: 2}\n", "a stands there twice"),
+        (BOMB.encode(), "too large"),
+        (b"a: &a [*a]\n", "too large"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"[1, 2]", "must hold 'field: value' lines"),
+        (b"", "must hold 'field: value' lines"),
+        (b"model: [", "not valid YAML"),
+        (b"[" * 5000, "not valid YAML"),
+        (b"!!python/object:os.system {}", "not valid YAML"),
+    ],
+)
+def test_recipe_file_is_refused(tmp_path, content, complaint):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        main(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")])
+    assert (tmp_path / "recipe.yaml").read_bytes() == content and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "model="),
+        (b"[]", "must hold a JSON object"),
+        (b'{"num_experts": 8', "model="),
+        (b'{"num_experts": 8, "num_experts": 4}', "num_experts stands there twice"),
+        (b"\xff", "model="),
+        (b'{"model_type": "nonesuch"}', "nonesuch"),
+        (b'{"model_type": "bert"}', "bert.*is not a causal"),
+        (b'{"model_type": 3}', "model="),
+    ],
+)
+def test_model_file_is_refused(recipe, tmp_path, content, complaint):
+    (tmp_path / "model.json").write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        main(recipe(tmp_path / "run", model=str(tmp_path / "model.json")))
+
+
+GOOD = b'{"text": "%d and some more text, which is long enough to fill a few sequences"}\n'
+BAD_LINES = {
+    "null": (b'{"text": null}\n', "holds null"),
+    "missing": (b'{"body": "x"}\n', "has no column 'text'"),
+    "number": (b'{"text": 3}\n', "holds int"),
+    "broken": (b'{"text": "x\n', "is not valid JSON"),
+    "not an object": (b"[1]\n", "holds list"),
+    "UTF-8": (b'{"text": "\xff"}\n', "is not valid UTF-8"),
+    "surrogate": (b'{"text": "\\ud800"}\n', "half of a surrogate"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_row_without_text_is_skipped_or_named(recipe, tmp_path, capsys, kind, streaming):
+    bad, complaint = BAD_LINES[kind]
+    file = tmp_path / "text.jsonl"
+    lines = [GOOD % number for number in range(200)]
+    file.write_bytes(b"".join([*lines[:50], bad, *lines[50:]]))
+    args = recipe(tmp_path / "run", dataset=str(file), streaming=streaming, max_steps=1, holdout_every=5)
+    with pytest.raises(UserError, match=f"max_bad_rows=0 .*text.jsonl line 51.*{complaint}"):
+        main([*args, "--max_bad_rows", "0", "--output_dir", str(tmp_path / "strict")])
+    assert main(args) == 0
+    assert "skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["text.jsonl.gz", "TEXT.JSONL", "text[1].jsonl", "text.json"])
+def test_file_of_another_name_is_read(recipe, tmp_path, name):
+    content = b"".join(GOOD % number for number in range(200))
+    if name == "text.json":
+        content = b"[" + content.strip().replace(b"\n", b",") + b"]"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert main(recipe(tmp_path / "run", dataset=str(tmp_path / name), max_steps=1, holdout_every=5)) == 0
+
+
+@pytest.mark.parametrize("field", ["model", "tokenizer"])
+@pytest.mark.parametrize("link", [False, True])
+def test_input_in_the_output_folder_is_kept(trained, recipe, tmp_path, field, link):
+    run = tmp_path / "sft"
+    run.mkdir()
+    shutil.copytree(trained / "final", run / "final")
+    if link:
+        (tmp_path / "link").symlink_to(run)
+    before = contents(run)
+    with pytest.raises(UserError, match=f"{field}=.* lies in .*final, which this run would overwrite"):
+        main([*recipe(run, **{field: str((tmp_path / "link" if link else run) / "final")}), "--resume", "auto"])
+    assert contents(run) == before
+
+
+def test_tokenizer_in_the_output_folder_is_kept(trained, recipe, tmp_path):
+    shutil.copytree(trained / "tokenizer", tmp_path / "mine" / "tokenizer")
+    before = contents(tmp_path / "mine" / "tokenizer")
+    assert main(recipe(tmp_path / "mine", tokenizer=str(tmp_path / "mine" / "tokenizer"), max_steps=1)) == 0
+    assert contents(tmp_path / "mine" / "tokenizer") == before
+
+
+def finished(trained, folder):
+    shutil.copytree(trained, folder)
+    shutil.rmtree(folder / "checkpoints")
+    return folder
+
+
+def test_finished_run_without_checkpoints_is_done(trained, recipe, tmp_path):
+    run = finished(trained, tmp_path / "run")
+    before = contents(run)
+    assert main([*recipe(run, max_steps=2, checkpoint_every=1), "--resume", "auto"]) == 0
+    assert contents(run) == before
+
+
+def foreign_final(run):
+    (run / "final" / "recipe.yaml").unlink()
+
+
+def link_final(run):
+    (run / "final").rename(run / "elsewhere")
+    (run / "final").symlink_to("elsewhere")
+
+
+def spoil_recipe(run):
+    (run / "recipe.yaml").write_text("[1]")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fields", "complaint"),
+    [
+        (lambda run: None, {"max_steps": 3}, "max_steps: 2 → 3"),
+        (lambda run: None, {"seed": 3}, "seed: 0 → 3"),
+        (lambda run: None, {"dataset": "gone.jsonl"}, "another recipe"),
+        (foreign_final, {}, "has no recipe.yaml"),
+        (link_final, {}, "not a folder of this run"),
+        (spoil_recipe, {}, "recipe.yaml is damaged"),
+        (lambda run: (run / "final" / "config.json").unlink(), {}, "it is not whole"),
+    ],
+)
+def test_result_that_is_not_this_runs_is_kept(trained, recipe, tmp_path, spoil, fields, complaint):
+    run = finished(trained, tmp_path / "run")
+    spoil(run)
+    before = contents(run)
+    with pytest.raises(UserError, match=complaint):
+        main([*recipe(run, **{"max_steps": 2, "checkpoint_every": 1} | fields), "--resume", "auto"])
+    assert contents(run) == before
+
+
+def test_longer_run_without_its_text_keeps_the_result(trained, recipe, tmp_path):
+    run, text = tmp_path / "run", tmp_path / "text.jsonl"
+    text.write_bytes(b"".join(GOOD % number for number in range(200)))
+    fields = {"dataset": str(text), "holdout_every": 5}
+    main(recipe(run, max_steps=1, **fields))
+    text.unlink()
+    before = contents(run)
+    with pytest.raises(UserError, match="text.jsonl' does not exist"):
+        main([*recipe(run, max_steps=2, **fields), "--resume", "auto"])
+    assert contents(run) == before
+
+
+def test_what_the_trainer_did_not_write_is_left_alone(trained, recipe, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    checkpoints = run / "checkpoints"
+    for name in ("step-00000002-best1", "step-99999999.bak1", "best.partial", "step-00000002/notes"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "mine").write_text(name)
+    (checkpoints / "step-123").write_text("mine")
+    (run / "final" / "notes.txt").write_text("mine")
+    assert main([*recipe(run, max_steps=3, checkpoint_every=1), "--resume", "auto"]) == 0
+    for name in ("step-00000002-best1", "step-99999999.bak1", "best.partial"):
+        assert (checkpoints / name / "mine").read_text() == name
+    assert (checkpoints / "step-123").read_text() == "mine"
+    assert (run / "final.set-aside-1" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", "3", '{"a": 1}', '{"state.json": null}', ""])
+def test_damaged_manifest_is_named(trained, recipe, tmp_path, capsys, manifest):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "checkpoints" / "step-00000002" / "manifest.json").write_text(manifest)
+    assert main([*recipe(run, max_steps=3, checkpoint_every=1), "--resume", "auto"]) == 0
+    assert "step-00000002/manifest.json is damaged" in capsys.readouterr().out
+
+
+def test_diverged_run_goes_on_from_an_older_checkpoint_with_a_lower_rate(recipe, tmp_path):
+    run = tmp_path / "run"
+    args = recipe(run, max_steps=6, checkpoint_every=1, keep_last=3, max_grad_norm=1e9, max_bad_steps=3)
+    assert main([*args, "--max_steps", "2"]) == 0
+    shutil.rmtree(run / "final")
+    with pytest.raises(Diverged, match="lower learning rate"):
+        main([*args, "--resume", "auto", "--learning_rate", "1e3", "--weight_decay", "1e20"])
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept[:2] == ["step-00000001", "step-00000002"]
+    older = str(run / "checkpoints" / "step-00000001")
+    assert main([*args, "--resume", older, "--learning_rate", "1e-4"]) == 0
+    assert "learning_rate = 0.0001 (before: 0.01)" in (run / "final" / "README.md").read_text()
+    assert any("learning_rate" in line for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert all(math.isfinite(loss) for loss in metrics(run).values())
+
+
+def drop_router(tensors):
+    del tensors[next(name for name in tensors if "routers." in name)]
+
+
+def spoil_embedding(tensors):
+    tensors["model.embed_tokens.weight"][0, 0] = torch.nan
+
+
+def shorten_norm(tensors):
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [(drop_router, "1 missing .*initialize_missing"), (spoil_embedding, "not finite"), (shorten_norm, "norm")],
+)
+def test_checkpoint_that_does_not_fit_is_refused(trained, recipe, tmp_path, change, complaint):
+    model = tmp_path / "model"
+    shutil.copytree(trained / "final", model)
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=complaint):
+        main(recipe(tmp_path / "run", model=str(model), dataset=str(tmp_path / "not-read.jsonl")))
+    if change is drop_router:
+        assert main(recipe(tmp_path / "run", model=str(model), max_steps=1, initialize_missing=True)) == 0
+
+
+def test_truncated_weights_are_refused(trained, recipe, tmp_path):
+    shutil.copytree(trained / "final", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-99])
+    with pytest.raises(UserError, match="model=.* could not be loaded"):
+        main(recipe(tmp_path / "run", model=str(tmp_path / "model")))
+
+
+def test_final_holds_nothing_private_or_foreign_and_follows_the_umask(trained, recipe, tmp_path):
+    source = tmp_path / "tokenizer"
+    shutil.copytree(trained / "tokenizer", source)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["evil--code.Tokenizer", None]}, "custom_generate": "evil"}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    run, umask = tmp_path / "<b>run", os.umask(0o027)
+    try:
+        assert main(recipe(run, tokenizer=str(source), max_steps=1)) == 0
+    finally:
+        os.umask(umask)
+    for file in (run / "final").iterdir():
+        if file.suffix in (".json", ".yaml", ".md", ".jinja"):
+            text = file.read_text()
+            assert str(tmp_path) not in text and "evil" not in text and "# <b>" not in text, file
+    files = [*(run / "final").iterdir(), *(run / "checkpoints").glob("step-*/*")]
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}

@@ -1,0 +1,140 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""The output folder of a run: which files in it are the run's own, and which it must not touch."""
+
+import contextlib
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+
+from modeling_pathmoe.files import current_umask
+from training.recipe import FREE_TO_CHANGE, Recipe, RecipeError, list_changes, published, read_recipe
+
+
+# What a run writes in its output folder, besides `tokenizer`, which only a run that trains one writes.
+WRITTEN = ("final", "initial", "checkpoints", "recipe.yaml", "metrics.jsonl", "run.lock")
+
+
+@contextlib.contextmanager
+def hold_output(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
+    """Creates the output folder and keeps other runs from writing to it. The lock ends with the process.
+
+    Raises:
+        RecipeError: If the folder cannot be written, or if another run writes to it.
+    """
+    if not accelerator.is_main_process:
+        yield
+        return
+    output = Path(recipe.output_dir)
+    created = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / "run.lock", timeout=0).acquire()
+    except Timeout:
+        raise RecipeError(
+            f"output_dir={recipe.output_dir!r} is being written by another run: stop that one (a launcher that is "
+            "killed can leave its processes behind), or choose another folder."
+        ) from None
+    except OSError as error:
+        raise RecipeError(
+            f"output_dir={recipe.output_dir!r} cannot be written: {error.strerror}. Choose another folder."
+        ) from error
+    try:
+        with lock:
+            yield
+    except BaseException:
+        if created and [path.name for path in output.iterdir()] == ["run.lock"]:
+            (output / "run.lock").unlink()
+            output.rmdir()
+        raise
+
+
+def check_inputs(recipe: Recipe):
+    """Refuses a run that would overwrite what it reads, under whatever name or link.
+
+    Raises:
+        RecipeError: If an input lies in a file or folder that the run writes.
+    """
+    output = Path(recipe.output_dir)
+    written = {(output / name).resolve(): output / name for name in WRITTEN}
+    for field, value in list_inputs(recipe):
+        for file in [value, *glob.glob(value, recursive=True)]:
+            path = Path(file).resolve()
+            for target, name in written.items():
+                if path == target or target in path.parents:
+                    raise RecipeError(
+                        f"{field}={value!r} lies in {name}, which this run would overwrite: choose another output_dir."
+                    )
+
+
+def list_inputs(recipe: Recipe) -> list[tuple[str, str]]:
+    """The fields of a recipe that name files to read, with each of their values."""
+    inputs = [("model", recipe.model), ("tokenizer", recipe.tokenizer)]
+    for source in recipe.sources:
+        files = source.data_files
+        for entry in files.values() if isinstance(files, dict) else [files]:
+            inputs += [("data_files", file) for file in (entry if isinstance(entry, list) else [entry])]
+        inputs.append(("dataset", source.dataset))
+    return [(field, value) for field, value in inputs if isinstance(value, str) and "://" not in value]
+
+
+def is_finished(recipe: Recipe, checkpoint: Path | None, steps: int) -> bool:
+    """Whether `final` is the result of this recipe, so that nothing is left to do.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+        checkpoint (`Path`, *optional*): The checkpoint to resume from.
+        steps (`int`): The number of steps that the checkpoint has behind it.
+
+    Raises:
+        RecipeError: If `final` is there and this run may not replace it.
+    """
+    final = Path(recipe.output_dir) / "final"
+    if not os.path.lexists(final):
+        return False
+    if final.is_symlink() or not final.is_dir():
+        raise RecipeError(f"{final} is not a folder of this run: move it away, or choose another output_dir.")
+    if not any(final.iterdir()):
+        return False
+    made_with = read_recipe(final / "recipe.yaml")
+    now = published(vars(recipe))
+    changed = None if made_with is None else list_changes(made_with, now, FREE_TO_CHANGE - {"max_steps"})
+    weights = [file for file in final.glob("*.safetensors") if file.stat().st_size]
+    if (
+        changed == []
+        and (final / "config.json").is_file()
+        and weights
+        and (checkpoint is None or steps >= recipe.max_steps)
+    ):
+        return True
+    if checkpoint is None:
+        reason = "has no recipe.yaml" if changed is None else ", ".join(changed) if changed else "it is not whole"
+        raise RecipeError(
+            f"{final} is not the result of this recipe ({reason}) and there is no checkpoint to resume from: choose "
+            "another output_dir, or move that folder away."
+        )
+    if changed is None or list_changes(made_with, now):
+        raise RecipeError(f"{final} was not made by this run: move it away, or choose another output_dir.")
+    if changed and steps >= recipe.max_steps:
+        raise RecipeError(
+            f"{final} is done and was made with another recipe ({', '.join(changed)}): raise max_steps to go on, or "
+            "choose another output_dir."
+        )
+    return False
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a file or folder that is in the way, and returns its new path."""
+    number = 1
+    while os.path.lexists(target := path.with_name(f"{path.name}.set-aside-{number}")):
+        number += 1
+    return path.rename(target)
+
+
+def follow_umask(files: list[Path]):
+    """Gives files the permissions that the umask asks for; safetensors makes them readable by their owner alone."""
+    for file in files:
+        file.chmod(0o666 & ~current_umask())
