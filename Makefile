@@ -134,7 +134,7 @@ convert-witness: $(DATA) .venv/.dev $(WITNESS)/model/config.json
 experiment: $(EXPERIMENT)/data/train.jsonl $(BROWN) .venv/.data
 	$(BIN)/python -m training.experiment --config configuration/experiment/$(SCALE).yaml \
 		--output_dir $(EXPERIMENT)/$(SCALE)
-	$(BIN)/python eval/experiment.py --config configuration/experiment/$(SCALE).yaml --runs $(EXPERIMENT)/$(SCALE) \
+	$(BIN)/python eval/experiment_measures.py --config configuration/experiment/$(SCALE).yaml --runs $(EXPERIMENT)/$(SCALE) \
 		--data $(EXPERIMENT)/data/validation.jsonl $(BROWN)
 	$(BIN)/python eval/experiment_report.py --config configuration/experiment/$(SCALE).yaml \
 		--runs $(EXPERIMENT)/$(SCALE) --output results/$(SCALE)

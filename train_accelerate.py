@@ -71,6 +71,7 @@ from training.output import check_inputs, hold_output, is_finished, set_aside
 from training.plan import plan
 from training.recipe import Recipe, RecipeError, Source, parse_recipe
 from training.routing import RoutingMonitor
+from training.start import apply_start, check_start, parameters_of_start, token_frequencies
 
 
 INTERRUPTED = 75  # exit status of a run that was asked to stop and can be resumed (EX_TEMPFAIL)
@@ -313,9 +314,13 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
 
 
 def build_model(
-    recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    frequencies: np.ndarray | None = None,
 ) -> PreTrainedModel:
-    """Builds a new model from the seed, or loads the checkpoint to go on from.
+    """Builds a new model from the seed, or loads the checkpoint to go on from. `frequencies` is for `apply_start`.
 
     With expert parallelism each rank loads its shards alone, which takes a checkpoint: a new model is first written to
     OUTPUT_DIR/initial by the main process, which has it whole in its memory for that time.
@@ -337,11 +342,14 @@ def build_model(
         if new:
             source = Path(recipe.output_dir) / "initial"
             if accelerator.is_main_process:
-                AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(source)
+                initial = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                apply_start(recipe, initial, frequencies)
+                initial.save_pretrained(source)
             accelerator.wait_for_everyone()
             set_seed(recipe.seed)
     if new and recipe.ep_size == 1:
         model = AutoModelForCausalLM.from_config(config, **kwargs)
+        apply_start(recipe, model, frequencies)
     else:
         model = load_checked(recipe, source, config=config, **kwargs)
     if recipe.gradient_checkpointing:
@@ -374,11 +382,11 @@ def load_checked(recipe: Recipe, source: str | Path, **kwargs) -> PreTrainedMode
 
 def build_optimizer(recipe: Recipe, model: torch.nn.Module):
     """AdamW in which matrices decay and vectors do not, and its schedule."""
-    groups = defaultdict(list)
+    groups, keeps_start = defaultdict(list), parameters_of_start(recipe, model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = recipe.router_learning_rate_scale if "routers." in name else 1.0
-            groups[parameter.ndim >= 2, scale].append(parameter)
+            groups[parameter.ndim >= 2 and id(parameter) not in keeps_start, scale].append(parameter)
     groups = [
         {
             "params": groups[key],
@@ -736,6 +744,7 @@ def main(args: list[str] | None = None) -> int:
         return 0
     recipe = parse_recipe(args)
     config = build_config(recipe)
+    check_start(recipe, config)
     if config.model_type == "pathmoe" and recipe.precision == "bf16" and recipe.experts_implementation == "grouped_mm":
         try:
             config.check_grouped_mm_rows(torch.bfloat16)
@@ -766,7 +775,10 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
         model = build_model(recipe, config, build_tokenizer(recipe, [], config.vocab_size, accelerator), accelerator)
     tokenizer, batches, held_out = build_data(recipe, accelerator, config.vocab_size, fresh=checkpoint is None)
     if model is None:
-        model = build_model(recipe, config, tokenizer, accelerator)
+        frequencies = None
+        if recipe.unigram_start and checkpoint is None:
+            frequencies = token_frequencies(batches, config.vocab_size, accelerator)
+        model = build_model(recipe, config, tokenizer, accelerator, frequencies)
     optimizer, scheduler = build_optimizer(recipe, model)
     if recipe.ep_size == 1:
         model, optimizer = accelerator.prepare(model, optimizer)

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Tables and plots of an experiment whose runs `experiment.py` has measured.
+"""Tables and plots of an experiment whose runs `experiment_measures.py` has measured.
 
     python eval/experiment_report.py --config configuration/experiment/cpu.yaml --runs runs/experiment/cpu \\
         --output results/cpu

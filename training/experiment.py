@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,8 +171,10 @@ class Trainer:
                 start_new_session=True,  # a key that stops this process must not reach them twice
             )
 
-    def train(self, runs: list[Run], description: str) -> list[Run]:
-        """Trains what is not done yet.
+    def train(
+        self, runs: list[Run], description: str, finished: Callable[[Run], None] = lambda run: None
+    ) -> list[Run]:
+        """Trains what is not done yet, and calls `finished` with each run as soon as it has ended well.
 
         Returns:
             `list[Run]`: Those that failed; their `train.log` says why.
@@ -203,6 +206,7 @@ class Trainer:
                             tqdm.write(f"{run.name} failed with status {process.returncode}: see {log}")
                         else:
                             tqdm.write(f"{run.name}: validation loss {final_loss(self.folder, run):.4f}")
+                            finished(run)
                     trained = sum(run.trained(self.folder) for run in everything)
                     bar.set_postfix_str(", ".join(run.name for run in running), refresh=False)
                     bar.update(done_before + trained - bar.n)

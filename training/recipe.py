@@ -52,6 +52,12 @@ class Recipe:
         learning_rate, weight_decay, beta1, beta2, epsilon, max_grad_norm: AdamW and gradient clipping. Matrices decay,
             norms and biases do not.
         router_learning_rate_scale (`float`): What the learning rate is multiplied by for the routers.
+        unigram_start (`bool`): Whether a new model starts from the token frequencies of the training text and from
+            embeddings of standard deviation 1, which do not decay, and neither does the head. It needs a head that is
+            not tied to the embeddings. Together with `zero_init_projections` it keeps the routing from collapsing in
+            the first steps; see `training/start.py`.
+        zero_init_projections (`bool`): Whether `o_proj` and `down_proj` of a new model are zero, so that no layer
+            changes the hidden state before the first step.
         schedule (`str`): `"cosine"`, or `"wsd"` (constant, then falling in the last `decay_steps`).
         warmup_steps, decay_steps (`int` or `float`): Steps over which the learning rate rises linearly and, with
             `"wsd"`, falls; below 1, a share of `max_steps`.
@@ -101,6 +107,8 @@ class Recipe:
     eval_sequences: int = 256
     learning_rate: float = 1e-3
     router_learning_rate_scale: float = 1.0
+    unigram_start: bool = False
+    zero_init_projections: bool = False
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import experiment as measuring
+import experiment_measures as measuring
 import experiment_report
 import numpy as np
 import pytest

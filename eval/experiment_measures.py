@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Measures the runs of an experiment that are done and not measured yet.
 
-    python eval/experiment.py --config configuration/experiment/cpu.yaml --runs runs/experiment/cpu \\
+    python eval/experiment_measures.py --config configuration/experiment/cpu.yaml --runs runs/experiment/cpu \\
         --data runs/experiment/data/validation.jsonl runs/brown/brown.jsonl
 
 Writes RUN/measures.json: perplexity by document of the first data file, the measures of the expert paths in equally

@@ -1,0 +1,120 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""The replication of the paper, one command a part; plan.md says what each is for.
+
+    python -m experiment collapse --corpus FOLDER        the first 200 steps, old and new start
+    python -m experiment tune     --corpus FOLDER        a learning rate for each row
+    python -m experiment primary                         part 1, seed by seed
+    python -m experiment map                             part 2
+    python -m experiment report                          tables, gates, verdict and pictures of what there is so far
+    python -m experiment tune --config experiment/gpu.yaml --corpus FOLDER --jobs 5     part 3, likewise
+
+Run these in the repository's root. FOLDER holds train.parquet and validation.parquet (or .jsonl) with the columns
+`text` and `source`; `python data/experiment.py --output_dir FOLDER` makes one from packages. It has to be named once.
+A command that was stopped goes on by being given again, to the same bits on the same kind of processor, and what has a
+result is skipped.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from experiment.collapse import collapse
+from experiment.measure import HELD_OUT_TOKENS, measure
+from experiment.report import report
+from experiment.runs import PARTS, Experiment, hash_file, place_corpus, read_settings
+from modeling_pathmoe.command import UserError, run_command
+from modeling_pathmoe.files import write_text
+from training.experiment import Run, Trainer, make_tokenizer
+from training.recipe import RecipeError
+
+
+HERE = Path(__file__).parent
+
+
+def prepare(options: argparse.Namespace) -> Experiment:
+    """Reads the settings, places the corpus and trains the tokenizer unless it is there."""
+    settings = read_settings(options.config)
+    sources = {point["source"] for point in settings.get("map", {}).get("points", {}).values() if "source" in point}
+    wanted = sources if options.part == "map" else set()
+    builder, files, hashes = place_corpus(options.corpus, options.output, wanted)
+    settings["recipe"] |= {"dataset": builder, "data_files": files, "cache_dir": str(options.output / "cache")}
+    tokenizer = make_tokenizer(settings, options.output) / "tokenizer.json"
+    return Experiment(settings, options.output, options.results, hashes | {"tokenizer": hash_file(tokenizer)})
+
+
+def runs_of(experiment: Experiment, part: str) -> list[Run]:
+    """The runs of a part, in order.
+
+    Raises:
+        UserError: If a row has no learning rate yet.
+    """
+    if part == "tune":
+        return [run for runs in experiment.tuning_runs().values() for run in runs]
+    if missing := set(experiment.settings["rows"]) - set(experiment.learning_rates()):
+        raise UserError(f"{', '.join(sorted(missing))} have no learning rate yet: run the part `tune` first.")
+    if part == "primary":
+        return experiment.primary_runs()
+    return [run for runs in experiment.map_runs().values() for run in runs]
+
+
+def train(experiment: Experiment, part: str, jobs: int, tokens: int) -> int:
+    """Trains and measures the runs of a part that have no result yet. Returns 1 if a run failed."""
+    trainer = Trainer(experiment.output, experiment.output / "tokenizer", jobs)
+    trainer.environment["OMP_NUM_THREADS"] = "1"
+
+    def finish(run: Run):
+        result = measure(run, experiment.output, experiment.corpus, None if part == "tune" else tokens)
+        write_text(experiment.results / f"{run.name}.json", json.dumps({"part": part} | result) + "\n")
+
+    while True:  # a finished part of the map may ask for further rows
+        runs = [run for run in runs_of(experiment, part) if experiment.read(run) is None]
+        for run in runs:
+            if run.done(experiment.output):  # stopped between the training and the result
+                finish(run)
+        runs = [run for run in runs if experiment.read(run) is None]
+        if not runs:
+            return 0
+        if trainer.train(runs, part, finish):
+            return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one part. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=[*PARTS, "collapse", "report"])
+    parser.add_argument("--config", type=Path, default=HERE / "cpu.yaml", help="settings")
+    parser.add_argument("--corpus", type=Path, help="folder of the corpus; needed once")
+    parser.add_argument("--output", type=Path, help="folder of the runs; runs/replication/NAME OF CONFIG when unset")
+    parser.add_argument("--results", type=Path, help="folder of the results; experiment/results/NAME when unset")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="scored at least")
+    options = parser.parse_args(argv)
+    options.output = options.output or Path("runs/replication") / options.config.stem
+    options.results = options.results or HERE / "results" / options.config.stem
+    if options.part == "report":
+        print(report(Experiment(read_settings(options.config), options.output, options.results)))
+        return 0
+    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(options.output / "experiment.lock", timeout=0):
+            experiment = prepare(options)
+            if options.part == "collapse":
+                return collapse(experiment)
+            return train(experiment, options.part, options.jobs, options.held_out_tokens)
+    except Timeout:
+        raise UserError(f"--output {options.output} is in use by another command: wait for it or stop it.") from None
+    except RecipeError as error:
+        raise UserError(str(error)) from error
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    run_command(main)

@@ -1,0 +1,212 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""What is to be trained, as data: settings, corpus, and the runs of each part with their results."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from datasets import load_dataset
+
+from data.text import BUILDERS
+from modeling_pathmoe.command import UserError
+from modeling_pathmoe.files import write_aside
+from training.experiment import Run, make_run
+
+
+PARTS = ("tune", "primary", "map")
+MOVED = 0.01  # nats by which a point's contrast must leave that of the first point for its extra rows to be trained
+PLACES = ("dataset", "data_files", "cache_dir")  # fields of a recipe that say where text lies, and not which
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The settings, where runs and results are kept, and the corpus.
+
+    Args:
+        settings (`dict`): What the YAML holds.
+        output (`Path`): The folder of the runs.
+        results (`Path`): The folder of the small results.
+        corpus (`dict`): The SHA-256 of each file of the corpus and of the tokenizer; empty where nothing is trained.
+    """
+
+    settings: dict
+    output: Path
+    results: Path
+    corpus: dict = field(default_factory=dict)
+
+    def read(self, run: Run) -> dict | None:
+        """The result of a run, if there is one.
+
+        Raises:
+            UserError: If it was trained with other settings.
+        """
+        file = self.results / f"{run.name}.json"
+        if not file.is_file():
+            return None
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if result["settings"] != digest(run):
+            raise UserError(f"{file} was trained with other settings than it would be now: remove it or restore them.")
+        if self.corpus and result["corpus"] != self.corpus:
+            raise UserError(f"{file} was trained on another corpus or tokenizer: name another --results folder.")
+        return result
+
+    def tuning_runs(self) -> dict[str, list[Run]]:
+        """For each row, the runs among which its learning rate is chosen."""
+        tune = self.settings["tune"]
+        return {
+            row: [
+                make_run(self.settings, row, tune["tokens"], tune["seed"], float(rate), f"tune-{row}-{float(rate):g}")
+                for rate in tune["learning_rates"]
+            ]
+            for row in self.settings["rows"]
+        }
+
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of each row whose tuning runs have all finished."""
+        chosen = {}
+        for row, runs in self.tuning_runs().items():
+            results = [self.read(run) for run in runs]
+            if all(results):
+                best = min(results, key=lambda result: result["validation_loss"])
+                chosen[row] = best["learning_rate"]
+        return chosen
+
+    def primary_runs(self) -> list[Run]:
+        """The runs of the primary contrast, seed by seed; those of rows without a learning rate are left out."""
+        primary, rates = self.settings["primary"], self.learning_rates()
+        return [
+            make_run(self.settings, row, primary["tokens"], seed, rates[row], f"primary-{row}-s{seed}")
+            for seed in primary["seeds"]
+            for row in self.settings["rows"]
+            if row in rates
+        ]
+
+    def map_runs(self, extra: bool = True) -> dict[str, list[Run]]:
+        """For each point of the map its runs; with `extra` also those that its contrast asks for."""
+        points = self.settings.get("map", {}).get("points", {})
+        runs = {point: self.point_runs(point, self.settings["map"]["rows"]) for point in points}
+        contrasts = {point: self.contrast(of_point) for point, of_point in runs.items()} if extra else {}
+        first = next(iter(contrasts.values()), None)
+        for point, contrast in contrasts.items():
+            if None not in (first, contrast) and abs(contrast - first) > MOVED:
+                runs[point] += self.point_runs(point, self.settings["map"]["extra_rows"])
+        return runs
+
+    def point_runs(self, point: str, rows: list[str]) -> list[Run]:
+        """The runs of some rows at a point of the map."""
+        changes, rates = self.settings["map"]["points"][point], self.learning_rates()
+        tokens = changes.get("tokens", self.settings["primary"]["tokens"])
+        runs = []
+        for seed in self.settings["map"]["seeds"]:
+            for row in (row for row in rows if row in rates):
+                recipe = merge(self.settings["recipe"], changes.get("recipe", {}))
+                if "source" in changes:
+                    folder = self.output / "corpus" / changes["source"]
+                    files = {split: str(folder / f"{split}.parquet") for split in ("train", "validation")}
+                    recipe |= {"dataset": "parquet", "data_files": files}
+                own = merge(self.settings["rows"][row], changes.get("rows", {}).get(row, {}))
+                settings = {"recipe": recipe, "rows": {row: own}}
+                runs.append(make_run(settings, row, tokens, seed, rates[row], f"map-{point}-{row}-s{seed}"))
+        return runs
+
+    def contrast(self, runs: list[Run], row: str = "pathb4", base: str = "indep") -> float | None:
+        """The mean difference of two rows over the seeds that have finished in both; `None` if there are none."""
+        found = {(run.row, run.seed): self.read(run) for run in runs}
+        pairs = [
+            (found[row, seed]["nats"], found[base, seed]["nats"])
+            for seed in {run.seed for run in runs}
+            if found.get((row, seed)) and found.get((base, seed))
+        ]
+        return sum(one - two for one, two in pairs) / len(pairs) if pairs else None
+
+
+def merge(base: dict, changes: dict) -> dict:
+    """A recipe with changes, whose `model_overrides` are added to those that are there."""
+    merged = base | changes
+    merged["model_overrides"] = base.get("model_overrides", {}) | changes.get("model_overrides", {})
+    return merged
+
+
+def digest(run: Run) -> str:
+    """A hash of what a run is trained with, wherever its text lies."""
+    recipe = {name: value for name, value in run.recipe.items() if name not in PLACES}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_settings(file: Path) -> dict:
+    """Reads the settings.
+
+    Raises:
+        UserError: If the file is missing, is not YAML, or lacks a part.
+    """
+    if not file.is_file():
+        raise UserError(f"--config {file}: there is no such file.")
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {file} is not valid YAML: {error}") from error
+    needed = {"recipe", "rows", "tune", "primary"}
+    if missing := needed - set(settings if isinstance(settings, dict) else ()):
+        raise UserError(f"--config {file} lacks {', '.join(sorted(missing))}.")
+    return settings
+
+
+def corpus_files(folder: Path) -> tuple[str, dict[str, str]]:
+    """The builder and the two files of a corpus.
+
+    Raises:
+        UserError: If one is missing.
+    """
+    for suffix in (".parquet", ".jsonl"):
+        files = {split: str(folder / f"{split}{suffix}") for split in ("train", "validation")}
+        if all(Path(file).is_file() for file in files.values()):
+            return BUILDERS[suffix], files
+    raise UserError(
+        f"{folder} holds no train.parquet and validation.parquet (or .jsonl) with the columns text and source: name "
+        "the folder of a corpus by --corpus, or make one by `python data/experiment.py --output_dir FOLDER`."
+    )
+
+
+def place_corpus(corpus: Path | None, output: Path, sources: set[str]) -> tuple[str, dict[str, str], dict[str, str]]:
+    """Links the corpus into the folder of the runs, so that their recipes stay the same wherever it lies.
+
+    Args:
+        corpus (`Path`, *optional*): The folder of the corpus; `None` takes the one that was placed before.
+        output (`Path`): The folder of the runs.
+        sources (`set[str]`): Sources of which the text alone is needed too.
+
+    Returns:
+        `tuple`: The builder, the two files, and the SHA-256 of each.
+    """
+    folder = output / "corpus"
+    if corpus is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in corpus_files(corpus)[1].values():
+            link = folder / Path(file).name
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path(file).resolve())
+    builder, files = corpus_files(folder)
+    hashes = {split: hash_file(Path(file)) for split, file in files.items()}
+    known = output / "corpus.json"
+    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != hashes:
+        raise UserError(f"the corpus in {folder} is not the one that {output} was begun with: name another --output.")
+    with write_aside(known) as partial:
+        partial.write_text(json.dumps(hashes), encoding="utf-8")
+    for source in sources:
+        for split, file in files.items():
+            kept = folder / source / f"{split}.parquet"
+            if not kept.exists():
+                text = load_dataset(builder, data_files=file, split="train")
+                text = text.filter(lambda row, source=source: row["source"] == source)
+                if not len(text):
+                    raise UserError(f"{file} has no document of source {source!r}, which the map asks for.")
+                with write_aside(kept) as partial:
+                    text.to_parquet(str(partial))
+    return builder, files, hashes
+
+
+def hash_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

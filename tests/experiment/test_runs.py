@@ -1,0 +1,157 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""The replication at a tiny shape, through its command line."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from run_helpers import ROOT, launch, metrics, wait_for_step, weights
+
+from experiment.__main__ import main
+from experiment.runs import Experiment, digest, read_settings
+from modeling_pathmoe.command import UserError
+from modeling_pathmoe.files import write_text
+from training.experiment import Trainer
+
+
+TINY = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4,
+        "num_experts_per_tok": 2}  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """A function that writes the shipped settings with a tiny shape, and makes a corpus of two sources.
+
+    It returns the options of a command; keyword arguments replace parts of the settings.
+    """
+    found = yaml.safe_load((ROOT / "experiment" / "cpu.yaml").read_text())
+    found["recipe"] |= {"model_overrides": TINY, "model": str(ROOT / "experiment" / "model.json"),
+                        "sequence_length": 32, "batch_size": 4, "micro_batch_size": 4, "warmup_steps": 1,
+                        "eval_every": 5, "eval_sequences": 8, "log_every": 1, "routing_every": 2,
+                        "checkpoint_every": 3}  # fmt: skip
+    found["tune"] = {"tokens": 256, "seed": 100, "learning_rates": [1e-2]}
+    found["primary"] = {"tokens": 256, "seeds": [11, 12, 13]}
+    found["map"]["points"] = {"pilot": {"tokens": 256}, "one-source": {"tokens": 256, "source": "sums"}}
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for split, count in (("train", 300), ("validation", 60)):
+        texts = [f"{i} plus {count} is {i * 3}; " * 8 for i in range(count)]
+        lines = [{"text": text, "source": ("other", "sums")[i % 2]} for i, text in enumerate(texts)]
+        (corpus / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def make(**changes):
+        file = tmp_path / "tiny.yaml"
+        file.write_text(yaml.safe_dump(found | changes, sort_keys=False))
+        return ["--config", str(file), "--corpus", str(corpus), "--output", str(tmp_path / "runs"),
+                "--results", str(tmp_path / "results"), "--held_out_tokens", "500"]  # fmt: skip
+
+    return make
+
+
+def invent(experiment, runs, nats):
+    """Writes results that nothing was trained for; `nats` takes a run."""
+    for run in runs:
+        result = {"name": run.name, "row": run.row, "seed": run.seed, "steps": 40, "settings": digest(run),
+                  "learning_rate": run.recipe["learning_rate"], "validation_loss": 3.5, "nats": nats(run),
+                  "corpus": {"train": "ab"}, "seconds": 3600, "processor": "abacus", "commit": "beef",
+                  "validation_curve": [[20, 4.0], [40, 3.5]], "cosine_to_next_layer": [0.5, 0.75],
+                  "effective_experts": {"steps": [2, 40], "layers": [[13.0, 14.0], [1.0, 1.0]]}}  # fmt: skip
+        write_text(experiment.results / f"{run.name}.json", json.dumps(result))
+
+
+def test_report_names_what_is_missing_and_makes_tables_gates_verdict_and_pictures(settings, tmp_path, capsys):
+    options = settings()
+    experiment = Experiment(read_settings(tmp_path / "tiny.yaml"), tmp_path / "runs", tmp_path / "results")
+    main(["report", *options])
+    assert "no learning rate yet for indep, indep-bias, indep-lbl, pathb4, rand" in capsys.readouterr().out
+    invent(experiment, [run for runs in experiment.tuning_runs().values() for run in runs], lambda run: None)
+    main(["report", *options])
+    assert "15 of 15 runs have no result yet: primary-indep-lbl-s11, primary-pathb4-s11" in capsys.readouterr().out
+
+    effects = {"indep-lbl": 0.0, "pathb4": 0.015, "indep": -0.015, "indep-bias": -0.01, "rand": 0.014}
+    invent(experiment, experiment.primary_runs(), lambda run: 3.4 + effects[run.row] + run.seed * 0.02)
+    points = [run for runs in experiment.map_runs(extra=False).values() for run in runs]
+    invent(experiment, points, lambda run: 3.4 + (run.row == "pathb4") * (0.02 + 0.03 * ("sums" in str(run.recipe))))
+    main(["report", *options])
+    text = capsys.readouterr().out
+    assert "| G1 no collapse | 13.5 effective experts (smallest layer 13.0) | at least 12 | holds |" in text
+    assert "| G3 assay sensitivity | +0.0290 nats | at least 0.02 | holds |" in text
+    assert "| 3 | 0.01 | +0.0150 |" in text and "**worse (an effect of the paper's size is excluded)**" in text
+    assert "| indep | +0.0300 |" in text and "| rand | +0.0010 |" in text
+    assert "| pilot | +0.0200 |" in text and "| one-source | +0.0500 |" in text
+    # The contrast moved, so that the point asks for two more rows.
+    assert "map-one-source-indep-lbl-s21" in text and "map-pilot-rand" not in text
+    assert {file.name for file in (tmp_path / "results").glob("*.png")} == {"curves.png", "map.png"}
+
+
+def test_part_trains_and_measures_what_has_no_result(settings, tmp_path, monkeypatch):
+    rows = {"indep": {}}
+    options = settings(rows=rows, primary={"tokens": 1280, "seeds": [11]})
+    with pytest.raises(UserError, match="indep have no learning rate yet: run the part `tune` first"):
+        main(["primary", *options])
+    assert main(["tune", *options]) == 0
+    assert main(["primary", *options]) == 0
+    result = json.loads((tmp_path / "results" / "primary-indep-s11.json").read_text())
+    assert result["held_out_tokens"] >= 500 and set(result["sources"]) == {"sums", "other"}
+    sources = result["sources"].values()
+    assert result["nats"] == pytest.approx(
+        sum(source["nats"] * source["tokens"] for source in sources) / result["held_out_tokens"], abs=1e-4
+    )
+    assert result["effective_experts"]["steps"] == [2, 4, 6, 8, 10] and len(result["learning_curve"]) == 10
+    assert str(tmp_path) not in json.dumps(result)
+    monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("trained again"))
+    shutil.rmtree(tmp_path / "runs" / "primary-indep-s11")
+    assert main(["primary", *options]) == 0
+
+
+def test_point_of_one_source_is_trained_and_measured_on_it(settings, tmp_path):
+    points = {"one-source": {"tokens": 256, "source": "sums"}}
+    options = settings(
+        rows={"pathb4": {}}, map={"seeds": [21], "rows": ["pathb4"], "extra_rows": [], "points": points}
+    )
+    main(["tune", *options])
+    assert main(["map", *options]) == 0
+    result = json.loads((tmp_path / "results" / "map-one-source-pathb4-s21.json").read_text())
+    assert set(result["sources"]) == {"sums"}
+
+
+def test_stopped_part_goes_on_to_the_same_bits(settings, tmp_path):
+    options = settings(rows={"indep": {}}, tune={"tokens": 12800, "seed": 100, "learning_rates": [1e-2]})
+    main(["tune", *options])
+    whole, name = weights(tmp_path / "runs" / "tune-indep-0.01"), "tune-indep-0.01"
+    losses = metrics(tmp_path / "runs" / name)
+    shutil.rmtree(tmp_path / "runs" / name)
+    (tmp_path / "results" / f"{name}.json").unlink()
+    process = launch(["tune", *options], "-m", "experiment", script=())
+    wait_for_step(process, tmp_path / "runs" / name, 20)
+    process.terminate()
+    process.communicate()
+    assert not (tmp_path / "results" / f"{name}.json").exists() and len(metrics(tmp_path / "runs" / name)) < 100
+    main(["tune", *options])
+    assert metrics(tmp_path / "runs" / name) == losses
+    again = weights(tmp_path / "runs" / name)
+    assert all(again[key].equal(tensor) for key, tensor in whole.items())
+
+
+def test_result_of_other_settings_or_another_corpus_is_refused(settings, tmp_path):
+    options = settings(rows={"indep": {}}, tune={"tokens": 256, "seed": 100, "learning_rates": [1e-2]})
+    main(["tune", *options])
+    changed = settings(
+        rows={"indep": {"weight_decay": 0.2}}, tune={"tokens": 256, "seed": 100, "learning_rates": [1e-2]}
+    )
+    with pytest.raises(UserError, match="was trained with other settings"):
+        main(["tune", *changed])
+    (tmp_path / "corpus" / "validation.jsonl").write_text('{"text": "other", "source": "sums"}\n')
+    with pytest.raises(UserError, match="is not the one that"):
+        main(["tune", *options])
+
+
+def test_folder_without_a_corpus_and_settings_that_lack_a_part_are_refused(settings, tmp_path):
+    options = settings()
+    with pytest.raises(UserError, match="holds no train.parquet"):
+        main(["tune", *options, "--corpus", str(tmp_path)])
+    (tmp_path / "tiny.yaml").write_text("rows: {}")
+    with pytest.raises(UserError, match="lacks primary, recipe, tune"):
+        read_settings(tmp_path / "tiny.yaml")
