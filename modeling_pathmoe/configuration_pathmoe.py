@@ -1,15 +1,34 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """PathMoE model configuration."""
 
+import math
+from difflib import get_close_matches
 from typing import Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import __version__
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .routing_pathmoe import ROUTERS
+
+
+# What a model can have: more is a mistake, and building it would take all memory before anything is said.
+MOST = {
+    "num_hidden_layers": 1024,
+    "num_experts": 32767,
+    "hidden_size": 2**20,
+    "max_position_embeddings": 2**31 - 1,
+}
+MOST_PARAMETERS = 10**13
+# Coefficients and standard deviations above this are mistakes; the epsilon of a norm is a small number.
+LARGEST = {"rms_norm_eps": 1.0}
+LARGEST_COEFFICIENT = 1e4
+# Keys of rope_parameters that transformers may not list among its own.
+ROPE_KEYS = {"type", "truncate", "mscale", "mscale_all_dim"}
 
 
 @strict
@@ -132,10 +151,10 @@ class PathMoEConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     max_position_embeddings: int = 4096
     rope_parameters: RopeParameters | dict | None = None
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    router_initializer_range: float | None = None
-    embedding_initializer_range: float | None = None
+    rms_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
+    router_initializer_range: float | int | None = None
+    embedding_initializer_range: float | int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -143,6 +162,15 @@ class PathMoEConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        self._check_names(kwargs)
+        dtype = kwargs.get("torch_dtype", self.dtype)
+        if isinstance(dtype, str) and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
+            raise _refusal(f"dtype={dtype!r} is not a floating-point dtype of torch: use 'float32' or 'bfloat16'.")
+        experts = kwargs.pop("num_local_experts", None)
+        if experts is not None:
+            if self.num_experts not in (experts, type(self).num_experts):
+                raise _two_numbers_of_experts(self.num_experts, experts)
+            self.num_experts = experts
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         heads = self.num_attention_heads
@@ -155,6 +183,32 @@ class PathMoEConfig(PreTrainedConfig):
             # A stage of a pipeline passes on hidden states alone, and the routing would lose its state there.
             self.base_model_pp_plan = None
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """See `PreTrainedConfig.from_dict`. Fields that keyword arguments override are checked as well."""
+        cls._check_names(kwargs)
+        experts = [config_dict[name] for name in ("num_experts", "num_local_experts") if name in config_dict]
+        if experts[0:1] != experts[-1:]:
+            raise _two_numbers_of_experts(*experts)
+        result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).validate()
+        return result
+
+    @classmethod
+    def _check_names(cls, given: dict):
+        """Refuses the model type of another architecture, and names that look like a misspelt field."""
+        if given.get("model_type", cls.model_type) != cls.model_type:
+            raise _refusal(
+                f"model_type={given['model_type']!r} is another architecture: a PathMoE's is {cls.model_type!r}. "
+                "Convert its checkpoint with `python -m modeling_pathmoe.convert`."
+            )
+        fields = set(cls.__dataclass_fields__)
+        for name in given:
+            own = name in fields or name.startswith("_") or hasattr(cls, name)
+            close = [] if own else get_close_matches(name.lower(), fields, n=1, cutoff=0.82)
+            if close:
+                raise _refusal(f"{name}={given[name]!r} is not a field of PathMoE: did you mean {close[0]}?")
 
     @property
     def router_blocks(self) -> list[list[int]]:
@@ -230,6 +284,22 @@ class PathMoEConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}={getattr(self, name)} must not exceed {most}.")
+        experts = 3 * self.num_experts * self.moe_intermediate_size
+        head_dim = self.head_dim or 0
+        attention = 2 * head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        embeddings = self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        parameters = self.hidden_size * (embeddings + self.num_hidden_layers * (attention + experts))
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, "
+                f"num_hidden_layers={self.num_hidden_layers}, num_attention_heads={self.num_attention_heads}, "
+                f"head_dim={self.head_dim}, num_experts={self.num_experts} and "
+                f"moe_intermediate_size={self.moe_intermediate_size} make {parameters:.1e} parameters, more than the "
+                f"limit of {MOST_PARAMETERS:.0e}: make one of them smaller."
+            )
 
     def validate_attention_heads(self):
         self.validate_sizes()  # validators run in the order of their names
@@ -274,16 +344,20 @@ class PathMoEConfig(PreTrainedConfig):
                 f"router_sharing='decision' has no meaning with router_type={self.router_type!r}, whose layers route "
                 "differently by design: use 'parameters', or router_type='linear'."
             )
-        if self.router_dim is not None and self.router_dim < 1:
-            raise ValueError(f"router_dim={self.router_dim} must be at least 1, or None for the router's default.")
-        if self.router_rank < 0:
-            raise ValueError(f"router_rank={self.router_rank} must not be negative; 0 is the linear router.")
+        if self.router_dim is not None and not 1 <= self.router_dim <= 2**20:
+            raise ValueError(f"router_dim={self.router_dim} must be from 1 to {2**20}, or None for the default.")
+        if not 0 <= self.router_rank <= 2**20:
+            raise ValueError(f"router_rank={self.router_rank} must be from 0, the linear router, to {2**20}.")
 
     def validate_layers(self):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is no activation of transformers, such as 'silu'.")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1.")
+        for name, whole in (("sliding_window", None), ("layer_types", ["full_attention"] * self.num_hidden_layers)):
+            value = getattr(self, name, None)
+            if value is not None and value != whole:
+                raise ValueError(f"{name}={value} does not fit: a PathMoE attends to the whole sequence.")
 
     def validate_coefficients(self):
         for name in (
@@ -295,9 +369,65 @@ class PathMoEConfig(PreTrainedConfig):
             "embedding_initializer_range",
             "rms_norm_eps",
         ):
+            value, largest = getattr(self, name), LARGEST.get(name, LARGEST_COEFFICIENT)
+            if value is not None and not 0 <= value <= largest:
+                raise ValueError(
+                    f"{name}={value} must be finite, not negative and at most {largest:g}; 0 switches it off."
+                )
+
+    def validate_rope(self):
+        """Refuses parameters of the rotary embedding that transformers would ignore or compute NaN with."""
+        rope = self.rope_parameters
+        known = {*RopeParameters.__annotations__, *ROPE_KEYS}
+        for name in sorted(rope.keys() - known):
+            raise ValueError(f"rope_parameters has the unknown key {name}={rope[name]!r}: use {sorted(known)}.")
+        types = sorted({"default", *ROPE_INIT_FUNCTIONS})
+        if rope.get("rope_type") not in types:
+            raise ValueError(f"rope_parameters: rope_type={rope.get('rope_type')!r} must be one of {types}.")
+        for name in rope.keys() - {"rope_type", "type", "truncate"}:
+            least = 1 if name in ("rope_theta", "factor") else 0
+            value = rope[name]
+            if value is None and name != "rope_theta":
+                continue
+            for number in value if isinstance(value, list) else [value]:
+                is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+                if not is_number or not math.isfinite(number) or number <= 0 or number < least:
+                    raise ValueError(
+                        f"rope_parameters: {name}={value!r} must be finite, above 0 and at least {least}."
+                    )
+        if isinstance(rope["rope_theta"], list):
+            raise ValueError(f"rope_parameters: rope_theta={rope['rope_theta']} must be one number, such as 10000.0.")
+        if rope.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(
+                f"rope_parameters: partial_rotary_factor={rope['partial_rotary_factor']} must be 1: PathMoE rotates "
+                "whole heads."
+            )
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
+
+    def validate_token_ids(self):
+        """Refuses special tokens outside the vocabulary."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value} must be finite and not negative; 0 switches it off.")
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"{name}={value} must be None or from 0 to {self.vocab_size - 1}, within vocab_size="
+                        f"{self.vocab_size}."
+                    )
+
+
+def _refusal(message: str) -> StrictDataclassClassValidationError:
+    return StrictDataclassClassValidationError(validator="fields", cause=ValueError(message))
+
+
+def _two_numbers_of_experts(num_experts, num_local_experts) -> StrictDataclassClassValidationError:
+    return _refusal(
+        f"num_local_experts={num_local_experts!r} contradicts num_experts={num_experts!r}, its other name: "
+        "leave one of them out."
+    )
 
 
 __all__ = ["PathMoEConfig"]

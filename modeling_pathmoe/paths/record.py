@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
+from ..files import write_aside
 from .routers import RoutedModel, Routing, check_indices, edit_paths
 
 
@@ -169,7 +170,8 @@ class PathTrace:
         """Writes the trace to an Arrow stream, which `datasets.Dataset.from_file` reads as well.
 
         Args:
-            path (`str` or `Path`): The file; its folder must exist.
+            path (`str` or `Path`): The file; its folder is created. A file that is there is replaced when the new one
+                is whole, so that a trace may be saved where it was loaded from.
 
         Raises:
             ValueError: If the trace is empty.
@@ -177,9 +179,11 @@ class PathTrace:
         first = next(self.batches(), None)
         if first is None:
             raise ValueError("This trace is empty: there is nothing to save.")
-        with Path(path).open("wb") as sink, _pyarrow().ipc.new_stream(sink, _schema(first, self.model)) as writer:
-            for batch in self.batches():
-                writer.write_batch(_to_arrow([batch]))
+        schema = _schema(first, self.model)
+        with write_aside(path) as partial:
+            with partial.open("wb") as sink, _pyarrow().ipc.new_stream(sink, schema) as writer:
+                for batch in self.batches():
+                    writer.write_batch(_to_arrow([batch]))
 
     @classmethod
     def load(cls, path: str | Path) -> "PathTrace":
@@ -193,13 +197,15 @@ class PathTrace:
             ValueError: If the file is not a saved trace.
         """
         pa = _pyarrow()
-        with pa.memory_map(str(path)) as source:
-            try:
-                metadata = json.loads(pa.ipc.open_stream(source).schema.metadata[_METADATA])
-            except (pa.ArrowInvalid, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is not a trace that PathTrace.save has written.") from error
         trace = cls()
-        trace.model = RoutedModel(**metadata | {"layer_to_block": tuple(metadata["layer_to_block"])})
+        try:
+            with pa.memory_map(str(path)) as source:
+                metadata = json.loads(pa.ipc.open_stream(source).schema.metadata[_METADATA])
+            trace.model = RoutedModel(**metadata | {"layer_to_block": tuple(metadata["layer_to_block"])})
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a trace that PathTrace.save has written.") from error
         trace._file = Path(path)
         return trace
 

@@ -70,6 +70,112 @@ def test_wrong_field_is_refused_with_its_name_its_value_and_the_fix(tiny_config,
         assert text in str(error.value)
 
 
+NAN, INF = float("nan"), float("inf")
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+# Fields that a person or a stranger's config.json may hold, and what the message must name.
+REFUSED = [
+    *(({"rope_theta": theta}, f"rope_theta={theta!r}") for theta in (-1, 0, NAN, INF, "a", True, None, [1])),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta=-1"),
+    ({"rope_parameters": {"theta": 1}}, "unknown key theta=1"),
+    ({"rope_parameters": {"rope_typ": "yarn"}}, "unknown key rope_typ='yarn'"),
+    ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "rope_type='nope'"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": NAN}}, "factor=nan"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor=0"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor='2'"),
+    ({"rope_parameters": {**YARN, "beta_fast": "x"}}, "beta_fast='x'"),
+    ({"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    ({"rope_parameters": [1]}, "rope_parameters"),
+    ({"rope_parameters": "x"}, "rope_parameters"),
+    *(({"initializer_range": value}, "initializer_range") for value in (1e30, NAN, True, "a", -1)),
+    ({"embedding_initializer_range": True}, "embedding_initializer_range"),
+    ({"router_initializer_range": INF}, "router_initializer_range=inf"),
+    ({"rms_norm_eps": NAN}, "rms_norm_eps=nan"),
+    ({"rms_norm_eps": 10.0}, "rms_norm_eps=10.0"),
+    ({"router_aux_loss_coef": 1e30}, "router_aux_loss_coef=1e+30"),
+    ({"router_z_loss_coef": True}, "router_z_loss_coef"),
+    ({"num_experts": 8, "num_local_experts": 6}, "num_local_experts=6 contradicts num_experts=8"),
+    ({"num_local_experts": "8"}, "num_local_experts='8'"),
+    ({"router_block_sizes": 2}, "did you mean router_block_size?"),
+    ({"num_expert": 3}, "did you mean num_experts?"),
+    ({"hidden_sizes": 3}, "did you mean hidden_size?"),
+    ({"Hidden_Size": 3}, "did you mean hidden_size?"),
+    ({"num_experts_per_token": 2}, "did you mean num_experts_per_tok?"),
+    ({"num_key_values_heads": 2}, "did you mean num_key_value_heads?"),
+    ({"attn_dropout": 0.1}, "did you mean attention_dropout?"),
+    ({"intermediate_size": 64}, "did you mean moe_intermediate_size?"),
+    *(({name: -1}, f"{name}=-1") for name in ("pad_token_id", "bos_token_id", "eos_token_id")),
+    ({"pad_token_id": 99}, "pad_token_id=99 must be None or from 0 to 98"),
+    ({"eos_token_id": [1, 99]}, "eos_token_id=[1, 99]"),
+    ({"bos_token_id": True}, "bos_token_id"),
+    ({"num_hidden_layers": 1_000_000}, "num_hidden_layers=1000000 must not exceed 1024"),
+    ({"num_experts": 10**9}, "num_experts=1000000000 must not exceed 32767"),
+    ({"vocab_size": 10**12}, "vocab_size=1000000000000"),
+    ({"hidden_size": 10**9}, "hidden_size=1000000000"),
+    ({"moe_intermediate_size": 10**12}, "moe_intermediate_size=1000000000000"),
+    ({"head_dim": 10**12}, "head_dim=1000000000000"),
+    ({"max_position_embeddings": 10**12}, "max_position_embeddings=1000000000000"),
+    ({"router_rank": 10**9}, "router_rank=1000000000"),
+    ({"router_dim": 10**10}, "router_dim=10000000000"),
+    ({"attention_dropout": NAN}, "attention_dropout=nan"),
+    ({"attention_dropout": True}, "attention_dropout"),
+    ({"sliding_window": 128}, "sliding_window=128"),
+    ({"layer_types": ["sliding_attention"] * 5}, "layer_types="),
+    ({"dtype": "float99"}, "dtype='float99'"),
+    ({"dtype": "int8"}, "dtype='int8'"),
+    ({"num_experts": NAN}, "num_experts"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
+    ({"router_block_size": [True] * 5}, "router_block_size"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loader", ["direct", "from_pretrained", "AutoConfig"])
+@pytest.mark.parametrize(("wrong", "says"), REFUSED, ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_nonsense_is_refused_by_every_door(tiny_config, tmp_path, loader, wrong, says):
+    fields = {**tiny_config().to_dict(), "rope_parameters": None, **wrong}
+    with pytest.raises(StrictDataclassError) as error:
+        if loader == "direct":
+            PathMoEConfig(**fields)
+        else:
+            (tmp_path / "config.json").write_text(json.dumps(fields))
+            (PathMoEConfig if loader == "from_pretrained" else AutoConfig).from_pretrained(tmp_path)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [{"model_type": "bert"}, {"model_type": None}], ids=str)
+def test_another_architecture_is_refused(tiny_config, wrong):
+    with pytest.raises(StrictDataclassError, match="is another architecture"):
+        PathMoEConfig(**{**tiny_config().to_dict(), **wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"router_type": "nope"}, {"num_expert": 2}, {"pad_token_id": 99}], ids=str)
+def test_overrides_on_loading_are_checked(tiny_config, tmp_path, wrong):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match=next(iter(wrong))):
+        AutoConfig.from_pretrained(tmp_path, **wrong)
+
+
+ACCEPTED = [
+    {"embedding_initializer_range": 1, "router_initializer_range": 1, "initializer_range": 1},
+    {"num_local_experts": 8},
+    {"rope_theta": 10000},
+    {"rope_parameters": {**YARN, "original_max_position_embeddings": 16, "truncate": False}},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"torch_dtype": "bfloat16"},
+    {"architectures": ["PathMoEForCausalLM"], "transformers_version": "5.23.0", "_name_or_path": "x"},
+    {"auto_map": {"AutoConfig": "configuration_pathmoe.PathMoEConfig"}},
+    {"sliding_window": None, "layer_types": ["full_attention"] * 5},
+    {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}, "problem_type": "regression"},
+    {"eos_token_id": [1, 2], "note": "of our own"},
+]
+
+
+@pytest.mark.parametrize("fields", ACCEPTED, ids=str)
+def test_what_transformers_and_people_write_is_accepted(tiny_config, tmp_path, fields):
+    (tmp_path / "config.json").write_text(json.dumps({**tiny_config().to_dict(), **fields}))
+    AutoConfig.from_pretrained(tmp_path)
+
+
 def test_wrong_field_in_a_file_is_refused_on_load(tiny_config, tmp_path):
     fields = {**tiny_config().to_dict(), "router_block_size": [2, 2]}
     (tmp_path / "config.json").write_text(json.dumps(fields))

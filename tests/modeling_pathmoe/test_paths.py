@@ -262,6 +262,28 @@ def test_a_saved_trace_opens_as_a_dataset(tiny_model, tokens, tmp_path):
     assert dataset[3]["experts"] == trace.experts[3].flatten().tolist()
 
 
+def test_a_trace_can_be_saved_where_it_was_loaded_from(tiny_model, tokens, tmp_path):
+    """In a process of its own: writing into the mapped file would end it with a signal."""
+    with record_paths(model := tiny_model()) as trace:
+        model(tokens())
+    trace.save(file := tmp_path / "trace.arrow")
+    before = file.read_bytes()
+    code = "import sys; from modeling_pathmoe import PathTrace; t = PathTrace.load(sys.argv[1]); t.save(sys.argv[1])"
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", f"{code}; t.save(sys.argv[1]); print(len(t))", file], cwd=root, check=True)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", None], ids=["empty", "text", "truncated"])
+def test_a_damaged_trace_is_named(tiny_model, tokens, tmp_path, content):
+    with record_paths(model := tiny_model()) as trace:
+        model(tokens())
+    trace.save(file := tmp_path / "trace.arrow")
+    file.write_bytes(file.read_bytes()[:200] if content is None else content)
+    with pytest.raises(ValueError, match="trace.arrow is not a trace"):
+        PathTrace.load(file)
+
+
 def test_what_was_not_recorded_is_named(tiny_model, tokens, tmp_path):
     with record_paths(model := tiny_model()) as trace:
         pass
