@@ -16,6 +16,7 @@ tasks) or the total (of all documents) is one question, and corrected for the nu
 
 import argparse
 import hashlib
+import html
 import json
 import math
 from dataclasses import dataclass
@@ -24,8 +25,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+from inputs import read_json
 from run_lm_eval import score_of
 from scipy import stats
+
+from modeling_pathmoe.command import UserError, one_line, run_command
+from modeling_pathmoe.files import check_writable, write_aside, write_text
 
 
 matplotlib.use("Agg")
@@ -36,7 +41,7 @@ FLIPS = 9999
 PERPLEXITY_SETTINGS = ("max_length", "stride", "name", "split", "text_column", "limit")
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run that cannot be read, or runs that cannot be compared; the message says what differs."""
 
 
@@ -74,14 +79,14 @@ def digest(content) -> str:
 
 def read_lm_eval(folder: Path, name: str) -> Run:
     """The run of an output folder of `run_lm_eval.py`; the subjects of a group are one task."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read_json(folder / "results.json", "RUN")
     tasks = {}
     for entry in results["entries"]:
         settings, rows = {}, []
         for leaf in results.get("group_subtasks", {}).get(entry, [entry]):
             if leaf not in results["results"]:
                 raise RunError(f"{folder} has no results of {leaf}: {results['errors'].get(leaf, 'run it again')}")
-            result = json.loads((folder / "tasks" / f"{leaf}.json").read_text(encoding="utf-8"))
+            result = read_json(folder / "tasks" / f"{leaf}.json", "RUN")
             scored = score_of(result["results"][leaf])
             if scored is None:
                 raise RunError(f"{folder}: {leaf} has neither accuracy nor exact match; leave it out with --tasks.")
@@ -104,7 +109,7 @@ def read_lm_eval(folder: Path, name: str) -> Run:
 
 def read_perplexity(file: Path, name: str) -> Run:
     """The run of an output of `perplexity.py`: a task for each source, and one of all documents."""
-    settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    settings = read_json(file, "RUN")["settings"]
     documents = pd.read_json(file.with_suffix(".jsonl"), lines=True, dtype={"text_sha": str})
     documents = documents[documents["bytes"] > 0]
     items = pd.DataFrame(
@@ -132,11 +137,41 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     """
     path = Path(path)
     name = name or str(path)
-    if (path / "results.json").is_file():
-        return read_lm_eval(path, name)
-    if path.is_file() and path.with_suffix(".jsonl").is_file():
-        return read_perplexity(path, name)
-    raise RunError(f"{path}: neither a folder of run_lm_eval.py with results.json nor a .json of perplexity.py.")
+    try:
+        if (path / "results.json").is_file():
+            run = read_lm_eval(path, name)
+        elif path.is_file() and path.suffix == ".json" and path.with_suffix(".jsonl").is_file():
+            run = read_perplexity(path, name)
+        else:
+            raise RunError(
+                f"{path}: neither a folder of run_lm_eval.py with results.json nor a .json of perplexity.py with its "
+                ".jsonl beside it."
+            )
+        check_scores(run)
+        return run
+    except UserError as error:
+        raise RunError(error) from error
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise RunError(f"{path} does not hold what the evaluation writes ({reason}): evaluate again.") from error
+
+
+def check_scores(run: Run) -> None:
+    """Raises `RunError` if the run has no tasks, or a task has no items, or a score that is not a finite number."""
+    if not run.tasks:
+        raise RunError(f"{run.name} holds no tasks.")
+    for name, task in run.tasks.items():
+        if task.items.empty:
+            raise RunError(f"{run.name}: {name} holds no items.")
+        for column in ("value", "weight"):
+            numbers = pd.to_numeric(task.items[column], errors="coerce").to_numpy(float)
+            if len(bad := np.flatnonzero(~np.isfinite(numbers))):
+                what = "score" if column == "value" else column
+                raise RunError(
+                    f"{run.name}: {name}: the {what} of item {task.items.index[bad[0]]} is "
+                    f"{task.items[column].iloc[bad[0]]}, and {len(bad)} of {len(numbers)} are not finite numbers: the "
+                    "model diverged or the file is damaged. Evaluate again."
+                )
 
 
 def check_comparable(runs: list[Run]) -> None:
@@ -277,17 +312,23 @@ def compare(runs: list[Run]) -> pd.DataFrame:
     return table
 
 
+def escape(name: str) -> str:
+    """A name as text of a Markdown table: no HTML, no further column, no further line."""
+    return html.escape(" ".join(name.split()), quote=False).replace("|", "\\|")
+
+
 def markdown(table: pd.DataFrame, runs: list[Run]) -> str:
     """The table of [`compare`] as people read it: a row for each task, in per cent or bits per byte."""
+    names = {run.name: escape(run.name) for run in runs}
     first, others = runs[0], runs[1:]
     scale, digits, unit = (1, 4, "bits per byte") if first.bits else (100, 2, "%")
-    head = ["task", "items", *(f"{run.name} ({unit})" for run in runs)]
+    head = ["task", "items", *(f"{names[run.name]} ({unit})" for run in runs)]
     for run in others:
-        head += [f"{run.name} − {first.name} [95 %]", "p (Holm)", "win / tie / loss"]
+        head += [f"{names[run.name]} − {names[first.name]} [95 %]", "p (Holm)", "win / tie / loss"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     cells = table.set_index(["task", "model"])
     for task in table["task"].unique():
-        line = [task, f"{cells.loc[(task, first.name), 'items']:,}"]
+        line = [escape(task), f"{cells.loc[(task, first.name), 'items']:,}"]
         for run in runs:
             cell = cells.loc[(task, run.name)]
             line.append(f"{scale * cell['score']:.{digits}f} ± {scale * cell['stderr']:.{digits}f}")
@@ -308,8 +349,9 @@ def markdown(table: pd.DataFrame, runs: list[Run]) -> str:
         ]
         lines += [
             "",
-            f"{run.name} against {first.name}, at a corrected p below 0.05: better at {counts[0]} of {len(of_run)} "
-            f"{'sources' if first.bits else 'tasks'}, worse at {counts[1]}, undecided at {len(of_run) - sum(counts)}.",
+            f"{names[run.name]} against {names[first.name]}, at a corrected p below 0.05: better at {counts[0]} of "
+            f"{len(of_run)} {'sources' if first.bits else 'tasks'}, worse at {counts[1]}, undecided at "
+            f"{len(of_run) - sum(counts)}.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -355,6 +397,8 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     names = args.names or args.runs
     if len(set(names)) != len(args.runs):
         parser.error(f"--names {' '.join(names)}: give each of the {len(args.runs)} runs a name of its own.")
+    for name in ("comparison.md", "comparison.csv", "comparison.png"):
+        check_writable(args.output / name, "--output")
     try:
         runs = [read_run(path, name) for path, name in zip(args.runs, names)]
         if len({run.bits for run in runs}) > 1:
@@ -368,13 +412,14 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     except RunError as error:
         parser.error(str(error))
     text = markdown(table, runs)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "comparison.md").write_text(text, encoding="utf-8")
-    table.to_csv(args.output / "comparison.csv", index=False)
-    plot(table, runs, args.output / "comparison.png")
+    write_text(args.output / "comparison.md", text)
+    with write_aside(args.output / "comparison.csv") as partial:
+        table.to_csv(partial, index=False)
+    with write_aside(args.output / "comparison.png") as partial:
+        plot(table, runs, partial)
     print(text)
     return table
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

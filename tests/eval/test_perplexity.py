@@ -18,6 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from metrics.perplexity.perplexity import perplexity, sliding_windows
 from perplexity import load_documents
 
+from modeling_pathmoe.command import UserError
+
 
 @pytest.fixture(scope="module")
 def model64(model):
@@ -193,10 +195,10 @@ def test_text_file_is_one_document(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"data": "absent.jsonl"}, FileNotFoundError, "absent.jsonl"),
-        ({"columns": ["text", "body"]}, ValueError, "no column 'body': choose one of text, source"),
-        ({"limit": 0}, ValueError, "limit=0"),
-        ({"data": __file__}, ValueError, r"must end in one of \.txt"),
+        ({"data": "absent.jsonl"}, UserError, "absent.jsonl: there is no such file"),
+        ({"columns": ["text", "body"]}, UserError, "no column 'body': choose one of text, source"),
+        ({"limit": 0}, UserError, "--limit 0 must be at least 1"),
+        ({"data": __file__}, UserError, r"must end in one of \.txt"),
     ],
 )
 def test_data_that_cannot_be_read_is_named(tmp_path, settings, error, message):
@@ -208,12 +210,12 @@ def test_data_that_cannot_be_read_is_named(tmp_path, settings, error, message):
 
 def test_absent_split_lists_the_others(tmp_path):
     DatasetDict(train=Dataset.from_dict({"text": ["a"]})).save_to_disk(tmp_path / "data")
-    with pytest.raises(ValueError, match="no split 'validation': choose one of train"):
+    with pytest.raises(UserError, match="no split 'validation': choose one of train"):
         load_documents(str(tmp_path / "data"), ["text"])
 
 
 def test_absent_model_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--model .*absent"):
+    with pytest.raises(UserError, match="--model .*absent"):
         script.main(["--model", str(tmp_path / "absent"), "--data", "x.txt", "--output", str(tmp_path / "out.json")])
 
 

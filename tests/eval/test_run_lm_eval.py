@@ -14,6 +14,8 @@ from run_lm_eval import SUITES, EvalLM, load_results, main, put_together
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
+from modeling_pathmoe.command import UserError
+
 
 ROOT = Path(run_lm_eval.__file__).parents[1]
 LAMBADA, PIQA = "pathmoe_offline_lambada_openai", "pathmoe_offline_piqa"
@@ -204,7 +206,7 @@ def test_group_is_the_mean_over_its_items(output, tmp_path):
 
 
 def test_no_results_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No results.json"):
+    with pytest.raises(UserError, match="No results.json"):
         load_results(tmp_path)
 
 
@@ -212,10 +214,6 @@ def test_no_results_is_an_error(tmp_path):
     ("options", "message"),
     [
         (["--model", "./absent", "--suite", "quickstart"], "--model ./absent: there is no such folder"),
-        (
-            ["--model", "absent", "--suite", "quickstart"],
-            "--model absent: neither a folder of a model and its tokenizer",
-        ),
         (["--suite", "quickstrat"], f"not one of {', '.join(SUITES)}"),
         ([], "give a --suite, --tasks or both"),
         (
@@ -234,6 +232,11 @@ def test_arguments_that_cannot_work_are_named(model_folder, tmp_path, capsys, op
     with pytest.raises(SystemExit):
         main(["--model", str(model_folder), "--output", str(tmp_path / "out"), *options])
     assert message in capsys.readouterr().err
+
+
+def test_model_that_is_neither_a_folder_nor_on_the_hub_is_named(tmp_path):
+    with pytest.raises(UserError, match="--model absent: its config.json cannot be used: .*absent"):
+        main(["--model", "absent", "--suite", "quickstart", "--output", str(tmp_path / "out")])
 
 
 def test_tokenizer_of_another_model_is_named(model_folder, tmp_path, capsys):

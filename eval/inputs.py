@@ -1,0 +1,233 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""Inputs and outputs of the evaluation scripts: each mistake of a user ends in one line that says what to mend."""
+
+import argparse
+import glob
+import gzip
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from modeling_pathmoe.command import UserError, one_line
+
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+KINDS = f".txt, {', '.join(BUILDERS)}, or .txt, .jsonl, .json or .csv with .gz after it"
+# If a larger share of the rows has no text, the wrong column or a damaged file is likelier than stray dirt.
+MOST_SKIPPED = 0.5
+
+
+def data_kind(path: str | Path) -> str | None:
+    """The lower-case ending of a data file without `.gz`, or `None` if it is not one of the kinds that are read."""
+    *_, kind = ("", *(suffix.lower() for suffix in Path(path).suffixes))
+    if kind == ".gz":
+        kind = Path(path).with_suffix("").suffix.lower()
+        return kind if kind in {".txt", ".jsonl", ".json", ".csv"} else None
+    return kind if kind in {".txt", *BUILDERS} else None
+
+
+def load_file(file: str | Path, option: str = "--data") -> Dataset:
+    """Reads a data file; a .txt file is one row with `text`.
+
+    Raises:
+        UserError: If the file is missing, of another kind, empty, or damaged; the message names the file and, where
+            there are lines, the line.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"{option} {path}: there is no such file.")
+    if (kind := data_kind(path)) is None:
+        raise UserError(f"{option} {path} must end in one of {KINDS}.")
+    if not path.stat().st_size:
+        raise UserError(f"{option} {path} is empty.")
+    try:
+        if kind == ".txt":
+            return Dataset.from_dict({"text": [read_bytes(path).decode("utf-8")]})
+        rows = load_dataset(BUILDERS[kind], data_files=glob.escape(str(path)), split="train")
+    except Exception as error:  # whatever a damaged file makes the readers of six formats raise
+        cause = error.__cause__ or error
+        reason = find_bad_line(path) or f"it cannot be read: {one_line(cause) or type(cause).__name__}"
+        raise UserError(f"{option} {path}: {reason}") from error
+    # The reader replaces bytes that are not UTF-8 in some files.
+    if kind == ".jsonl" and (reason := find_bad_line(path)):
+        raise UserError(f"{option} {path}: {reason}")
+    if not len(rows):
+        raise UserError(f"{option} {path} holds no rows.")
+    return rows
+
+
+def read_bytes(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+
+
+def find_bad_line(path: Path) -> str | None:
+    """What is wrong with the first line of a file of text that is not UTF-8, or not a JSON object in JSON lines."""
+    kind = data_kind(path)
+    if kind not in {".txt", ".csv", ".json", ".jsonl"}:
+        return None
+    number = 0
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                text = line.decode("utf-8")
+                if kind == ".jsonl" and text.strip() and not isinstance(json.loads(text), dict):
+                    return f"line {number} is not a JSON object: {text.strip()[:60]!r}. Mend or remove it."
+    except UnicodeDecodeError:
+        return f"line {number} is not UTF-8. Convert the file to UTF-8, or mend or remove the line."
+    except json.JSONDecodeError as error:
+        return f"line {number} is not valid JSON ({error.msg}). Mend or remove it."
+    except (OSError, EOFError) as error:
+        return f"it cannot be read after line {number}: {one_line(error)}"
+    return None
+
+
+def keep_texts(rows: Dataset, column: str, what: str) -> tuple[Dataset, int]:
+    """Leaves out rows whose text is null or missing.
+
+    Args:
+        rows (`Dataset`): The rows.
+        column (`str`): The column of the text.
+        what (`str`): The name of the data, for messages.
+
+    Returns:
+        `(rows, skipped)`: the rows with a text, and the number of the others, which is also printed on stderr.
+
+    Raises:
+        UserError: If a row holds something other than text, no row has text, or most rows have none.
+    """
+    kept = []
+    for number, text in enumerate(rows[column]):
+        if isinstance(text, str):
+            kept.append(number)
+        elif text is not None:
+            raise UserError(f"{what}: column {column!r} holds {text!r:.60} in row {number + 1}, which is not text.")
+    if skipped := len(rows) - len(kept):
+        if skipped > MOST_SKIPPED * len(rows):
+            raise UserError(
+                f"{what}: {skipped} of {len(rows)} rows have no text in column {column!r}: check the data."
+            )
+        print(
+            f"{what}: skipped {skipped} of {len(rows)} rows, which have no text in column {column!r}.", file=sys.stderr
+        )
+        rows = rows.select(kept)
+    return rows, skipped
+
+
+def add_device_arguments(parser: argparse.ArgumentParser):
+    """Adds the options of how a model is loaded."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="auto", help="such as bfloat16; that of the checkpoint when unset")
+    parser.add_argument(
+        "--allow_missing", action="store_true", help="initialise weights that the checkpoint lacks at random"
+    )
+
+
+def check_device_arguments(options: argparse.Namespace):
+    """Refuses a `--device` or `--dtype` that torch does not have.
+
+    Raises:
+        UserError: With the option and its value.
+    """
+    dtype = getattr(torch, options.dtype, None)
+    if options.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"--dtype {options.dtype}: choose auto, float32, bfloat16 or float16.")
+    try:
+        torch.empty(1, device=options.device).cpu()
+    except Exception as error:  # torch raises AssertionError, RuntimeError or NotImplementedError
+        raise UserError(f"--device {options.device} cannot be used here: {first_line(error)}") from error
+
+
+def load_config(source: str, option: str = "--model", **options) -> PreTrainedConfig:
+    """Reads the configuration of a model.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    if Path(source).is_dir():
+        read_json(Path(source) / "config.json", option)
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # whatever a damaged or foreign config makes transformers raise
+        raise UserError(f"{option} {source}: its config.json cannot be used: {one_line(error)}") from error
+
+
+def load_tokenizer(source: str, option: str = "--model", **options) -> PreTrainedTokenizerBase:
+    """Reads the tokenizer of a model.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    for file in (Path(source) / "tokenizer.json", Path(source) / "tokenizer_config.json"):
+        if file.is_file():
+            read_json(file, option)
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # whatever damaged or missing files make transformers and tokenizers raise
+        raise UserError(
+            f"{option} {source}: no tokenizer can be loaded from there ({first_line(error)}). Put the tokenizer's "
+            "files beside the model's."
+        ) from error
+
+
+def check_model_folder(folder: str, option: str = "--model"):
+    """Refuses what is not a folder.
+
+    Raises:
+        UserError: With the option and its value.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{option} {folder}: there is no such folder. Download a model from the Hub first.")
+
+
+def read_json(file: Path, option: str) -> dict:
+    """Reads a JSON object.
+
+    Raises:
+        UserError: If the file is missing, empty, not UTF-8, not JSON or not an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{option}: there is no file {file}.") from error
+    except OSError as error:
+        raise UserError(f"{option}: {file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{option}: {file} is damaged: it is not valid JSON ({one_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{option}: {file} must hold a JSON object, but holds a {type(content).__name__}.")
+    return content
+
+
+def finite(figures, undefined: list[str] | None = None, place: str = ""):
+    """Figures with `None` where a number is not finite, as JSON has no such numbers.
+
+    Args:
+        figures: Nested dicts, lists and values.
+        undefined (`list[str]`, *optional*): Receives `place: value` of each number that is replaced.
+        place (`str`): Where the figures stand in the whole.
+    """
+    if isinstance(figures, dict):
+        return {key: finite(value, undefined, f"{place}.{key}".lstrip(".")) for key, value in figures.items()}
+    if isinstance(figures, (list, tuple)):
+        return [finite(value, undefined, f"{place}[{i}]") for i, value in enumerate(figures)]
+    if isinstance(figures, float) and not math.isfinite(figures):
+        if undefined is not None:
+            undefined.append(f"{place}: {figures}")
+        return None
+    return figures
+
+
+def explained(figures: dict) -> dict:
+    """[`finite`] figures with `undefined`, the places and values of those that are not, if there are any."""
+    undefined = []
+    figures = finite(figures, undefined)
+    return figures | {"undefined": undefined} if undefined else figures
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,42 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import subprocess
+import sys
+
+import pytest
+
+from modeling_pathmoe.command import UserError
+from modeling_pathmoe.files import check_writable, write_text
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "said"),
+    [
+        ("lambda: 3", 3, ""),
+        ("lambda: None", 0, ""),
+        ("lambda: {'a': 1}", 0, ""),
+        ("lambda: (_ for _ in ()).throw(UserError('two\\n lines'))", 2, "error: two lines\n"),
+        ("lambda: (_ for _ in ()).throw(KeyboardInterrupt)", 130, "interrupted\n"),
+    ],
+)
+def test_a_command_ends_with_its_status_and_one_line(main, status, said):
+    code = f"from modeling_pathmoe.command import UserError, run_command; run_command({main})"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", said)
+
+
+@pytest.mark.parametrize("name", ["new/deep/out.json", "out.json", "é" * 120])
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path, name):
+    (tmp_path / "out.json").write_text("old")
+    check_writable(tmp_path / name, "--output")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out.json"]
+    assert (tmp_path / "out.json").read_text() == "old"
+    write_text(tmp_path / name, "new")
+    assert (tmp_path / name).read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["", "file/out.json", "new/" + "a" * 300, "a" * 300, "/proc/out.json"])
+def test_a_place_that_cannot_be_written_is_named_and_left_as_it_was(tmp_path, name):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UserError, match=f"^--output {tmp_path / name}"):
+        check_writable(tmp_path / name, "--output")
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
