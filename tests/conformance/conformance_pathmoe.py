@@ -47,7 +47,7 @@ TINY.update(json.loads(os.environ.get("PATHMOE_CONFORMANCE_CONFIG", "{}")))
 
 EXCLUDED = {}
 if hasattr(ModelTesterMixin, "test_bc_cache_name_forward"):  # from transformers 5.24 on
-    reason = "wants a warning that past_key_values is deprecated, but both names stay; tests/.../test_doors.py tries them"
+    reason = "wants a warning that past_key_values is deprecated, but both names stay (test_doors.py tries them)"
     EXCLUDED["test_bc_cache_name_forward"] = reason
 if TINY.get("router_type") == "random":
     EXCLUDED["test_init_weights_can_init_buffers"] = "wants equal buffers in two models; these are random draws"
