@@ -169,8 +169,8 @@ DATA = [
     ("a.md", b"# a", "must end in one of .txt, .jsonl"),
     ("a.parquet.gz", b"a", "must end in one of .txt, .jsonl"),
     ("a.jsonl.gz", b"no gzip", "it cannot be read"),
-    ("a.jsonl.gz", gzip.compress(GOOD.encode())[:40], "it cannot be read"),
-    ("a.jsonl.gz", gzip.compress(GOOD.encode() + b"{"), "line 7 is not valid JSON"),
+    ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:40], "it cannot be read"),
+    ("a.jsonl.gz", gzip.compress(GOOD.encode() + b"{", mtime=0), "line 7 is not valid JSON"),
 ]  # fmt: skip
 
 
@@ -301,10 +301,10 @@ def test_run_report_names_a_damaged_file(place, name):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl.gz", gzip.compress(GOOD.encode())),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)),
         ("A.JSONL", GOOD.encode()),
         ("a[1].jsonl", GOOD.encode()),
-        ("a.txt.gz", gzip.compress(b"The fox.")),
+        ("a.txt.gz", gzip.compress(b"The fox.", mtime=0)),
     ],
 )
 def test_other_names_of_the_same_kinds_are_read(place, name, content):
