@@ -79,7 +79,12 @@ class PackedStream:
         """Token ids of the documents that are left of this epoch."""
         stream, skip = iter(self.dataset), self._taken
         while True:
-            texts = [row[self.text_column] for _, row in zip(range(self.shuffle_window), stream)]
+            try:
+                texts = [row[self.text_column] for _, row in zip(range(self.shuffle_window), stream)]
+            except DataError:
+                raise
+            except Exception as error:  # a file that turns out to be damaged, a connection that breaks
+                raise DataError(f"the stream could not be read on: {error}") from error
             if not texts:
                 return
             order = np.random.default_rng([self.seed, self._windows]).permutation(len(texts))

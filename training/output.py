@@ -29,8 +29,8 @@ def hold_output(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
         yield
         return
     output = Path(recipe.output_dir)
-    created = not output.exists()
     try:
+        created = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / "run.lock", timeout=0).acquire()
     except Timeout:
