@@ -99,14 +99,15 @@ class PathMoESparseMoeBlock(nn.Module):
 
     def _run_experts(self, hidden_states, top_k_index, top_k_weights):
         experts, dtype = self.experts, autocast_dtype(hidden_states.device.type)
+        parameter = next(experts.parameters(), None)  # none in DataParallel's copy of the module for one forward
         # Weights that accelerate has offloaded are on the meta device until the experts' own hook fetches them.
-        if dtype is None or experts.gate_up_proj.device.type == "meta":
+        if dtype is None or (parameter is not None and parameter.device.type == "meta"):
             return experts(hidden_states, top_k_index, top_k_weights)
         # The experts' kernels ignore autocast: float32 weights would run in float32, slowly and in silence.
         if self.config._experts_implementation == "grouped_mm":
             self.config.check_grouped_mm_rows(dtype)
         inputs = (hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
-        if getattr(experts, "_is_replica", False):  # DataParallel's copy for one forward, which has no parameters
+        if parameter is None:
             experts.gate_up_proj, experts.down_proj = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
             return experts(*inputs)
         weights = {name: parameter.to(dtype) for name, parameter in experts.named_parameters()}

@@ -61,7 +61,7 @@ RECIPES = [
     ({"model_overrides": {"model_type": "bert"}}, "bert"),
     ({"model_overrides": {"num_hidden_layers": 1000000}}, "num_hidden_layers=1000000"),
     ({"model_overrides": {"num_hidden_layers": "three"}}, "num_hidden_layers"),
-    ({"model_overrides": {"vocab_size": 2**45}}, "GB of memory"),
+    ({"model_overrides": {"vocab_size": 2**45}}, "vocab_size=35184372088832.* parameters"),
     ({"model_overrides": {"num_expert": 4}}, "num_expert"),
     ({"model_overrides": [1]}, "model_overrides"),
     ({"tokenizer": "nonesuch"}, "tokenizer='nonesuch'"),

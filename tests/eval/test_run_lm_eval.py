@@ -235,7 +235,7 @@ def test_arguments_that_cannot_work_are_named(model_folder, tmp_path, capsys, op
 
 
 def test_model_that_is_neither_a_folder_nor_on_the_hub_is_named(tmp_path):
-    with pytest.raises(UserError, match="--model absent: its config.json cannot be used: .*absent"):
+    with pytest.raises(UserError, match="--model absent: its config.json cannot be used: "):
         main(["--model", "absent", "--suite", "quickstart", "--output", str(tmp_path / "out")])
 
 
