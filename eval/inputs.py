@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_pathmoe.command import UserError, one_line
 
@@ -51,7 +51,8 @@ def load_file(file: str | Path, option: str = "--data") -> Dataset:
         rows = load_dataset(BUILDERS[kind], data_files=glob.escape(str(path)), split="train")
     except Exception as error:  # whatever a damaged file makes the readers of six formats raise
         cause = error.__cause__ or error
-        reason = find_bad_line(path) or f"it cannot be read: {one_line(cause) or type(cause).__name__}"
+        read = "it holds no rows." if isinstance(cause, StopIteration) else f"it cannot be read: {first_line(cause)}"
+        reason = find_bad_line(path) or read
         raise UserError(f"{option} {path}: {reason}") from error
     # The reader replaces bytes that are not UTF-8 in some files.
     if kind == ".jsonl" and (reason := find_bad_line(path)):
@@ -118,6 +119,17 @@ def keep_texts(rows: Dataset, column: str, what: str) -> tuple[Dataset, int]:
     return rows, skipped
 
 
+def check_sources(values: list, column: str, what: str):
+    """Refuses sources that are neither texts nor numbers.
+
+    Raises:
+        UserError: With the column and the value.
+    """
+    for value in values:
+        if value is not None and not isinstance(value, str | int | float):
+            raise UserError(f"{what}: column {column!r} holds {value!r:.60}, which is neither text nor a number.")
+
+
 def add_device_arguments(parser: argparse.ArgumentParser):
     """Adds the options of how a model is loaded."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -146,12 +158,25 @@ def load_config(source: str, option: str = "--model", **options) -> PreTrainedCo
     """Reads the configuration of a model.
 
     Raises:
-        UserError: If it cannot be read.
+        UserError: If it cannot be read, is of an unknown kind, or the index of the weights is damaged.
     """
+    switch = " without --trust_remote_code" if "trust_remote_code" in options else ""
+    options = {"trust_remote_code": False} | options  # unset, transformers would ask
+    model_type = None
     if Path(source).is_dir():
-        read_json(Path(source) / "config.json", option)
+        model_type = read_json(Path(source) / "config.json", option).get("model_type")
+        for file in sorted(Path(source).glob("*.index.json")):
+            if not isinstance(read_json(file, option).get("weight_map"), dict):
+                raise UserError(f"{option}: {file} has no weight_map: download the file again.")
     try:
         return AutoConfig.from_pretrained(source, **options)
+    except ValueError as error:
+        if model_type in CONFIG_MAPPING or options["trust_remote_code"] or "trust_remote_code" not in str(error):
+            raise UserError(f"{option} {source}: its config.json cannot be used: {one_line(error)}") from error
+        raise UserError(
+            f"{option} {source}: config.json names the model_type {model_type!r}, which transformers does not know, "
+            f"and code of its own, which is not run{switch}."
+        ) from error
     except Exception as error:  # whatever a damaged or foreign config makes transformers raise
         raise UserError(f"{option} {source}: its config.json cannot be used: {one_line(error)}") from error
 
@@ -162,15 +187,17 @@ def load_tokenizer(source: str, option: str = "--model", **options) -> PreTraine
     Raises:
         UserError: If it cannot be read.
     """
-    for file in (Path(source) / "tokenizer.json", Path(source) / "tokenizer_config.json"):
-        if file.is_file():
-            read_json(file, option)
+    options = {"trust_remote_code": False} | options
+    files = [Path(source) / "tokenizer.json", Path(source) / "tokenizer_config.json"]
+    for file in filter(Path.is_file, files):
+        read_json(file, option)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # whatever damaged or missing files make transformers and tokenizers raise
+        absent = Path(source).is_dir() and not any(map(Path.is_file, files))
+        reason = "it holds no tokenizer.json" if absent else first_line(error)
         raise UserError(
-            f"{option} {source}: no tokenizer can be loaded from there ({first_line(error)}). Put the tokenizer's "
-            "files beside the model's."
+            f"{option} {source}: no tokenizer can be loaded from there: {reason}. Put the tokenizer's files there."
         ) from error
 
 
@@ -199,7 +226,7 @@ def read_json(file: Path, option: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{option}: {file} is damaged: it is not valid JSON ({one_line(error)}).") from error
     if not isinstance(content, dict):
-        raise UserError(f"{option}: {file} must hold a JSON object, but holds a {type(content).__name__}.")
+        raise UserError(f"{option}: {file} must hold a JSON object, but holds {json.dumps(content)[:40]}.")
     return content
 
 

@@ -30,6 +30,7 @@ from inputs import (
     add_device_arguments,
     check_device_arguments,
     check_model_folder,
+    check_sources,
     explained,
     keep_texts,
     load_config,
@@ -102,6 +103,8 @@ def read_documents(files: list[Path]) -> list[list[dict]]:
         if "text" not in rows.column_names:
             raise UserError(f"--data {file} has no column 'text', only {', '.join(rows.column_names)}.")
         rows, _ = keep_texts(rows, "text", f"--data {file}")
+        if "source" in rows.column_names:
+            check_sources(rows["source"], "source", f"--data {file}")
         rows = [row for row in rows if row["text"].strip()]
         if not rows:
             raise UserError(f"--data {file} holds no text: all its rows are empty.")
@@ -413,9 +416,11 @@ def perturb(model: PreTrainedModel, reading: Reading, max_tokens: int, max_lengt
         `PerturbationCurve` each. The most frequent paths are those of the other documents.
     """
     order = torch.randperm(len(reading.documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    lengths = reading.document_ids.bincount(minlength=len(order))
+    order = [document for document in order if lengths[document] > 1]  # one token predicts nothing
     chosen = order[: max(2, min(len(order) // 2, max_tokens // PERTURBED_TOKENS))]
     firsts = [reading.pieces[reading.piece_documents.index(document)] for document in chosen]
-    pieces = [piece[: max_tokens // len(chosen)] for piece in firsts if len(piece) > 1]
+    pieces = [piece[: max(2, max_tokens // len(chosen))] for piece in firsts]
     others = [piece for piece, document in zip(reading.pieces, reading.piece_documents) if document not in chosen]
     common = {"model": model, "documents": pieces, "max_length": max_length, "seed": seed}
     layers = reading.trace.model.num_layers
@@ -545,10 +550,10 @@ def read_tokens(tokenizers: list, files: list[list[dict]], max_tokens: int) -> t
         [entry for (rows, each), count in zip(limits, counts) for entry in encode(tokenizer, rows, count, each)]
         for tokenizer in tokenizers
     ]
-    if (reached := min(map(len, encoded))) < 4:
+    if (reached := min(sum(len(ids) > 1 for _, ids, _ in entries) for entries in encoded)) < 4:
         raise UserError(
-            f"--max_tokens {max_tokens} reaches {reached} documents, but intervals need at least 4: give more "
-            "documents, or take more tokens."
+            f"--max_tokens {max_tokens} reaches {reached} documents of at least two tokens, but intervals need at "
+            "least 4: give more documents, or take more tokens."
         )
     return encoded, sum(counts)
 

@@ -22,6 +22,7 @@ from inputs import (
     add_device_arguments,
     check_device_arguments,
     check_model_folder,
+    check_sources,
     data_kind,
     explained,
     first_line,
@@ -149,6 +150,8 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = load_tokenizer(args.model)
     data = load_documents(args.data, list(dict.fromkeys(columns)), args.split, args.name, args.limit)
     data, skipped = keep_texts(data, args.text_column, f"--data {args.data}")
+    if args.source_column:
+        check_sources(data[args.source_column], args.source_column, f"--data {args.data}")
     model = load_model(args.model, allow_missing=args.allow_missing, dtype=args.dtype).to(args.device)
     texts = list(data[args.text_column])
     try:

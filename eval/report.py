@@ -38,7 +38,9 @@ def trace_paths(model, tokenizer, text: Path, max_tokens: int):
     rows = load_file(text, "--text")
     if "text" not in rows.column_names:
         raise UserError(f"--text {text} has no column 'text', only {', '.join(rows.column_names)}.")
-    documents = keep_texts(rows, "text", f"--text {text}")[0]["text"]
+    documents = list(filter(None, keep_texts(rows, "text", f"--text {text}")[0]["text"]))
+    if not documents:
+        raise UserError(f"--text {text} holds no text: all its rows are empty.")
     length = model.config.max_position_embeddings
     with record_paths(model) as trace, torch.no_grad(), tqdm(total=max_tokens, desc="paths", disable=None) as bar:
         for document in documents:
@@ -83,7 +85,9 @@ def result_rows(run: Path) -> list[tuple[str, str]]:
         for task, metrics in load_results(run / "lm_eval").items():
             for metric, (value, stderr) in metrics.items():
                 error = "" if stderr is None else f" ± {stderr:.3f}"
-                rows.append((f"{task} {metric}", f"{value:.3f}{error}"))
+                if not isinstance(value, int | float):
+                    raise UserError(f"--run: {run / 'lm_eval'}: {task} {metric} is {value!r:.40}: evaluate again.")
+                rows.append((f"{escape(task)} {metric}", f"{value:.3f}{error}"))
     return rows
 
 
@@ -125,8 +129,11 @@ def read_metrics(file: Path) -> list[dict]:
     """
     try:
         metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        steps = [line for line in metrics if "loss" in line and line["step"] and line["tokens"] is not None]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        steps = [line for line in metrics if "loss" in line and line["step"] > 0 and line["tokens"] >= 0]
+        for line in metrics:
+            for key in ("step", "tokens", "loss", "eval_loss"):
+                float(line.get(key, 0))
+    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--run: {file} does not hold the metrics that training writes: {error}") from error
     if not steps:
         raise UserError(f"--run: {file} holds no training step: train first.")

@@ -121,15 +121,19 @@ MODELS = [
     (lambda p: (p.model / "model.safetensors").unlink(), "the model could not be loaded"),
     (lambda p: p.damage("config.json", b""), "config.json is damaged"),
     (lambda p: p.truncate("config.json"), "config.json is damaged"),
-    (lambda p: p.damage("config.json", b"[1]"), "must hold a JSON object, but holds a list"),
+    (lambda p: p.damage("config.json", b"[1]"), "must hold a JSON object, but holds [1]"),
     (lambda p: p.damage("config.json", b"\xff\xfe{"), "config.json is damaged"),
     (lambda p: (p.model / "config.json").unlink(), "there is no file"),
-    (lambda p: p.config(model_type="no_such_type"), "config.json cannot be used"),
+    (lambda p: p.config(model_type="no_such_type"), "model_type 'no_such_type', which transformers does not know"),
     (lambda p: p.config(num_experts_per_tok=9), "config.json cannot be used"),
     (lambda p: p.damage("tokenizer.json", b""), "tokenizer.json is damaged"),
     (lambda p: p.truncate("tokenizer.json"), "tokenizer.json is damaged"),
     (lambda p: p.damage("tokenizer.json", b"{}"), "no tokenizer can be loaded"),
-    (lambda p: p.damage("tokenizer.json", b"7"), "must hold a JSON object, but holds a int"),
+    (lambda p: p.damage("tokenizer.json", b"7"), "must hold a JSON object, but holds 7"),
+    (lambda p: [file.unlink() for file in p.model.glob("tokenizer*")], "it holds no tokenizer.json"),
+    (lambda p: p.config(model_type=None), "the model_type None, which transformers does not know"),
+    (lambda p: p.file("model/model.safetensors.index.json", "{"), "model.safetensors.index.json is damaged"),
+    (lambda p: p.file("model/model.safetensors.index.json", "{}"), "model.safetensors.index.json has no weight_map"),
     (options("--dtype", "float99"), "--dtype float99: choose auto, float32"),
     (options("--dtype", "int64"), "--dtype int64: choose auto, float32"),
     (options("--device", "abacus"), "--device abacus cannot be used here"),
@@ -153,6 +157,7 @@ def test_models_and_options_that_cannot_be_used_are_refused(command, place, brea
 DATA = [
     ("empty.jsonl", b"", "empty.jsonl is empty"),
     ("blank.jsonl", b"\n\n", "blank.jsonl"),
+    ("nothing.jsonl.gz", gzip.compress(b""), "it holds no rows"),
     ("a.jsonl", GOOD.encode() + b'{"text": "cut o', "line 7 is not valid JSON"),
     ("a.jsonl", GOOD.encode() + b"[1, 2]\n", "line 7 is not a JSON object"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
@@ -190,6 +195,10 @@ def test_data_that_cannot_be_read_is_refused(command, place, name, content, mess
         (options("--batch_size", "0"), "--batch_size 0 must be at least 1"),
         (options("--limit", "-1"), "--limit -1 must be at least 1"),
         (options("--source_column", "where"), "has no column 'where'"),
+        (
+            lambda p: (p.give("a.jsonl", '{"text": "a", "of": ["b"]}\n'), options("--source_column", "of")(p)),
+            "column 'of' holds ['b'], which is neither text nor a number",
+        ),
         (lambda p: setattr(p, "output", p.folder / "out.txt"), "must end in .json"),
         (lambda p: setattr(p, "output", p.folder / ("n" * 300 + ".json")), "File name too long"),
         (lambda p: (p.folder / "out.json").mkdir(), "is a folder: name a file"),
@@ -219,7 +228,9 @@ def tagged(**columns):
         (lambda p: p.config(num_experts=1, num_experts_per_tok=1), "has one expert (num_experts: 1)"),
         (options("--resamples", "0"), "--resamples 0 must be at least 1"),
         (options("--seed", "-1"), "--seed -1 must be at least 0"),
-        (options("--max_tokens", "3"), "documents, but intervals need at least 4"),
+        (options("--max_tokens", "3"), "documents of at least two tokens, but intervals need at least 4"),
+        (lambda p: p.give("a.jsonl", '{"text": "a"}\n' * 8), "reaches 0 documents of at least two tokens"),
+        (tagged(source={"of": "b"}), "column 'source' holds {'of': 'b'}, which is neither text nor a number"),
     ],
 )
 def test_path_report_refuses(place, break_it, message, capsys):
@@ -288,13 +299,23 @@ def test_reports_on_text_check_their_output_first(tmp_path, command):
             command(["--data", str(tmp_path), "--suite", "quickstart", "--output", str(tmp_path / output)])
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "perplexity.json"])
-def test_run_report_names_a_damaged_file(place, name):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", "{"),
+        ("metrics.jsonl", '{"step": 1, "loss": "b", "tokens": 10}\n'),
+        ("perplexity.json", "{"),
+        ("perplexity.json", "{}"),
+        ("lm_eval/results.json", '{"results": {"a": {"acc,none": "x"}}}'),
+    ],
+)
+def test_run_report_names_a_damaged_file(place, name, content):
     run = place.folder / "run"
     shutil.copytree(place.model, run / "final")
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "tokens": 10}\n')
-    (run / name).write_text("{")
-    with pytest.raises(UserError, match=name):
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_text(content)
+    with pytest.raises(UserError, match=name.split("/")[0]):
         report.main(["--run", str(run), "--text", str(place.data)])
 
 

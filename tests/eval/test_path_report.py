@@ -221,7 +221,11 @@ def test_models_that_cannot_be_shown_are_named(model_folder, dense_folder, data,
         ("blank.jsonl", '{"text": " "}\n{"text": ""}\n', "holds no text: all its rows are empty"),
         ("other.jsonl", '{"body": "a"}\n', "has no column 'text', only body"),
         ("data.xyz", "a", r"must end in one of \.txt, \.jsonl"),
-        ("few.jsonl", '{"text": "The fox."}\n' * 3, "reaches 3 documents, but intervals need at least 4"),
+        (
+            "few.jsonl",
+            '{"text": "The fox."}\n' * 3,
+            "reaches 3 documents of at least two tokens, but intervals need at least 4",
+        ),
     ],
 )
 def test_data_that_cannot_be_read_is_named(model_folder, tmp_path, name, content, message):
