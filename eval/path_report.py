@@ -110,7 +110,6 @@ def read_documents(files: list[Path]) -> list[list[dict]]:
             raise UserError(f"--data {file} holds no text: all its rows are empty.")
         for row in rows:
             check_tags(row, file)
-        # A source that is null is the file, too.
         result.append([row | {"source": file.stem if row.get("source") is None else row["source"]} for row in rows])
     return result
 
@@ -120,11 +119,10 @@ def check_tags(row: dict, file: Path):
     if row.get("tags") is None:
         return
     columns = [row.get(column) for column in ("starts", "ends", "tags")]
-    kinds = (int, int, str)
     where = f"--data {file}: in the row that begins {row['text'][:40]!r},"
     if not all(isinstance(values, list) for values in columns) or len({len(values) for values in columns}) > 1:
         raise UserError(f"{where} starts, ends and tags must be lists of one length, with a value for each word.")
-    if not all(isinstance(value, kind) for values, kind in zip(columns, kinds) for value in values):
+    if not all(isinstance(value, kind) for values, kind in zip(columns, (int, int, str)) for value in values):
         raise UserError(f"{where} starts and ends must be whole numbers, and tags texts.")
     if not all(0 <= start <= end <= len(row["text"]) for start, end, _ in zip(*columns)):
         raise UserError(f"{where} a word starts or ends outside the text's {len(row['text'])} characters.")
@@ -416,8 +414,7 @@ def perturb(model: PreTrainedModel, reading: Reading, max_tokens: int, max_lengt
         `PerturbationCurve` each. The most frequent paths are those of the other documents.
     """
     order = torch.randperm(len(reading.documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    lengths = reading.document_ids.bincount(minlength=len(order))
-    order = [document for document in order if lengths[document] > 1]  # one token predicts nothing
+    order = [i for i in order if (reading.document_ids == i).sum() > 1]  # a single token predicts nothing
     chosen = order[: max(2, min(len(order) // 2, max_tokens // PERTURBED_TOKENS))]
     firsts = [reading.pieces[reading.piece_documents.index(document)] for document in chosen]
     pieces = [piece[: max(2, max_tokens // len(chosen))] for piece in firsts]

@@ -169,7 +169,9 @@ def main(argv: list[str] | None = None) -> dict:
         for document, source in zip(documents, data[args.source_column]):
             document["source"] = source
             by_source[source].append(document)
-    settings |= {key: getattr(args, key) for key in ("name", "split", "text_column", "limit", "device")}
+    settings |= {
+        key: getattr(args, key) for key in ("name", "split", "text_column", "limit", "device", "allow_missing")
+    }
     result = summarize(documents) | {
         "skipped_documents": skipped,
         "sources": {source: summarize(of_source) for source, of_source in by_source.items()},

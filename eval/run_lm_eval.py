@@ -462,6 +462,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         "weights": weights_of(args.model, config),
         "tokenizer": args.tokenizer,
         **{key: getattr(args, key) for key in ("revision", "dtype", "max_length", "limit")},
+        "allow_missing": args.allow_missing or None,  # as results hold that were written before there was the option
     }
     done = done_tasks(parser, args, settings, tasks)
     waiting = {name: task for name, task in tasks.items() if name not in done}

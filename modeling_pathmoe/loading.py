@@ -3,6 +3,7 @@
 
 import logging
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -44,6 +45,9 @@ def load_model(
     finally:
         logger.removeFilter(is_no_report)
     check_loading_report(info, f"{option} {source}", allow_missing)
+    if missing := sorted(info["missing_keys"]):
+        names = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
+        warnings.warn(f"{option} {source}: {len(missing)} missing tensors were drawn at random: {names}", stacklevel=2)
     check_finite(model, f"{option} {source}")
     return model.eval()
 
