@@ -18,6 +18,7 @@ import os
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import copy
+import glob
 import hashlib
 import json
 import math
@@ -43,6 +44,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -61,7 +63,7 @@ from data.text import DataError, load_text, pack, train_tokenizer
 from modeling_pathmoe import PathMoERouter, update_selection_bias
 from modeling_pathmoe.accounting import count_parameters, forward_flops_per_token
 from modeling_pathmoe.command import UserError, run_command
-from modeling_pathmoe.files import write_aside, write_text
+from modeling_pathmoe.files import check_writable, write_aside, write_text
 from modeling_pathmoe.loading import check_finite, check_loading_report
 from training.checkpoints import Checkpoints, find_checkpoint, step_of
 from training.engine import StopOnSignal, accumulate, build_accelerator, clip_gradients, gradient_norm, whole
@@ -121,8 +123,8 @@ def build_tokenizer(
         name = str(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"tokenizer={name!r} could not be loaded: {error}") from error
+    except Exception as error:  # a damaged file ends in an error of any kind
+        raise RecipeError(f"tokenizer={name!r} could not be loaded: {type(error).__name__}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"tokenizer={name!r} has no end-of-text token, which separates packed documents.")
     if len(tokenizer) > vocab_size:
@@ -195,6 +197,17 @@ def is_held_out(text: str, every: int) -> bool:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) % every == 0
 
 
+def find_paths(source: Source, split: str) -> set[str]:
+    """What a split is read from: its files under their real names, or without files the split itself."""
+    files = source.data_files
+    files = files.get(split) if isinstance(files, dict) else split if files is None else files
+    entries = files if isinstance(files, list) else [files]
+    found = [
+        name for entry in entries if isinstance(entry, str) for name in (glob.glob(entry, recursive=True) or [entry])
+    ]
+    return {os.path.realpath(name) for name in found}
+
+
 def load_source(recipe: Recipe, source: Source):
     """One source of text, its training part and its validation part."""
     load = partial(
@@ -208,10 +221,10 @@ def load_source(recipe: Recipe, source: Source):
     )
     train = load(source.train_split)
     if source.validation_split is not None:
-        files = source.data_files
-        if isinstance(files, dict) and files.get(source.train_split) == files.get(source.validation_split):
+        if find_paths(source, source.train_split) & find_paths(source, source.validation_split):
             tqdm.write(
-                f"WARNING: data_files: training and validation text are the same file, {files[source.train_split]!r}."
+                f"WARNING: validation_split={source.validation_split!r} of dataset={source.dataset!r} is read from "
+                "what is trained on: the validation loss will be too low."
             )
         return source, train, load(source.validation_split)
     column, every = source.text_column, recipe.holdout_every
@@ -241,6 +254,8 @@ def read_fields(file: Path) -> dict:
     fields = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     if not isinstance(fields, dict):
         raise ValueError("the file must hold a JSON object.")
+    if (kind := fields.get("model_type", "pathmoe")) not in list(CONFIG_MAPPING):
+        raise ValueError(f"model_type={kind!r} is not known to transformers.")
     return fields
 
 
@@ -758,6 +773,8 @@ def main(args: list[str] | None = None) -> int:
             f"batch_size={recipe.batch_size} must be a multiple of micro_batch_size={recipe.micro_batch_size} times "
             f"{accelerator.num_processes} processes."
         )
+    if recipe.cache_dir is not None:
+        check_writable(Path(recipe.cache_dir) / "tokens", "cache_dir")
     with hold_output(recipe, accelerator):
         return run(recipe, config, accelerator)
 

@@ -125,7 +125,7 @@ def find_files(data_files: str | list | dict | None, split: str) -> list[str] | 
     entries = data_files if isinstance(data_files, dict) else {split: data_files}
     found = {}
     for name, entry in entries.items():
-        for file in [entry] if isinstance(entry, str) else entry or []:
+        for file in entry if isinstance(entry, list | tuple) else [entry]:
             if not isinstance(file, str) or not file:
                 raise DataError(f"data_files has {file!r} where the name of a file should be.")
             if "://" in file:

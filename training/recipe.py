@@ -15,6 +15,9 @@ from huggingface_hub.errors import StrictDataclassError
 from modeling_pathmoe.command import UserError
 
 
+MAX_COUNT = 10**9  # of steps, tokens, sequences and whatever else a recipe counts
+
+
 class RecipeError(UserError, ValueError):
     """The recipe cannot be run as asked. The message names the field, the value and the fix."""
 
@@ -152,6 +155,8 @@ class Recipe:
             kinds = getattr(field.type, "__args__", (field.type,))
             if isinstance(value, bool) and bool not in kinds:
                 raise ValueError(f"{field.name}={value} must not be a switch.")
+            if isinstance(value, int) and value > MAX_COUNT and field.name != "seed":
+                raise ValueError(f"{field.name}={value} must be at most {MAX_COUNT:,}.")
             if value == "" or (isinstance(value, str) and "\0" in value):
                 raise ValueError(f"{field.name}={value!r} is empty or has a zero byte: give a value, or leave it out.")
 
@@ -210,8 +215,15 @@ class Recipe:
                 raise ValueError(f"{where}={source!r} must be a mapping with a dataset and a weight.")
             if unknown := set(source) - fields:
                 raise ValueError(f"{where} has {sorted(unknown)}, no fields of a source: it knows {sorted(fields)}.")
-            if not isinstance(source["weight"], int | float) or not 0 < source["weight"] < math.inf:
-                raise ValueError(f"{where} has weight={source['weight']!r}, which must be a positive number.")
+            weight = source["weight"]
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise ValueError(f"{where} has weight={weight!r}, which must be a positive number.")
+            for name in set(source) - {"weight", "data_files"}:
+                optional = source[name] is None and name in ("dataset_config", "validation_split")
+                if not (optional or (isinstance(source[name], str) and source[name])):
+                    raise ValueError(f"{where} has {name}={source[name]!r}, which must be text.")
+        if names := [name for name in self.model_overrides if not isinstance(name, str)]:
+            raise ValueError(f"model_overrides has {names}, which are not names of fields.")
         if self.mixture == []:
             raise ValueError("mixture=[] has no source: name at least one.")
 
@@ -311,7 +323,10 @@ def parse_recipe(args: list[str]) -> Recipe:
     for name, value in zip(args[::2], args[1::2]):
         if not name.startswith("--"):
             raise RecipeError(f"expected --field value, got {name!r}.")
-        given[name[2:].replace("-", "_")] = value
+        name = name[2:].replace("-", "_")
+        if name in given:
+            raise RecipeError(f"--{name} is given twice.")
+        given[name] = value
     if len(args) % 2:
         raise RecipeError(f"{args[-1]!r} has no value: write --field value (and true or false for a switch).")
     values, config = {}, given.pop("config", None)
@@ -328,7 +343,7 @@ def parse_recipe(args: list[str]) -> Recipe:
         )
     for name, value in values.items():
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
+            close = difflib.get_close_matches(str(name), fields, n=1)
             raise RecipeError(f"{name} is no field of a recipe." + (f" Did you mean {close[0]}?" if close else ""))
         if fields[name].type is float and isinstance(value, str | int) and not isinstance(value, bool):
             try:
