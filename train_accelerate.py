@@ -12,10 +12,14 @@ continues an interrupted run from its newest checkpoint, with the same result as
 """
 
 import os
+import signal
 
 
 # Read when torch is imported. Threads that spin while they wait cost a busy machine most of its speed.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(75))  # the imports below take seconds
 
 import copy
 import glob
@@ -23,7 +27,6 @@ import hashlib
 import json
 import math
 import resource
-import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -840,7 +843,8 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
 
 
 def command() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run can be resumed
+    for number in (signal.SIGINT, signal.SIGTERM):  # the same: the run can be resumed
+        signal.signal(number, signal.default_int_handler)
     return main()
 
 

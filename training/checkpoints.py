@@ -234,7 +234,7 @@ class Checkpoints:
                 "learning_rate": self.scheduler.get_last_lr()[0],
                 "optimizer_steps": steps,
                 "counters": self.counters,
-                "recipe": vars(self.recipe),
+                "recipe": {name: value for name, value in vars(self.recipe).items() if name not in FREE_TO_CHANGE},
             }
             (partial / "state.json").write_text(json.dumps(state))
             own.append(partial / "state.json")

@@ -132,6 +132,13 @@ def test_any_older_checkpoint_can_be_gone_on_from(whole, tmp_path):
     assert metrics(run) == metrics(whole)
 
 
+def test_checkpoint_is_the_same_wherever_the_run_lies_and_however_it_was_started(whole, tmp_path):
+    run = copy_of(whole, tmp_path / "run", up_to=6)
+    assert main([*recipe_of(whole, run), "--resume", "auto", "--keep_last", "5"]) == 0
+    state, expected = (folder / "checkpoints" / "step-00000009" / "state.json" for folder in (run, whole))
+    assert state.read_text() == expected.read_text()
+
+
 def test_unfinished_last_line_of_the_metrics_is_cut_off(whole, tmp_path):
     run = copy_of(whole, tmp_path / "run", up_to=6)
     with (run / "metrics.jsonl").open("a") as file:
