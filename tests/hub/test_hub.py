@@ -231,10 +231,9 @@ def test_stock_lm_eval_command_works_without_the_package(checkpoints, without_pa
     # JSON is YAML.
     (tasks / "tiny.yaml").write_text(json.dumps(task))
 
-    lm_eval = Path(sys.executable).with_name("lm_eval")
     arguments = ["--model", "hf", "--model_args", f"pretrained={model},trust_remote_code=True", "--device", "cpu"]
     arguments += ["--tasks", "pathmoe_tiny", "--include_path", tasks, "--output_path", tmp_path / "results"]
-    run([lm_eval, *arguments], without_package, tmp_path)
+    run([sys.executable, "-m", "lm_eval", *arguments], without_package, tmp_path)
 
     (results,) = (tmp_path / "results").rglob("results_*.json")
     results = json.loads(results.read_text())

@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 
 NEW = 12
@@ -162,7 +162,9 @@ def test_continuous_batching_equals_greedy_decoding(tiny_model, tokens, fields):
     model = tiny_model(pad_token_id=0, eos_token_id=98, **fields)
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 4, 6)]
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=98, pad_token_id=0)
-    outputs = model.generate_batch(inputs=prompts, generation_config=config)
+    # Without limits it takes what memory the machine has free.
+    limits = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    outputs = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=limits)
     found = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
     for prompt in prompts:
         expected = greedy_by_hand(model, torch.tensor([prompt]))[0, len(prompt) :].tolist()
