@@ -779,7 +779,12 @@ def main(args: list[str] | None = None) -> int:
     if recipe.cache_dir is not None:
         check_writable(Path(recipe.cache_dir) / "tokens", "cache_dir")
     with hold_output(recipe, accelerator):
-        return run(recipe, config, accelerator)
+        status = run(recipe, config, accelerator)
+    # Free the model first: if DDP held the last reference to a process group, freeing it would join gloo's threads
+    # while holding the interpreter's lock, for which such a thread may be waiting.
+    accelerator.free_memory()
+    accelerator.end_training()
+    return status
 
 
 def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> int:
@@ -838,7 +843,6 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
         accelerator.print(f"saved {save_final(recipe, accelerator, model, tokenizer, counters['changes'])}")
     else:
         accelerator.print("stopped after a checkpoint; --resume auto goes on.")
-    accelerator.end_training()
     return 0 if done else INTERRUPTED
 
 

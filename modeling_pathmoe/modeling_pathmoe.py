@@ -46,6 +46,7 @@ from .routing_pathmoe import (
 )
 
 
+# transformers looks for this decorator in the source of the model's own file, and else runs experts eagerly.
 @use_experts_implementation
 class PathMoEExperts(nn.Module):
     """SwiGLU experts, held as `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F)."""
@@ -94,8 +95,7 @@ class PathMoESparseMoeBlock(nn.Module):
         shape = hidden_states.shape
         hidden_states = hidden_states.view(-1, shape[-1])
         top_k_weights, top_k_index, router_state = route(hidden_states, router_state)
-        hidden_states = self._run_experts(hidden_states, top_k_index, top_k_weights)
-        return hidden_states.view(shape), router_state
+        return self._run_experts(hidden_states, top_k_index, top_k_weights).view(shape), router_state
 
     def _run_experts(self, hidden_states, top_k_index, top_k_weights):
         experts, dtype = self.experts, autocast_dtype(hidden_states.device.type)
@@ -210,7 +210,7 @@ class PathMoEPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, *args, **kwargs):
         match_config_to_layers(self.config, list(self.base_model.layers), self.base_model.routers)
         # transformers would list the saved class alone; servers ask for `AutoModel`, and others for the heads.
-        heads = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+        heads = "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"
         self.config.auto_map = {
             "AutoConfig": "configuration_pathmoe.PathMoEConfig",
             "AutoModel": "modeling_pathmoe.PathMoEModel",
@@ -231,8 +231,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        blocks = config.layer_to_block
-        self.layers = nn.ModuleList([PathMoEDecoderLayer(config, i, block) for i, block in enumerate(blocks)])
+        self.layers = nn.ModuleList([PathMoEDecoderLayer(config, i, b) for i, b in enumerate(config.layer_to_block)])
         # The only owner of the routers. A second `ModuleList` would confuse servers that split the model by its first.
         router_class = ROUTERS[config.router_type]
         self.routers = nn.ModuleDict({str(b): router_class(config, ls) for b, ls in enumerate(config.router_blocks)})
@@ -314,7 +313,6 @@ class PathMoEModel(PathMoEPreTrainedModel):
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
-
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -322,9 +320,8 @@ class PathMoEModel(PathMoEPreTrainedModel):
             position_ids=position_ids,
             **{CACHE_NAME: cache},
         )
-        kwargs |= {CACHE_NAME: cache} if cache is not None else {}
+        kwargs[CACHE_NAME] = cache
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-
         hidden_states, router_state, block = inputs_embeds, None, None
         for index, layer in zip(range(self.config.num_hidden_layers), self.layers):
             previous, block = block, getattr(layer, "router_block", None)
@@ -460,8 +457,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             router_loss = lb_coef * aux_loss + z_coef * z_loss
             if (num_items_in_batch := kwargs.get("num_items_in_batch")) is not None:
                 # The cross-entropy of a micro-batch counts by its share of the step's targets. So does this loss.
-                targets = kwargs.get("shift_labels")
-                targets = labels[..., 1:] if targets is None else targets
+                targets = labels[..., 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
                 router_loss = router_loss * (targets != -100).sum().to(router_loss.device) / num_items_in_batch
             loss = loss + router_loss.to(loss.device)
 
@@ -473,7 +469,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
-            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
+            **{CACHE_NAME: outputs.cache},
         )
 
 

@@ -15,6 +15,11 @@ from torch import nn
 from transformers import initialization as init
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` runs the model's Python. In dynamo's compilations torch below 2.14 always says yes."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast computes in on a type of device, or `None` where autocast is off or unknown."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -116,7 +121,7 @@ class PathMoERouter(nn.Module):
         scores = probs
         if self.selection_bias is not None:
             scores = probs + self.selection_bias[self.layers.index(layer_idx)]
-        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        if is_exporting():
             indices = _top_k_by_maxima(scores, self.top_k)  # ONNX has no stable sort
         else:
             indices = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, : self.top_k]

@@ -22,7 +22,7 @@ from transformers.integrations.moe import (
 )
 from transformers.utils import logging
 
-from ..routing_pathmoe import autocast_dtype, no_autocast
+from ..routing_pathmoe import autocast_dtype, is_exporting, no_autocast
 from . import grouped, loop
 
 
@@ -104,11 +104,6 @@ def select_kernel(
 def compute_dtype(hidden_states: torch.Tensor, experts: torch.nn.Module) -> torch.dtype:
     """The experts' dtype; under autocast its own, which transformers' implementations ignore."""
     return autocast_dtype(hidden_states.device.type) or experts.gate_up_proj.dtype
-
-
-def is_exporting() -> bool:
-    """Whether `torch.export` runs the model's Python. In dynamo's compilations torch below 2.14 always says yes."""
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def unsupported_reason(experts: torch.nn.Module) -> str | None:

@@ -28,7 +28,7 @@ ENDS = ("5.17.0", "5.24.0")  # pyproject.toml states the first one; the second i
 UNIT = "tests/modeling_pathmoe"
 GROUPS = {
     "model": [f"{UNIT}/test_{name}.py" for name in ("configuration", "dispatch", "doors", "linear_cross_entropy",
-                                                    "losses", "norm", "parity", "sharing")],
+                                                    "loading", "losses", "norm", "parity", "sharing")],
     "generation": [f"{UNIT}/test_generation.py"],
     "routing": [f"{UNIT}/test_routers.py", f"{UNIT}/test_routing.py"],
     "experts": [f"{UNIT}/test_experts.py"],

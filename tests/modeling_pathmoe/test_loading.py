@@ -1,5 +1,6 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +110,13 @@ def test_every_floating_point_type_is_checked(dtype):
     layer.weight.data = torch.full((2, 2), torch.nan).to(dtype)
     with pytest.raises(UserError, match="it: weight holds values that are not finite"):
         check_finite(layer, "it")
+
+
+def test_checkpoint_of_the_first_release_gives_its_logits():
+    """Written by the code of 21816fd: blocks of 1 and 3 layers, a selection bias with its old field only."""
+    folder = Path(__file__).parent / "first_checkpoint"
+    model, expected = load_model(folder).eval(), load_file(folder / "expected.safetensors")
+    assert model.config.router_selection_bias
+    with torch.no_grad():
+        logits = model(input_ids=expected["input_ids"]).logits
+    torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-6)
