@@ -158,7 +158,7 @@ def main(args: list[str] | None = None):
     metrics = read_metrics(options.run / "metrics.jsonl")
     results = result_rows(options.run)
     tokenizer = load_tokenizer(str(options.run / "final"), "--run")
-    model = load_model(options.run / "final", option="--run")
+    model = load_model(options.run / "final", what=f"--run {options.run}", switch=None)
 
     experts = trace_paths(model, tokenizer, options.text, options.max_tokens).experts
     rows = results + path_rows(experts, model.config)
