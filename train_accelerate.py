@@ -37,13 +37,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import (
@@ -62,17 +60,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils.output_capturing import install_all_output_capturing_hooks
 
 from data.batches import Batches, PackedBlocks, PackedStream, Prefetch, document_positions
-from data.text import DataError, load_text, pack, train_tokenizer
+from data.text import DataError, load_text, pack, read_blocks, train_tokenizer
 from modeling_pathmoe import PathMoERouter, update_selection_bias
 from modeling_pathmoe.accounting import count_parameters, forward_flops_per_token
 from modeling_pathmoe.command import UserError, run_command
-from modeling_pathmoe.files import check_writable, write_aside, write_text
-from modeling_pathmoe.loading import check_finite, check_loading_report
-from training.checkpoints import Checkpoints, find_checkpoint, step_of
+from modeling_pathmoe.files import check_writable, write_aside
+from modeling_pathmoe.loading import load_model
+from training.checkpoints import Checkpoints, find_checkpoint, list_checkpoints, step_of
 from training.engine import StopOnSignal, accumulate, build_accelerator, clip_gradients, gradient_norm, whole
 from training.final import save_final
+from training.inputs import find_changed_inputs, fingerprint_inputs
 from training.log import Log, is_spike, plot
-from training.output import check_inputs, hold_output, is_finished, set_aside
+from training.output import check_inputs, hold_output, is_finished, set_aside, write_recipe
 from training.plan import plan
 from training.recipe import Recipe, RecipeError, Source, parse_recipe
 from training.routing import RoutingMonitor
@@ -164,10 +163,12 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int, fresh:
         share = max(1, round(recipe.eval_sequences * source.weight / sum(weights)))
         if recipe.streaming:
             file = Path(recipe.output_dir) / f"validation-{number}.npy"
-            if accelerator.is_main_process and (fresh or not file.exists()):
+            if accelerator.is_main_process and fresh and os.path.lexists(file):
+                accelerator.print(f"{file} was there before this run and is kept as {set_aside(file)}.")
+            if accelerator.is_main_process and not file.exists():
                 hold_out_stream(recipe, file, validation, tokenizer, source, share)
             accelerator.wait_for_everyone()
-            held_out.append(np.load(file))
+            held_out.append(read_blocks(file, length))
             train = split_dataset_by_node(train, rank, world_size)
             sources.append(
                 PackedStream(train, tokenizer, source.text_column, length, recipe.seed, recipe.shuffle_window)
@@ -360,6 +361,8 @@ def build_model(
         if new:
             source = Path(recipe.output_dir) / "initial"
             if accelerator.is_main_process:
+                if os.path.lexists(source) and not list_checkpoints(recipe):
+                    accelerator.print(f"{source} was there before and is kept as {set_aside(source)}.")
                 initial = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
                 apply_start(recipe, initial, frequencies)
                 initial.save_pretrained(source)
@@ -369,32 +372,20 @@ def build_model(
         model = AutoModelForCausalLM.from_config(config, **kwargs)
         apply_start(recipe, model, frequencies)
     else:
-        model = load_checked(recipe, source, config=config, **kwargs)
+        model = load_model(
+            source,
+            what=f"model={recipe.model!r}",
+            allow_missing=recipe.initialize_missing,
+            switch="initialize_missing=true",
+            config=config,
+            **kwargs,
+        )
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.compile:
         if recipe.routing_every:
             install_all_output_capturing_hooks(model.base_model)  # a compiled forward cannot
         model.compile()
-    return model
-
-
-def load_checked(recipe: Recipe, source: str | Path, **kwargs) -> PreTrainedModel:
-    """Loads the checkpoint to go on from and refuses one that does not fit its configuration or is not finite."""
-    what = f"model={recipe.model!r}"
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )  # tensors of another shape are refused below, by name
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        raise RecipeError(f"{what} could not be loaded: {error}") from error
-    try:
-        check_loading_report(info, what, recipe.initialize_missing)
-        if recipe.ep_size == 1:
-            check_finite(model, what)
-    except UserError as error:
-        hint = " To draw missing tensors from the seed, set initialize_missing=true." if info["missing_keys"] else ""
-        raise RecipeError(f"{error}{hint}") from error
     return model
 
 
@@ -795,6 +786,7 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
     if is_finished(recipe, checkpoint, 0 if checkpoint is None else step_of(checkpoint)):
         accelerator.print(f"{output / 'final'} is done: max_steps={recipe.max_steps}.")
         return 0
+    changed = [] if checkpoint is None else find_changed_inputs(recipe, checkpoint)
     model = None
     if not recipe.model.endswith(".json"):  # what is wrong with a checkpoint is found before the text is read
         model = build_model(recipe, config, build_tokenizer(recipe, [], config.vocab_size, accelerator), accelerator)
@@ -809,12 +801,14 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
         model, optimizer = accelerator.prepare(model, optimizer)
     counters = {"skipped_steps": 0, "bad_steps_in_a_row": 0, "losses_seen": 0, "loss_mean": 0.0, "loss_variance": 0.0}
     counters |= {"healthy": True, "changes": []}
-    checkpoints, first_step = Checkpoints(recipe, accelerator, model, optimizer, scheduler, batches, counters), 0
+    inputs, first_step = fingerprint_inputs(recipe), 0
+    checkpoints = Checkpoints(recipe, accelerator, model, optimizer, scheduler, batches, counters, inputs)
     if checkpoint is not None:
         first_step = checkpoints.load(checkpoint)
+        counters["changes"] = counters["changes"] + [{"step": first_step} | change for change in changed]
         accelerator.print(f"resumed from {checkpoint}")
     if accelerator.is_main_process:
-        write_text(output / "recipe.yaml", yaml.safe_dump(vars(recipe), sort_keys=False))
+        write_recipe(recipe)
     log = Log(recipe, accelerator, first_step)
     for change in counters["changes"]:
         if change["step"] == first_step:

@@ -386,4 +386,22 @@ def pack(
             partial = file.with_suffix(".partial.npy")
             np.save(partial, tokens[: blocks * sequence_length].reshape(blocks, sequence_length))
             partial.rename(file)
-    return np.load(file, mmap_mode="r")
+    return read_blocks(file, sequence_length)
+
+
+def read_blocks(file: Path, sequence_length: int) -> np.ndarray:
+    """Blocks of token ids that an earlier run has kept, memory-mapped.
+
+    Raises:
+        DataError: If the file does not hold such blocks.
+    """
+    try:
+        blocks = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{file} is damaged ({error}): remove it, and it is made again.") from error
+    if not isinstance(blocks, np.ndarray) or blocks.dtype != np.int32 or blocks.shape[1:] != (sequence_length,):
+        raise DataError(
+            f"{file} does not hold token ids in sequences of sequence_length={sequence_length}: move it away, and it "
+            "is made again."
+        )
+    return blocks

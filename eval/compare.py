@@ -25,7 +25,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-from inputs import read_json
+from inputs import check_whole, read_json
 from run_lm_eval import score_of
 from scipy import stats
 
@@ -38,6 +38,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
 
 FLIPS = 9999
+MARK = "PathMoE eval/compare.py"  # in the picture, which may replace an earlier one
 PERPLEXITY_SETTINGS = ("max_length", "stride", "name", "split", "text_column", "limit")
 
 
@@ -87,6 +88,7 @@ def read_lm_eval(folder: Path, name: str) -> Run:
             if leaf not in results["results"]:
                 raise RunError(f"{folder} has no results of {leaf}: {results['errors'].get(leaf, 'run it again')}")
             result = read_json(folder / "tasks" / f"{leaf}.json", "RUN")
+            check_whole(result["settings"], f"{folder}: {leaf}")
             scored = score_of(result["results"][leaf])
             if scored is None:
                 raise RunError(f"{folder}: {leaf} has neither accuracy nor exact match; leave it out with --tasks.")
@@ -110,6 +112,7 @@ def read_lm_eval(folder: Path, name: str) -> Run:
 def read_perplexity(file: Path, name: str) -> Run:
     """The run of an output of `perplexity.py`: a task for each source, and one of all documents."""
     settings = read_json(file, "RUN")["settings"]
+    check_whole(settings, f"{file}")
     documents = pd.read_json(file.with_suffix(".jsonl"), lines=True, dtype={"text_sha": str})
     documents = documents[documents["bytes"] > 0]
     items = pd.DataFrame(
@@ -378,7 +381,7 @@ def plot(table: pd.DataFrame, runs: list[Run], file: Path) -> None:
     left.legend()
     right.axvline(0, color="grey", linewidth=0.8)
     right.set(xlabel=f"difference to {runs[0].name} ({unit}), 95 % interval")
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, metadata={"Source": MARK})
     plt.close(figure)
 
 
@@ -397,8 +400,8 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     names = args.names or args.runs
     if len(set(names)) != len(args.runs):
         parser.error(f"--names {' '.join(names)}: give each of the {len(args.runs)} runs a name of its own.")
-    for name in ("comparison.md", "comparison.csv", "comparison.png"):
-        check_writable(args.output / name, "--output")
+    for name, mark in (("md", "| task | items |"), ("csv", "task,model,items,"), ("png", MARK)):
+        check_writable(args.output / f"comparison.{name}", "--output", mark)
     try:
         runs = [read_run(path, name) for path, name in zip(args.runs, names)]
         if len({run.bits for run in runs}) > 1:

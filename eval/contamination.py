@@ -122,10 +122,10 @@ def check_report(output: Path, *data: str | Path):
     """
     if output.suffix != ".json":
         raise UserError(f"--output {output} must end in .json.")
-    for file in (output, output.with_suffix(".md")):
-        check_writable(file, "--output")
+    for file, mark in ((output, '"hit_items"'), (output.with_suffix(".md"), "| task | items | of ")):
         if file.resolve() in {Path(name).resolve() for name in data}:
             raise UserError(f"--output {output} would overwrite the data, {file}: choose another name.")
+        check_writable(file, "--output", mark)
 
 
 def markdown(report: dict, n: int) -> str:

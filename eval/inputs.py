@@ -230,6 +230,23 @@ def read_json(file: Path, option: str) -> dict:
     return content
 
 
+def check_whole(settings: dict, what: str):
+    """Refuses results that may come from weights drawn at random.
+
+    Args:
+        settings (`dict`): The settings of an evaluation.
+        what (`str`): The name of its results, for the message.
+
+    Raises:
+        UserError: If the evaluation was run with `--allow_missing`.
+    """
+    if settings.get("allow_missing"):
+        raise UserError(
+            f"{what} was evaluated with --allow_missing, so that its scores may be those of random weights: evaluate "
+            "a whole checkpoint without that option."
+        )
+
+
 def finite(figures, undefined: list[str] | None = None, place: str = ""):
     """Figures with `None` where a number is not finite, as JSON has no such numbers.
 

@@ -512,8 +512,8 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{option} {value} must be at least {least}.")
     if options.seed >= 2**32:
         parser.error(f"--seed {options.seed} must be below 2^32.")
-    for name in ("paths.json", "report.html"):
-        check_writable(options.output / name, "--output")
+    for name, mark in (("paths.json", '"layer_to_block"'), ("report.html", "<title>Expert paths</title>")):
+        check_writable(options.output / name, "--output", mark)
     check_device_arguments(options)
     return options
 

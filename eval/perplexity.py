@@ -111,10 +111,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(
             f"--stride {args.stride} must be at most --max_length {args.max_length}: tokens would be left out."
         )
-    for file in (args.output, args.output.with_suffix(".jsonl")):
-        check_writable(file, "--output")
+    for file, mark in ((args.output, '"bits_per_byte"'), (args.output.with_suffix(".jsonl"), '"text_sha"')):
         if file.resolve() == Path(args.data).resolve():
             raise UserError(f"--output {args.output} would overwrite the data, {file}: choose another name.")
+        check_writable(file, "--output", mark)
     check_device_arguments(args)
     check_model_folder(args.model)
     return args

@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from compare import escape
-from inputs import keep_texts, load_file, load_tokenizer, read_json
+from inputs import check_whole, keep_texts, load_file, load_tokenizer, read_json
 from run_lm_eval import load_results
 from tqdm.auto import tqdm
 
@@ -30,6 +30,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
 PROMPT = "The history of"
 TOP = 10
+MARK = "PathMoE eval/report.py"  # in the picture, which may replace an earlier one
 
 
 def trace_paths(model, tokenizer, text: Path, max_tokens: int):
@@ -68,6 +69,7 @@ def result_rows(run: Path) -> list[tuple[str, str]]:
     rows = []
     if (run / "perplexity.json").exists():
         scores = read_json(run / "perplexity.json", "--run")
+        check_whole(scores.get("settings") or {}, f"--run: {run / 'perplexity.json'}")
         try:
             for unit, digits in (("token", 2), ("word", 1)):
                 value = scores[f"{unit}_perplexity"]  # null where it is too large for a number
@@ -117,7 +119,7 @@ def plot(metrics: list[dict], experts: torch.Tensor, file: Path):
     image = right.imshow(pairs, vmin=0, vmax=1, cmap="viridis")
     right.set(xlabel="layer", ylabel="layer", title="Agreement of the expert sets (Jaccard)")
     figure.colorbar(image, ax=right)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, metadata={"Source": MARK})
     plt.close(figure)
 
 
@@ -151,12 +153,12 @@ def main(args: list[str] | None = None):
             parser.error(f"{path} does not exist: train first.")
     if options.max_tokens < 1:
         parser.error(f"--max_tokens {options.max_tokens} must be at least 1.")
-    for name in ("report.md", "report.png"):
-        check_writable(options.run / name, "--run")
+    for name, mark in (("report.md", "| measure "), ("report.png", MARK)):
+        check_writable(options.run / name, "--run", mark)
     metrics = read_metrics(options.run / "metrics.jsonl")
     results = result_rows(options.run)
     tokenizer = load_tokenizer(str(options.run / "final"), "--run")
-    model = load_model(options.run / "final", option="--run")
+    model = load_model(options.run / "final", what=f"--run {options.run}", switch=None)
 
     experts = trace_paths(model, tokenizer, options.text, options.max_tokens).experts
     rows = results + path_rows(experts, model.config)

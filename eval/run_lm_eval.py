@@ -223,6 +223,7 @@ def done_tasks(parser: argparse.ArgumentParser, args: argparse.Namespace, settin
     done = []
     for name, (_, shots) in tasks.items():
         file = args.output / "tasks" / f"{name}.json"
+        check_writable(file.with_suffix(".jsonl"), "--output", '"doc_id"')
         if not file.exists():
             continue
         wanted = json.loads(json.dumps(settings | {"num_fewshot": shots}))
@@ -339,8 +340,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
             parser.error(f"--{option} {value} must be at least {least}.")
     if args.num_fewshot is not None and not args.tasks:
         parser.error("--num_fewshot is for --tasks: suites.yaml states how many examples a suite's tasks are given.")
-    for file in (args.output / "results.json", args.output / "tasks" / "items.jsonl"):
-        check_writable(file, "--output")
+    check_writable(args.output / "results.json", "--output", '"entries"')
+    check_writable(args.output / "tasks" / "items.jsonl", "--output")
     check_device_arguments(args)
     return parser, args, entries
 

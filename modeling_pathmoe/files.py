@@ -1,6 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Files that are whole or not there: every writer of the project writes aside and renames."""
 
+import mmap
 import os
 import shutil
 import tempfile
@@ -43,20 +44,28 @@ def write_text(path: str | Path, text: str):
         partial.write_text(text, encoding="utf-8")
 
 
-def check_writable(path: str | Path, option: str):
+def check_writable(path: str | Path, option: str, mark: str | None = None):
     """Refuses an output file that cannot be written, before any work is done for it. Leaves nothing behind.
 
     Args:
         path (`str` or `Path`): The file that will be written later.
         option (`str`): What the user called it, such as `--output`.
+        mark (`str`, *optional*): Text that every result of this kind holds. Such a result may be replaced; any other
+            file may not, unless it is empty.
 
     Raises:
-        UserError: If `path` is a folder, or if its folder cannot be created or written; the message names `option`.
+        UserError: If `path` is a folder or the file of someone else, or if its folder cannot be created or written;
+            the message names `option`.
     """
     path, created = Path(path), []
     try:
         if path.is_dir():
             raise UserError(f"{option} {path} is a folder: name a file.")
+        if mark is not None and path.is_file() and path.stat().st_size and not holds(path, mark):
+            raise UserError(
+                f"{option}: {path} is there and is not an earlier result, so it is not overwritten: choose another "
+                "place, or move it away."
+            )
         for folder in reversed(path.parents):
             if not folder.exists():
                 folder.mkdir()
@@ -70,6 +79,12 @@ def check_writable(path: str | Path, option: str):
         for folder in reversed(created):
             with suppress(OSError):  # another process may have put a file there
                 folder.rmdir()
+
+
+def holds(path: Path, mark: str) -> bool:
+    """Whether a file that is not empty holds a text."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(mark.encode()) >= 0
 
 
 def current_umask() -> int:

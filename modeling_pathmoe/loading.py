@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .command import UserError
@@ -17,14 +18,20 @@ CONSTANTS = re.compile(r"rotary_emb\.inv_freq$")
 
 
 def load_model(
-    source: str | Path, *, option: str = "--model", allow_missing: bool = False, **kwargs
+    source: str | Path,
+    *,
+    what: str | None = None,
+    allow_missing: bool = False,
+    switch: str | None = "--allow_missing",
+    **kwargs,
 ) -> PreTrainedModel:
     """Loads a causal language model and checks that its checkpoint is whole: no tensor is drawn at random.
 
     Args:
         source (`str` or `Path`): A folder, or a repository of the Hub.
-        option (`str`, defaults to `"--model"`): What the user called it.
+        what (`str`, *optional*): What the user called it; `--model SOURCE` when unset.
         allow_missing (`bool`, defaults to `False`): Whether tensors that the checkpoint lacks may be initialised anew.
+        switch (`str`, *optional*, defaults to `"--allow_missing"`): How the user allows that.
         **kwargs: Arguments of `from_pretrained`.
 
     Returns:
@@ -34,6 +41,7 @@ def load_model(
         UserError: If the checkpoint cannot be read, lacks tensors, has tensors that the model does not know or of
             another shape, or holds values that are not finite.
     """
+    what = what or f"--model {source}"
     # With ignore_mismatched_sizes, tensors of another shape are in the report too, which is checked here.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     logger = logging.getLogger("transformers.modeling_utils")
@@ -41,24 +49,25 @@ def load_model(
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     except Exception as error:  # a damaged file may raise anything, from transformers, safetensors, torch or pickle
-        raise UserError(f"{option} {source}: the model could not be loaded: {describe(error)}") from error
+        raise UserError(f"{what}: the model could not be loaded: {describe(error)}") from error
     finally:
         logger.removeFilter(is_no_report)
-    check_loading_report(info, f"{option} {source}", allow_missing)
+    check_loading_report(info, what, allow_missing, switch)
     if missing := sorted(info["missing_keys"]):
         names = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
-        warnings.warn(f"{option} {source}: {len(missing)} missing tensors were drawn at random: {names}", stacklevel=2)
-    check_finite(model, f"{option} {source}")
+        warnings.warn(f"{what}: {len(missing)} missing tensors were drawn at random: {names}", stacklevel=2)
+    check_finite(model, what)
     return model.eval()
 
 
-def check_loading_report(info: dict, what: str, allow_missing: bool = False):
+def check_loading_report(info: dict, what: str, allow_missing: bool = False, switch: str | None = None):
     """Refuses a loading report with tensors that are missing, unknown or of another shape.
 
     Args:
         info (`dict`): What `from_pretrained(output_loading_info=True)` reports.
         what (`str`): The checkpoint's name, for the message.
         allow_missing (`bool`, defaults to `False`): Whether missing tensors are accepted.
+        switch (`str`, *optional*): How the user accepts them, for the message.
 
     Raises:
         UserError: If the report has such tensors.
@@ -74,9 +83,10 @@ def check_loading_report(info: dict, what: str, allow_missing: bool = False):
         if names
     ]
     if found:
+        hint = f" To draw missing tensors at random, use {switch}." if wrong["missing"] and switch else ""
         raise UserError(
             f"{what}: the tensors do not fit config.json: {'; '.join(found)}. Check its fields, such as "
-            "router_block_size and router_type, and that no file of the checkpoint is missing."
+            f"router_block_size and router_type, and that no file of the checkpoint is missing.{hint}"
         )
 
 
@@ -99,6 +109,7 @@ def check_finite(model: torch.nn.Module, what: str):
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point() or tensor.device.type == "meta":
             continue
-        values = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite does not take float8
+        values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        values = values.float() if tensor.element_size() == 1 else values  # isfinite does not take float8
         if not torch.isfinite(values).all():
             raise UserError(f"{what}: {name} holds values that are not finite: the checkpoint is damaged or diverged.")

@@ -8,9 +8,12 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from run_helpers import metrics
 from safetensors.torch import load_file, save_file
 
@@ -52,6 +55,17 @@ RECIPES = [
     ({"learning_rate": 1e39}, "learning_rate=1e[+]39"),
     ({"learning_rate": 0}, "learning_rate=0"),
     ({"epsilon": math.inf}, "epsilon=inf"),
+    ({"weight_decay": 1e39}, "weight_decay=1e[+]39"),
+    ({"weight_decay": 1e6}, "weight_decay=1000000.0 times learning_rate=0.01"),
+    ({"max_grad_norm": 1e39}, "max_grad_norm=1e[+]39"),
+    ({"max_grad_norm": 1e-300}, "max_grad_norm=1e-300"),
+    ({"learning_rate": 1e-45}, "learning_rate=1e-45"),
+    ({"epsilon": 1e30}, "epsilon=1e[+]30 must be at most 1"),
+    ({"router_learning_rate_scale": 1e30}, "router_learning_rate_scale=1e[+]30 times learning_rate=0.01"),
+    ({"min_lr_ratio": math.nan}, "min_lr_ratio=nan"),
+    ({"beta1": math.nan}, "beta1=nan"),
+    ({"beta2": -1e-9}, "beta2=-1e-09"),
+    ({"dataset": None, "mixture": [{"dataset": "a.jsonl", "weight": 1e-300}]}, "weight=1e-300"),
     ({"max_bad_rows": -1}, "max_bad_rows=-1"),
     ({"max_bad_steps": 0}, "max_bad_steps=0"),
     ({"tracker": "nonesuch"}, "tracker='nonesuch'"),
@@ -247,7 +261,7 @@ def test_longer_run_without_its_text_keeps_the_result(trained, recipe, tmp_path)
     main(recipe(run, max_steps=1, **fields))
     text.unlink()
     before = contents(run)
-    with pytest.raises(UserError, match="text.jsonl' does not exist"):
+    with pytest.raises(UserError, match="text.jsonl is gone since"):
         main([*recipe(run, max_steps=2, **fields), "--resume", "auto"])
     assert contents(run) == before
 
@@ -268,6 +282,94 @@ def test_what_the_trainer_did_not_write_is_left_alone(trained, recipe, tmp_path)
     assert (run / "final.set-aside-1" / "notes.txt").read_text() == "mine"
 
 
+def changed_text(folder):
+    (folder / "text.jsonl").write_bytes(b"".join(GOOD % (7 * number) for number in range(200)))
+
+
+def new_text(folder):
+    (folder / "more.jsonl").write_bytes(GOOD % 1)
+
+
+def changed_model(folder):
+    fields = json.loads((folder / "model.json").read_text()) | {"router_aux_loss_coef": 0.01}
+    (folder / "model.json").write_text(json.dumps(fields))
+
+
+def changed_tokenizer(folder):
+    file = folder / "run" / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace(" ", "  ", 1))
+
+
+def changed_validation(folder):
+    np.save(folder / "run" / "validation-0.npy", np.ones((5, 32), dtype=np.int32))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (changed_text, "text.jsonl has another content"),
+        (new_text, "more.jsonl is new"),
+        (changed_model, "model.json has another content"),
+        (changed_tokenizer, "output_dir/tokenizer/tokenizer.json has another content"),
+        (changed_validation, "output_dir/validation-0.npy has another content"),
+    ],
+)
+def test_resumed_run_goes_on_with_the_same_inputs(recipe, tmp_path, change, name):
+    (tmp_path / "text.jsonl").write_bytes(b"".join(GOOD % number for number in range(200)))
+    args = recipe(tmp_path / "run", dataset="json", data_files=str(tmp_path / "*.jsonl"), holdout_every=5)
+    shutil.copy(yaml.safe_load(Path(args[1]).read_text())["model"], tmp_path / "model.json")
+    args += ["--model", str(tmp_path / "model.json"), "--streaming", "true", "--resume", "auto"]
+    assert main([*args, "--max_steps", "1"]) == 0
+    # A copy elsewhere, or another date, is the same text.
+    os.utime(tmp_path / "text.jsonl", (0, 0))
+    assert main([*args, "--max_steps", "2"]) == 0
+    change(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"{name} since .*step-00000002.*another output_dir"):
+        main([*args, "--max_steps", "3"])
+    assert contents(tmp_path) == before
+    if change is new_text:  # there is no place to go on from in a stream of other files
+        with pytest.raises(UserError, match=name):
+            main([*args, "--max_steps", "3", "--accept_changed_inputs", "true"])
+        return
+    assert main([*args, "--max_steps", "3", "--accept_changed_inputs", "true"]) == 0
+    assert f"- from step 3: {name.split('/')[-1].split()[0]}" in (
+        (tmp_path / "run" / "final" / "README.md").read_text().replace("output_dir/", "").replace("tokenizer/", "")
+    )
+
+
+def test_validation_text_of_a_run_is_made_again(recipe, tmp_path):
+    args = [*recipe(tmp_path / "run", streaming=True), "--resume", "auto"]
+    assert main([*args, "--max_steps", "1"]) == 0
+    file = tmp_path / "run" / "validation-0.npy"
+    before = file.read_bytes()
+    file.unlink()
+    assert main([*args, "--max_steps", "2"]) == 0
+    assert file.read_bytes() == before
+
+
+def test_files_of_the_user_in_a_new_output_folder_are_kept(recipe, tmp_path, capsys):
+    args = recipe(tmp_path / "run", streaming=True, max_steps=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "validation-0.npy").write_text("mine")
+    mine = f"# With a comment.\n{Path(args[1]).read_text()}"
+    (tmp_path / "run" / "recipe.yaml").write_text(mine)
+    assert main(["--config", str(tmp_path / "run" / "recipe.yaml"), "--resume", "auto"]) == 0
+    assert (tmp_path / "run" / "recipe.yaml.set-aside-1").read_text() == mine
+    assert (tmp_path / "run" / "validation-0.npy.set-aside-1").read_text() == "mine"
+    assert "kept as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", None])
+def test_damaged_token_cache_is_named(recipe, tmp_path, content):
+    args = recipe(tmp_path / "run", cache_dir=str(tmp_path / "cache"), max_steps=1)
+    assert main(args) == 0
+    for file in (tmp_path / "cache").glob("tokens-*.npy"):
+        file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(UserError, match="tokens-.*npy is damaged .*remove it"):
+        main([*args, "--output_dir", str(tmp_path / "other")])
+
+
 @pytest.mark.parametrize("manifest", ["{}", "[]", "3", '{"a": 1}', '{"state.json": null}', ""])
 def test_damaged_manifest_is_named(trained, recipe, tmp_path, capsys, manifest):
     run = tmp_path / "run"
@@ -277,13 +379,14 @@ def test_damaged_manifest_is_named(trained, recipe, tmp_path, capsys, manifest):
     assert "step-00000002/manifest.json is damaged" in capsys.readouterr().out
 
 
-def test_diverged_run_goes_on_from_an_older_checkpoint_with_a_lower_rate(recipe, tmp_path):
+def test_diverged_run_goes_on_from_an_older_checkpoint_with_a_lower_rate(recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
     args = recipe(run, max_steps=6, checkpoint_every=1, keep_last=3, max_grad_norm=1e9, max_bad_steps=3)
     assert main([*args, "--max_steps", "2"]) == 0
     shutil.rmtree(run / "final")
-    with pytest.raises(Diverged, match="lower learning rate"):
-        main([*args, "--resume", "auto", "--learning_rate", "1e3", "--weight_decay", "1e20"])
+    with monkeypatch.context() as patch, pytest.raises(Diverged, match="lower learning rate"):
+        patch.setattr("train_accelerate.cross_entropy", lambda *args: torch.tensor(math.nan))
+        main([*args, "--resume", "auto", "--learning_rate", "1e-3"])
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert kept[:2] == ["step-00000001", "step-00000002"]
     older = str(run / "checkpoints" / "step-00000001")

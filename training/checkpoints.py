@@ -154,12 +154,23 @@ class Checkpoints:
         model, optimizer, scheduler: What is trained, with AdamW; as they were after `prepare`.
         batches: Has `state_dict` and `load_state_dict`, in JSON's types.
         counters (`dict`): What else the run remembers from step to step, in JSON's types; filled in by `load`.
+        inputs (`dict[str, str]`): Fingerprints of the files that the run reads.
     """
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, model, optimizer, scheduler, batches, counters: dict):
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        model,
+        optimizer,
+        scheduler,
+        batches,
+        counters: dict,
+        inputs: dict[str, str],
+    ):
         self.recipe, self.accelerator, self.model = recipe, accelerator, accelerator.unwrap_model(model)
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.scheduler, self.batches, self.counters = scheduler, batches, counters
+        self.scheduler, self.batches, self.counters, self.inputs = scheduler, batches, counters, inputs
         if accelerator.is_main_process:
             for unfinished in (Path(recipe.output_dir) / "checkpoints").glob("*.partial"):
                 if UNFINISHED.fullmatch(unfinished.name) and unfinished.is_dir() and not unfinished.is_symlink():
@@ -234,6 +245,7 @@ class Checkpoints:
                 "learning_rate": self.scheduler.get_last_lr()[0],
                 "optimizer_steps": steps,
                 "counters": self.counters,
+                "inputs": self.inputs,
                 "recipe": {name: value for name, value in vars(self.recipe).items() if name not in FREE_TO_CHANGE},
             }
             (partial / "state.json").write_text(json.dumps(state))

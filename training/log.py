@@ -11,7 +11,11 @@ import matplotlib
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from modeling_pathmoe.files import check_writable, write_aside
 from training.recipe import Recipe, RecipeError
+
+
+MARK = "PathMoE train_accelerate.py plot"  # in the picture, which may replace an earlier one
 
 
 matplotlib.use("Agg")
@@ -19,9 +23,19 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 def read_metrics(file: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`. A last line that a killed run left unfinished is left out."""
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    """The lines of a `metrics.jsonl`. A last line that a killed run left unfinished is left out.
+
+    Raises:
+        RecipeError: If a line is not one of metrics.
+    """
+    metrics = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], 1):
+        try:
+            metrics.append(json.loads(line))
+            float(metrics[-1]["step"])
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise RecipeError(f"{file} line {number} is damaged: remove the line.") from error
+    return metrics
 
 
 class Log:
@@ -104,7 +118,8 @@ def plot(args: list[str]) -> Path:
         `Path`: The PNG file.
 
     Raises:
-        RecipeError: If a folder holds no run.
+        RecipeError: If a folder holds no run, or its metrics are damaged.
+        UserError: If the picture cannot be written or would replace another file.
     """
     parser = argparse.ArgumentParser(prog="train_accelerate.py plot", description=plot.__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs")
@@ -116,6 +131,9 @@ def plot(args: list[str]) -> Path:
         if not runs[run]:
             raise RecipeError(f"{run} holds no metrics.jsonl with a finished line: name the output_dir of a run.")
     output = Path(options.output or Path(options.runs[0]) / "training.png")
+    if output.suffix != ".png":
+        raise RecipeError(f"--output {output} must end in .png.")
+    check_writable(output, "--output", MARK)
     loads = {run: [m for m in metrics if "load" in m] for run, metrics in runs.items()}
     loads = {run: measured for run, measured in loads.items() if measured}
     rows, extra = 3, bool(loads)
@@ -145,6 +163,7 @@ def plot(args: list[str]) -> Path:
             axes.set(title=f"{Path(run).name}: share of tokens, step {measured[-1]['step']}", xlabel="expert")
             axes.set_ylabel("layer")
         parts[1].colorbar(image, ax=panels)
-    figure.savefig(output, dpi=80)
+    with write_aside(output) as partial:
+        figure.savefig(partial, dpi=80, metadata={"Source": MARK})
     plt.close(figure)
     return output

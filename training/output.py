@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from modeling_pathmoe.files import current_umask
+from modeling_pathmoe.files import current_umask, write_text
 from training.recipe import FREE_TO_CHANGE, Recipe, RecipeError, list_changes, published, read_recipe
 
 
@@ -124,6 +125,18 @@ def is_finished(recipe: Recipe, checkpoint: Path | None, steps: int) -> bool:
             "choose another output_dir."
         )
     return False
+
+
+def write_recipe(recipe: Recipe):
+    """Writes `recipe.yaml`. One that a person has written or edited, with comments, is kept under another name."""
+    file = Path(recipe.output_dir) / "recipe.yaml"
+    if (before := read_recipe(file)) is not None and file.read_text(encoding="utf-8") != to_yaml(before):
+        print(f"{file} was not written by this run and is kept as {set_aside(file)}.")
+    write_text(file, to_yaml(vars(recipe)))
+
+
+def to_yaml(fields: dict) -> str:
+    return yaml.safe_dump(fields, sort_keys=False)
 
 
 def set_aside(path: Path) -> Path:

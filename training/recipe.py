@@ -16,6 +16,7 @@ from modeling_pathmoe.command import UserError
 
 
 MAX_COUNT = 10**9  # of steps, tokens, sequences and whatever else a recipe counts
+SMALLEST, LARGEST = 2.0**-126, 2.0**127  # what float32 holds in full precision
 
 
 class RecipeError(UserError, ValueError):
@@ -84,6 +85,8 @@ class Recipe:
         tracker (`str`, *optional*): `"tensorboard"`, `"wandb"` or another of Accelerate's trackers.
         seed (`int`): Seed of the weights and of the data order.
         resume (`str`, *optional*): `"auto"`, or a checkpoint folder of this run.
+        accept_changed_inputs (`bool`): Whether a resumed run may go on although files of its text, its tokenizer or
+            its model have changed since the checkpoint was written. The log and the model card record it.
     """
 
     model: str
@@ -139,6 +142,7 @@ class Recipe:
     tracker: str | None = None
     seed: int = 0
     resume: str | None = None
+    accept_changed_inputs: bool = False
 
     def validate_choices(self):
         for name, choices in (
@@ -168,8 +172,11 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("learning_rate", "router_learning_rate_scale", "max_grad_norm", "epsilon"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+            if not SMALLEST <= getattr(self, name) <= LARGEST:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be positive, and from {SMALLEST:.1e} to {LARGEST:.1e}, which "
+                    "float32 can hold."
+                )
         for name in (
             "eval_every", "log_every", "routing_every", "checkpoint_every", "keep_every", "warmup_steps",
             "decay_steps", "weight_decay", "max_bad_rows",
@@ -186,8 +193,20 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)} must be a whole number of steps, or a share below 1.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be from 0 to {2**32 - 1}.")
+        if self.epsilon > 1:
+            raise ValueError(f"epsilon={self.epsilon} must be at most 1, or it outweighs the gradients.")
         if self.learning_rate > 1e3:
             raise ValueError(f"learning_rate={self.learning_rate} is too large to train with: lower it.")
+        for name, what, most in (
+            ("router_learning_rate_scale", "the routers' learning rate", 1e3),
+            ("weight_decay", "the share by which weights shrink in a step", 1.0),
+        ):
+            product = self.learning_rate * getattr(self, name)
+            if product > most:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} times learning_rate={self.learning_rate} makes {what} "
+                    f"{product:.3g}, but it must be at most {most:g}: lower one of them."
+                )
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length={self.sequence_length} must be at least 2, or nothing is predicted.")
         if self.holdout_every < 2:
@@ -216,7 +235,7 @@ class Recipe:
             if unknown := set(source) - fields:
                 raise ValueError(f"{where} has {sorted(unknown)}, no fields of a source: it knows {sorted(fields)}.")
             weight = source["weight"]
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not SMALLEST <= weight <= LARGEST:
                 raise ValueError(f"{where} has weight={weight!r}, which must be a positive number.")
             for name in set(source) - {"weight", "data_files"}:
                 optional = source[name] is None and name in ("dataset_config", "validation_split")
@@ -256,6 +275,7 @@ class Source:
 FREE_TO_CHANGE = {
     "resume", "output_dir", "max_steps", "eval_every", "log_every", "routing_every", "checkpoint_every", "keep_last",
     "keep_every", "max_bad_steps", "max_bad_rows", "tracker", "engine", "ep_size", "micro_batch_size", "cache_dir",
+    "accept_changed_inputs",
 }  # fmt: skip
 
 # Fields that do, and that may change on resume nevertheless: the log and the model card record it.

@@ -50,6 +50,11 @@ class Place:
     def give(self, name, content):
         self.data = self.file(name, content)
 
+    def beside(self, name, content):
+        """A file in the output folder of commands that write several."""
+        self.output.with_suffix("").mkdir(exist_ok=True)
+        self.file(f"out/{name}", content)
+
     def config(self, **changes):
         file = self.model / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -203,6 +208,9 @@ def test_data_that_cannot_be_read_is_refused(command, place, name, content, mess
         (lambda p: setattr(p, "output", p.folder / ("n" * 300 + ".json")), "File name too long"),
         (lambda p: (p.folder / "out.json").mkdir(), "is a folder: name a file"),
         (lambda p: setattr(p, "output", p.folder / "data.json"), "would overwrite the data"),
+        (lambda p: setattr(p, "output", p.model / "config.json"), "is not an earlier result"),
+        (lambda p: setattr(p, "output", p.file("notes.json", "mine")), "notes.json is there and is not an earlier"),
+        (lambda p: p.file("out.jsonl", '{"mine": 1}'), "out.jsonl is there and is not an earlier result"),
         (lambda p: setattr(p, "data", p.folder / "model"), "neither a file, nor a folder that `save_to_disk` wrote"),
         (lambda p: setattr(p, "model", p.folder / "absent"), "absent: there is no such folder"),
     ],
@@ -226,6 +234,8 @@ def tagged(**columns):
         (tagged(starts=None), "starts, ends and tags must be lists of one length"),
         (tagged(tags=[1, 2]), "starts and ends must be whole numbers, and tags texts"),
         (lambda p: p.config(num_experts=1, num_experts_per_tok=1), "has one expert (num_experts: 1)"),
+        (lambda p: p.beside("paths.json", "[]"), "paths.json is there and is not an earlier result"),
+        (lambda p: p.beside("report.html", "<p>mine"), "report.html is there and is not an earlier result"),
         (options("--resamples", "0"), "--resamples 0 must be at least 1"),
         (options("--seed", "-1"), "--seed -1 must be at least 0"),
         (options("--max_tokens", "3"), "documents of at least two tokens, but intervals need at least 4"),
@@ -239,17 +249,18 @@ def test_path_report_refuses(place, break_it, message, capsys):
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("break_it", "message"),
     [
-        (["--batch_size", "0"], "--batch_size 0"),
-        (["--limit", "nan"], "--limit nan must be"),
-        (["--limit", "2.5"], "--limit 2.5 must be a whole number"),
-        (["--num_fewshot", "-1"], "--num_fewshot -1 must be at least 0"),
-        (["--tasks", "pathmoe_offline_piqa,,"], "a name between the commas is missing"),
+        (options("--batch_size", "0"), "--batch_size 0"),
+        (options("--limit", "nan"), "--limit nan must be"),
+        (options("--limit", "2.5"), "--limit 2.5 must be a whole number"),
+        (options("--num_fewshot", "-1"), "--num_fewshot -1 must be at least 0"),
+        (options("--tasks", "pathmoe_offline_piqa,,"), "a name between the commas is missing"),
+        (lambda p: p.beside("results.json", '{"results": {}}'), "results.json is there and is not an earlier result"),
     ],
 )
-def test_lm_eval_runner_refuses(place, values, message, capsys):
-    place.options.extend(values)
+def test_lm_eval_runner_refuses(place, break_it, message, capsys):
+    break_it(place)
     refused(lm_eval_command, place, message, capsys)
 
 
@@ -266,6 +277,10 @@ def perplexity_result(folder, name, nll=5.0, **changes):
     [
         (lambda file: perplexity_result(file.parent, "two", nll=math.nan), "the score of item 0 is nan"),
         (lambda file: perplexity_result(file.parent, "two", nll=math.inf), "are not finite numbers"),
+        (
+            lambda file: perplexity_result(file.parent, "two", settings={"allow_missing": True}),
+            "two.json was evaluated with --allow_missing",
+        ),
         (lambda file: file.write_text(""), "two.json is damaged"),
         (lambda file: file.write_text("[]"), "must hold a JSON object"),
         (lambda file: file.write_text("{}"), "does not hold what the evaluation writes"),
@@ -284,6 +299,18 @@ def test_compare_refuses_damaged_results(tmp_path, capsys, break_it, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["comparison.md", "comparison.csv", "comparison.png"])
+def test_compare_replaces_its_own_results_alone(tmp_path, name):
+    args = [str(perplexity_result(tmp_path, run)) for run in ("one", "two")]
+    args += ["--output", str(tmp_path / "out")]
+    compare.main(args)
+    compare.main(args)
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is there and is not an earlier result"):
+        compare.main(args)
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
 def test_names_are_no_html_in_a_comparison(tmp_path):
     runs = [str(perplexity_result(tmp_path, name, nll=5.0 + len(name))) for name in ("one", "three")]
     compare.main([*runs, "--names", "<script>a", "b|c", "--output", str(tmp_path / "out")])
@@ -294,7 +321,14 @@ def test_names_are_no_html_in_a_comparison(tmp_path):
 @pytest.mark.parametrize("command", [contamination.main, overlap.main])
 def test_reports_on_text_check_their_output_first(tmp_path, command):
     (tmp_path / "out").write_text("")
-    for output, message in (("out/a.json", "cannot be written"), ("a.txt", "must end in .json")):
+    for name in ("mine.json", "other.md"):
+        (tmp_path / name).write_text("{}")
+    for output, message in (
+        ("out/a.json", "cannot be written"),
+        ("a.txt", "must end in .json"),
+        ("mine.json", "mine.json is there and is not an earlier result"),
+        ("other.json", "other.md is there and is not an earlier result"),
+    ):
         with pytest.raises(UserError, match=message):
             command(["--data", str(tmp_path), "--suite", "quickstart", "--output", str(tmp_path / output)])
 
@@ -332,6 +366,14 @@ def test_other_names_of_the_same_kinds_are_read(place, name, content):
     place.give(name, content)
     perplexity_command(place)
     assert json.loads(place.output.read_text())["documents"] == (1 if "txt" in name else 6)
+
+
+@pytest.mark.parametrize("command", [perplexity_command, paths_command, lm_eval_command])
+def test_an_earlier_result_is_replaced(command, place):
+    command(place)
+    before = sorted(place.folder.rglob("*"))
+    command(place)
+    assert sorted(place.folder.rglob("*")) == before
 
 
 def test_rows_without_text_are_skipped_and_counted(place, capsys):

@@ -6,6 +6,7 @@ import pytest
 from run_helpers import metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from modeling_pathmoe.command import UserError
 from train_accelerate import main
 from training.log import is_spike
 from training.recipe import RecipeError
@@ -33,10 +34,26 @@ def test_curves_of_several_runs_are_drawn(recipe, tmp_path, capsys):
     output = tmp_path / "both.png"
     assert main(["plot", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(output)]) == 0
     assert main(["plot", str(tmp_path / "b")]) == 0
+    assert main(["plot", str(tmp_path / "b")]) == 0  # replaces its own picture
     assert str(tmp_path / "b" / "training.png") in capsys.readouterr().out
     for file in (output, tmp_path / "b" / "training.png"):
         assert file.read_bytes()[:4] == PNG and file.stat().st_size > 20_000
     assert output.stat().st_size > (tmp_path / "b" / "training.png").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "photo.png"])
+def test_a_picture_replaces_no_other_file(tmp_path, name):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=name):
+        main(["plot", str(tmp_path), "--output", str(tmp_path / name)])
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_damaged_metrics_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step\n')
+    with pytest.raises(RecipeError, match="metrics.jsonl line 2"):
+        main(["plot", str(tmp_path)])
 
 
 def test_folder_without_a_run_cannot_be_drawn(tmp_path):
