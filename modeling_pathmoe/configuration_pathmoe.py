@@ -1,7 +1,6 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """PathMoE model configuration."""
 
-import math
 from difflib import get_close_matches
 from typing import Literal
 
@@ -24,9 +23,14 @@ MOST = {
     "max_position_embeddings": 2**31 - 1,
 }
 MOST_PARAMETERS = 10**13
-# Coefficients and standard deviations above this are mistakes; the epsilon of a norm is a small number.
-LARGEST = {"rms_norm_eps": 1.0}
+MOST_LABELS = 10**6
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# Coefficients above this are mistakes; the epsilon of a norm and the steps of a bias are small numbers.
+LARGEST = {"rms_norm_eps": 1.0, "router_bias_update_rate": 1.0, "initializer_range": 100.0}
+LARGEST |= {"router_initializer_range": 100.0, "embedding_initializer_range": 100.0}
 LARGEST_COEFFICIENT = 1e4
+SMALLEST_EPSILON = 2.0**-126  # of float32, in which norms compute: a smaller one makes NaN of a state of zeros
+LARGEST_ROPE = 1e15
 # Keys of rope_parameters that transformers may not list among its own.
 ROPE_KEYS = {"type", "truncate", "mscale", "mscale_all_dim"}
 
@@ -161,15 +165,25 @@ class PathMoEConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    def __new__(cls, *args, **kwargs):
+        # Later, a number of experts that was given cannot be told from the default.
+        experts = [kwargs[name] for name in ("num_experts", "num_local_experts") if name in kwargs]
+        if experts[:1] != experts[-1:]:
+            raise _two_numbers_of_experts(*experts)
+        return super().__new__(cls)
+
     def __post_init__(self, **kwargs):
         self._check_names(kwargs)
+        self._check_labels({"id2label": self.id2label, "label2id": self.label2id, **kwargs})
         dtype = kwargs.get("torch_dtype", self.dtype)
-        if isinstance(dtype, str) and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
+        if isinstance(dtype, str):
+            known = getattr(getattr(torch, dtype, None), "is_floating_point", False)
+        else:
+            known = dtype is None or isinstance(dtype, torch.dtype)
+        if not known:
             raise _refusal(f"dtype={dtype!r} is not a floating-point dtype of torch: use 'float32' or 'bfloat16'.")
         experts = kwargs.pop("num_local_experts", None)
         if experts is not None:
-            if self.num_experts not in (experts, type(self).num_experts):
-                raise _two_numbers_of_experts(self.num_experts, experts)
             self.num_experts = experts
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -188,9 +202,7 @@ class PathMoEConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """See `PreTrainedConfig.from_dict`. Fields that keyword arguments override are checked as well."""
         cls._check_names(kwargs)
-        experts = [config_dict[name] for name in ("num_experts", "num_local_experts") if name in config_dict]
-        if experts[0:1] != experts[-1:]:
-            raise _two_numbers_of_experts(*experts)
+        cls._check_labels(kwargs)
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
@@ -209,6 +221,31 @@ class PathMoEConfig(PreTrainedConfig):
             close = [] if own else get_close_matches(name.lower(), fields, n=1, cutoff=0.82)
             if close:
                 raise _refusal(f"{name}={given[name]!r} is not a field of PathMoE: did you mean {close[0]}?")
+
+    @staticmethod
+    def _check_labels(given: dict):
+        """Refuses labels of a classifier that transformers would crash on, or give another number of classes."""
+        labels, ids, count = (given.get(name) for name in ("id2label", "label2id", "num_labels"))
+        if count is not None and (type(count) is not int or not 1 <= count <= MOST_LABELS):
+            raise _refusal(f"num_labels={count!r} must be a whole number from 1 to {MOST_LABELS}.")
+        if labels is not None:
+            numbers = {str(number): label for number, label in labels.items()} if isinstance(labels, dict) else {}
+            texts = [label for label in numbers.values() if isinstance(label, str)]
+            if set(numbers) != set(map(str, range(len(numbers)))) or len(set(texts)) != len(numbers) or not numbers:
+                raise _refusal(
+                    f"id2label={labels!r:.200} must map every number from 0 on to a text of its own, such as "
+                    "{0: 'no', 1: 'yes'}."
+                )
+            named = any(not label.startswith("LABEL_") for label in texts)  # by a person, not by transformers
+            if named and count not in (None, len(labels)):
+                raise _refusal(f"num_labels={count} contradicts the {len(labels)} labels of id2label: leave it out.")
+        if ids is not None:
+            whole = isinstance(ids, dict) and all(str(number).isdecimal() for number in ids.values())
+            other = whole and labels and {str(number): label for label, number in ids.items()} != numbers
+            if not whole or other:
+                raise _refusal(
+                    f"label2id={ids!r:.200} must map texts to numbers, and be the reverse of id2label: leave it out."
+                )
 
     @property
     def router_blocks(self) -> list[list[int]]:
@@ -354,10 +391,35 @@ class PathMoEConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act={self.hidden_act!r} is no activation of transformers, such as 'silu'.")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1.")
-        for name, whole in (("sliding_window", None), ("layer_types", ["full_attention"] * self.num_hidden_layers)):
+        every_layer = "every layer of a PathMoE has experts and attends to the whole sequence, as a decoder"
+        for name, fitting in (
+            ("sliding_window", None),
+            ("use_sliding_window", False),
+            ("layer_types", ["full_attention"] * self.num_hidden_layers),
+            ("mlp_only_layers", []),
+            ("decoder_sparse_step", 1),
+            ("is_encoder_decoder", False),
+        ):
             value = getattr(self, name, None)
-            if value is not None and value != whole:
-                raise ValueError(f"{name}={value} does not fit: a PathMoE attends to the whole sequence.")
+            if value is not None and value != fitting:
+                raise ValueError(f"{name}={value} does not fit: {every_layer}. Leave it out.")
+
+    def validate_inherited(self):
+        """Refuses values of transformers' own fields that it would misread, or stumble over later."""
+        for name, kind, such in (
+            ("output_hidden_states", bool, "true or false"),
+            ("output_attentions", bool, "true or false"),
+            ("return_dict", bool, "true or false"),
+            ("architectures", list, "a list, such as ['PathMoEForCausalLM']"),
+            ("auto_map", dict, "a mapping from Auto classes to ours"),
+        ):
+            value = getattr(self, name, None)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name}={value!r:.200} must be {such}, or left out.")
+        if isinstance(quantization := getattr(self, "quantization_config", None), str | int | float | list):
+            raise ValueError(f"quantization_config={quantization!r:.200} must be a mapping, or left out.")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type={self.problem_type!r} must be None or one of {PROBLEM_TYPES}.")
 
     def validate_coefficients(self):
         for name in (
@@ -370,6 +432,11 @@ class PathMoEConfig(PreTrainedConfig):
             "rms_norm_eps",
         ):
             value, largest = getattr(self, name), LARGEST.get(name, LARGEST_COEFFICIENT)
+            if name == "rms_norm_eps" and not SMALLEST_EPSILON <= value <= largest:
+                raise ValueError(
+                    f"{name}={value} must be above 0 (at least {SMALLEST_EPSILON:.1e}) and at most {largest:g}, such "
+                    "as 1e-06."
+                )
             if value is not None and not 0 <= value <= largest:
                 raise ValueError(
                     f"{name}={value} must be finite, not negative and at most {largest:g}; 0 switches it off."
@@ -391,12 +458,25 @@ class PathMoEConfig(PreTrainedConfig):
                 continue
             for number in value if isinstance(value, list) else [value]:
                 is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-                if not is_number or not math.isfinite(number) or number <= 0 or number < least:
+                if not is_number or not least <= number <= LARGEST_ROPE or number <= 0:
                     raise ValueError(
-                        f"rope_parameters: {name}={value!r} must be finite, above 0 and at least {least}."
+                        f"rope_parameters: {name}={value!r:.200} must be above 0, at least {least} and at most "
+                        f"{LARGEST_ROPE:g}."
                     )
-        if isinstance(rope["rope_theta"], list):
-            raise ValueError(f"rope_parameters: rope_theta={rope['rope_theta']} must be one number, such as 10000.0.")
+            if isinstance(value, list) and (not name.endswith("_factor") or len(value) != (self.head_dim or 0) // 2):
+                raise ValueError(
+                    f"rope_parameters: {name}={value!r:.200} must be one number, or for longrope a list of "
+                    f"head_dim // 2 = {(self.head_dim or 0) // 2}."
+                )
+        if rope.get("type", rope["rope_type"]) != rope["rope_type"]:
+            raise ValueError(
+                f"rope_parameters: type={rope['type']!r} contradicts rope_type={rope['rope_type']!r}: leave it out."
+            )
+        if not isinstance(rope.get("truncate", True), bool):
+            raise ValueError(f"rope_parameters: truncate={rope['truncate']!r} must be true or false.")
+        for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+            if rope.get(low) is not None and rope.get(high) is not None and rope[low] >= rope[high]:
+                raise ValueError(f"rope_parameters: {low}={rope[low]} must be below {high}={rope[high]}.")
         if rope.get("partial_rotary_factor", 1) != 1:
             raise ValueError(
                 f"rope_parameters: partial_rotary_factor={rope['partial_rotary_factor']} must be 1: PathMoE rotates "
@@ -411,6 +491,8 @@ class PathMoEConfig(PreTrainedConfig):
         """Refuses special tokens outside the vocabulary."""
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
+            if value == []:
+                raise ValueError(f"{name}=[] must hold a token, or be None.")
             for token in value if isinstance(value, list) else [value]:
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(

@@ -85,17 +85,44 @@ REFUSED = [
     ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor='2'"),
     ({"rope_parameters": {**YARN, "beta_fast": "x"}}, "beta_fast='x'"),
     ({"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    *(({name: {"rope_type": "foo"}}, "rope_type='foo'") for name in ("rope_parameters", "rope_scaling")),
+    ({"rope_scaling": {"type": "foo", "factor": 2.0}}, "rope_type='foo'"),
+    ({"rope_parameters": {**YARN, "type": "linear"}}, "type='linear' contradicts rope_type='yarn'"),
+    ({"rope_parameters": {**YARN, "truncate": "x"}}, "truncate='x'"),
+    ({"rope_parameters": {**YARN, "beta_fast": 1.0, "beta_slow": 32.0}}, "beta_slow=32.0 must be below"),
+    ({"rope_parameters": {**YARN, "factor": [2.0]}}, "factor=[2.0] must be one number"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 1e300}}, "factor=1e+300"),
+    ({"rope_theta": 10**400}, "rope_theta=1000"),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "factor": 2.0}},
+        "a list of head_dim // 2 = 4",
+    ),
+    (
+        {"rope_parameters": {**YARN, "rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
+        "low_freq_factor=4.0 must be below high_freq_factor=1.0",
+    ),
     ({"rope_parameters": [1]}, "rope_parameters"),
     ({"rope_parameters": "x"}, "rope_parameters"),
     *(({"initializer_range": value}, "initializer_range") for value in (1e30, NAN, True, "a", -1)),
     ({"embedding_initializer_range": True}, "embedding_initializer_range"),
     ({"router_initializer_range": INF}, "router_initializer_range=inf"),
-    ({"rms_norm_eps": NAN}, "rms_norm_eps=nan"),
+    *(({"rms_norm_eps": value}, f"rms_norm_eps={value}") for value in (0, -1e-6, NAN, 1e-300)),
+    ({"router_bias_update_rate": 5}, "router_bias_update_rate=5"),
     ({"rms_norm_eps": 10.0}, "rms_norm_eps=10.0"),
     ({"router_aux_loss_coef": 1e30}, "router_aux_loss_coef=1e+30"),
     ({"router_z_loss_coef": True}, "router_z_loss_coef"),
     ({"num_experts": 8, "num_local_experts": 6}, "num_local_experts=6 contradicts num_experts=8"),
+    ({"num_experts": 16, "num_local_experts": 8}, "num_local_experts=8 contradicts num_experts=16"),
     ({"num_local_experts": "8"}, "num_local_experts='8'"),
+    *(
+        ({"id2label": labels}, "id2label")
+        for labels in ("x", ["a"], {}, {"a": "b"}, {"0": 1}, {"0": "a", "2": "c"}, {"-1": "a"}, {"0": "a", "1": "a"})
+    ),
+    ({"id2label": {"0": "a"}, "label2id": {"b": 0}}, "label2id"),
+    ({"label2id": {"a": "x"}}, "label2id"),
+    *(({"num_labels": value}, f"num_labels={value!r}") for value in (0, -1, "3", 2.5, True, 10**12)),
+    ({"num_labels": 3, "id2label": {"0": "a", "1": "b"}}, "num_labels=3 contradicts the 2 labels"),
+    ({"problem_type": "nonsense"}, "problem_type"),
     ({"router_block_sizes": 2}, "did you mean router_block_size?"),
     ({"num_expert": 3}, "did you mean num_experts?"),
     ({"hidden_sizes": 3}, "did you mean hidden_size?"),
@@ -107,6 +134,7 @@ REFUSED = [
     *(({name: -1}, f"{name}=-1") for name in ("pad_token_id", "bos_token_id", "eos_token_id")),
     ({"pad_token_id": 99}, "pad_token_id=99 must be None or from 0 to 98"),
     ({"eos_token_id": [1, 99]}, "eos_token_id=[1, 99]"),
+    ({"eos_token_id": []}, "eos_token_id=[]"),
     ({"bos_token_id": True}, "bos_token_id"),
     ({"num_hidden_layers": 1_000_000}, "num_hidden_layers=1000000 must not exceed 1024"),
     ({"num_experts": 10**9}, "num_experts=1000000000 must not exceed 32767"),
@@ -121,6 +149,15 @@ REFUSED = [
     ({"attention_dropout": True}, "attention_dropout"),
     ({"sliding_window": 128}, "sliding_window=128"),
     ({"layer_types": ["sliding_attention"] * 5}, "layer_types="),
+    ({"mlp_only_layers": [0]}, "mlp_only_layers=[0]"),
+    ({"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+    ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+    ({"output_hidden_states": "yes"}, "output_hidden_states"),
+    ({"architectures": "x"}, "architectures"),
+    ({"auto_map": "x"}, "auto_map='x'"),
+    ({"quantization_config": "x"}, "quantization_config='x'"),
+    ({"dtype": 3}, "dtype"),
+    ({"dtype": ["float32"]}, "dtype"),
     ({"dtype": "float99"}, "dtype='float99'"),
     ({"dtype": "int8"}, "dtype='int8'"),
     ({"num_experts": NAN}, "num_experts"),
@@ -133,6 +170,8 @@ REFUSED = [
 @pytest.mark.parametrize(("wrong", "says"), REFUSED, ids=lambda x: str(x) if isinstance(x, dict) else "")
 def test_nonsense_is_refused_by_every_door(tiny_config, tmp_path, loader, wrong, says):
     fields = {**tiny_config().to_dict(), "rope_parameters": None, **wrong}
+    if "rope_scaling" in wrong:
+        del fields["rope_parameters"]
     with pytest.raises(StrictDataclassError) as error:
         if loader == "direct":
             PathMoEConfig(**fields)
@@ -148,7 +187,9 @@ def test_another_architecture_is_refused(tiny_config, wrong):
         PathMoEConfig(**{**tiny_config().to_dict(), **wrong})
 
 
-@pytest.mark.parametrize("wrong", [{"router_type": "nope"}, {"num_expert": 2}, {"pad_token_id": 99}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"router_type": "nope"}, {"num_expert": 2}, {"pad_token_id": 99}, {"num_labels": 0}], ids=str
+)
 def test_overrides_on_loading_are_checked(tiny_config, tmp_path, wrong):
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(StrictDataclassError, match=next(iter(wrong))):
@@ -165,6 +206,9 @@ ACCEPTED = [
     {"architectures": ["PathMoEForCausalLM"], "transformers_version": "5.23.0", "_name_or_path": "x"},
     {"auto_map": {"AutoConfig": "configuration_pathmoe.PathMoEConfig"}},
     {"sliding_window": None, "layer_types": ["full_attention"] * 5},
+    {"mlp_only_layers": [], "decoder_sparse_step": 1, "use_sliding_window": False},
+    {"num_labels": 3},
+    {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}},
     {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}, "problem_type": "regression"},
     {"eos_token_id": [1, 2], "note": "of our own"},
 ]
