@@ -218,6 +218,8 @@ class PathMoEConfig(PreTrainedConfig):
         fields = set(cls.__dataclass_fields__)
         for name in given:
             own = name in fields or name.startswith("_") or hasattr(cls, name)
+            # Tools set this one, the width of dense layers in other architectures, beside that of the experts.
+            own |= name == "intermediate_size" and "moe_intermediate_size" in given
             close = [] if own else get_close_matches(name.lower(), fields, n=1, cutoff=0.82)
             if close:
                 raise _refusal(f"{name}={given[name]!r} is not a field of PathMoE: did you mean {close[0]}?")

@@ -207,6 +207,7 @@ ACCEPTED = [
     {"auto_map": {"AutoConfig": "configuration_pathmoe.PathMoEConfig"}},
     {"sliding_window": None, "layer_types": ["full_attention"] * 5},
     {"mlp_only_layers": [], "decoder_sparse_step": 1, "use_sliding_window": False},
+    {"intermediate_size": 128, "moe_intermediate_size": 16},
     {"num_labels": 3},
     {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}},
     {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}, "problem_type": "regression"},
