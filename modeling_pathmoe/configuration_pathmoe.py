@@ -203,6 +203,9 @@ class PathMoEConfig(PreTrainedConfig):
         """See `PreTrainedConfig.from_dict`. Fields that keyword arguments override are checked as well."""
         cls._check_names(kwargs)
         cls._check_labels(kwargs)
+        if "moe_intermediate_size" in config_dict:
+            # Tools set this one, the width of the dense layers of other models. By itself it is taken for a mistake.
+            config_dict = {name: value for name, value in config_dict.items() if name != "intermediate_size"}
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
@@ -218,8 +221,6 @@ class PathMoEConfig(PreTrainedConfig):
         fields = set(cls.__dataclass_fields__)
         for name in given:
             own = name in fields or name.startswith("_") or hasattr(cls, name)
-            # Tools set this one, the width of dense layers in other architectures, beside that of the experts.
-            own |= name == "intermediate_size" and "moe_intermediate_size" in given
             close = [] if own else get_close_matches(name.lower(), fields, n=1, cutoff=0.82)
             if close:
                 raise _refusal(f"{name}={given[name]!r} is not a field of PathMoE: did you mean {close[0]}?")
