@@ -130,7 +130,6 @@ REFUSED = [
     ({"num_experts_per_token": 2}, "did you mean num_experts_per_tok?"),
     ({"num_key_values_heads": 2}, "did you mean num_key_value_heads?"),
     ({"attn_dropout": 0.1}, "did you mean attention_dropout?"),
-    ({"intermediate_size": 64}, "did you mean moe_intermediate_size?"),
     *(({name: -1}, f"{name}=-1") for name in ("pad_token_id", "bos_token_id", "eos_token_id")),
     ({"pad_token_id": 99}, "pad_token_id=99 must be None or from 0 to 98"),
     ({"eos_token_id": [1, 99]}, "eos_token_id=[1, 99]"),
@@ -194,6 +193,13 @@ def test_overrides_on_loading_are_checked(tiny_config, tmp_path, wrong):
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(StrictDataclassError, match=next(iter(wrong))):
         AutoConfig.from_pretrained(tmp_path, **wrong)
+
+
+def test_width_of_dense_layers_alone_is_taken_for_a_mistake(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "pathmoe", "intermediate_size": 64}))
+    for build in (lambda: PathMoEConfig(intermediate_size=64), lambda: PathMoEConfig.from_pretrained(tmp_path)):
+        with pytest.raises(StrictDataclassError, match="did you mean moe_intermediate_size"):
+            build()
 
 
 ACCEPTED = [
