@@ -6,14 +6,16 @@
 Parameters and FLOPs are also shown relative to the first file.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from .command import CommandParser, UserError, one_line, run_command
 from .configuration_pathmoe import PathMoEConfig
+from .files import read_json
 
 
 def _build_on_meta(config: PreTrainedConfig) -> torch.nn.Module:
@@ -81,12 +83,33 @@ def _router_flops(model: torch.nn.Module) -> int:
     return counter.get_total_flops()
 
 
-def main(files: list[str]):
+def read_config(file: str) -> PathMoEConfig:
+    """Reads the configuration of a PathMoE.
+
+    Raises:
+        UserError: If it cannot be read or is not one of a PathMoE; the message names the file.
+    """
+    fields = read_json(file)
+    if fields.get("model_type") != PathMoEConfig.model_type:
+        raise UserError(f"{file}: model_type={fields.get('model_type')!r} must be {PathMoEConfig.model_type!r}.")
+    try:
+        return PathMoEConfig.from_dict(fields)
+    except Exception as error:  # StrictDataclassError, or whatever a wrong type makes a check raise
+        raise UserError(f"{file}: {one_line(error)}") from error
+
+
+def main(argv: list[str] | None = None):
+    parser = CommandParser(
+        prog="python -m modeling_pathmoe.accounting",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", help="config.json of a PathMoE")
+    configs = {file: read_config(file) for file in parser.parse_args(argv).files}
     print("| configuration | total | active | routers | MFLOP per token | total, relative | FLOP, relative |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     first = None
-    for file in dict.fromkeys(files):
-        config = PathMoEConfig.from_json_file(file)
+    for file, config in configs.items():
         count = count_parameters(config)
         flops = forward_flops_per_token(config, config.max_position_embeddings)
         first = first or (count["total"], flops)
@@ -98,6 +121,4 @@ def main(files: list[str]):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(sys.argv[1:])
+    run_command(main)

@@ -1,6 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """How a command of this project ends: with one clear line for a mistake of the user, and a traceback for ours."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
@@ -8,6 +9,13 @@ from collections.abc import Callable
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: the field or file, its value and the fix."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command line whose mistakes are `UserError`s: one line, as for every other input."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}. Run {self.prog} --help for the options.")
 
 
 def run_command(main: Callable[[], object], interrupted: int = 130):

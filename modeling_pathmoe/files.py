@@ -1,15 +1,17 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Files that are whole or not there: every writer of the project writes aside and renames."""
 
+import json
 import mmap
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .command import UserError
+from .command import UserError, one_line
 
 
 @contextmanager
@@ -36,6 +38,50 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def write_folder_aside(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, which becomes `path` when the block ends and is removed if it fails.
+
+    Its files have the permissions that the umask gives, as with [`write_aside`].
+
+    Args:
+        path (`str` or `Path`): The folder to write, which must not exist. Its parents are created.
+
+    Raises:
+        OSError: If the folder cannot be created, or another process has written a folder of this name.
+    """
+    path, created = Path(path), []
+    outer = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.partial"
+    try:
+        make_parents(path, created)
+        partial = outer / path.name
+        partial.mkdir(parents=True)  # in here: a signal may come as soon as the folder is there
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~current_umask())
+        partial.rename(path)
+        created.clear()
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
+        remove_empty(created)
+
+
+def make_parents(path: Path, created: list[Path]):
+    """Creates the parents of `path` and appends those that were not there to `created`."""
+    for folder in reversed(path.parents):
+        if not folder.exists():
+            folder.mkdir()
+            created.append(folder)
+
+
+def remove_empty(folders: list[Path]):
+    """Removes folders, given from the outermost to the innermost, unless another process has used them."""
+    for folder in reversed(folders):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_text(path: str | Path, text: str):
@@ -66,19 +112,52 @@ def check_writable(path: str | Path, option: str, mark: str | None = None):
                 f"{option}: {path} is there and is not an earlier result, so it is not overwritten: choose another "
                 "place, or move it away."
             )
-        for folder in reversed(path.parents):
-            if not folder.exists():
-                folder.mkdir()
-                created.append(folder)
+        make_parents(path, created)
         # A file of this name in a new folder, as `write_aside` makes it.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             (Path(folder) / path.name).touch()
     except OSError as error:
         raise UserError(f"{option} {path} cannot be written: {error.strerror}. Choose another place.") from error
     finally:
-        for folder in reversed(created):
-            with suppress(OSError):  # another process may have put a file there
-                folder.rmdir()
+        remove_empty(created)
+
+
+def check_new_folder(path: str | Path, option: str, inputs: list[str | Path]):
+    """Refuses an output folder that exists, lies in an input, or cannot be written. Leaves nothing behind.
+
+    Args:
+        path (`str` or `Path`): The folder that will be written later.
+        option (`str`): What the user called it.
+        inputs (`list[str | Path]`): Folders that are read.
+
+    Raises:
+        UserError: With `option` and the path.
+    """
+    if not str(path).strip() or "\0" in str(path):
+        raise UserError(f"{option} {str(path)!r} is not the name of a folder: choose one.")
+    if os.path.lexists(path):
+        raise UserError(f"{option} {path} exists already and is never overwritten: choose another name, or remove it.")
+    for folder in inputs:
+        if Path(folder).resolve() in Path(path).resolve().parents:
+            raise UserError(f"{option} {path} lies in {folder}, which is read: choose another place.")
+    check_writable(path, option)
+
+
+def read_json(file: str | Path) -> dict:
+    """Reads a JSON object.
+
+    Raises:
+        UserError: If the file is missing, empty, not UTF-8, not JSON or not an object; the message names it.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{str(file) or repr(file)} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: it is not valid JSON ({one_line(error)}). Fetch it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a JSON object, but holds {json.dumps(content)[:40]}. Fetch it again.")
+    return content
 
 
 def holds(path: Path, mark: str) -> bool:

@@ -8,13 +8,51 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .command import UserError
+from .command import UserError, one_line
+from .configuration_pathmoe import MOST
+from .files import read_json
 
 
 # What old checkpoints hold besides their tensors, and every model computes for itself.
 CONSTANTS = re.compile(r"rotary_emb\.inv_freq$")
+# Sizes that are checked before transformers builds anything of them, such as a list with an entry for each layer.
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok",
+    "max_position_embeddings",
+)  # fmt: skip
+LARGEST_SIZE = 2**31 - 1
+
+
+def load_config(folder: str | Path) -> PreTrainedConfig:
+    """Reads the configuration in the folder of a saved model. Code that the folder holds is not run.
+
+    Raises:
+        UserError: If `config.json` is missing, damaged or of an unknown architecture, or has values that cannot be;
+            the message names the file, and the field where one is known to be wrong.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} has no config.json: give the folder of a saved model (`hf download` fetches one).")
+    fields = read_json(file)
+    if (model_type := fields.get("model_type")) not in list(CONFIG_MAPPING.keys()):
+        raise UserError(f"{file}: model_type={model_type!r} is not an architecture that transformers knows.")
+    for name in SIZES:
+        value, most = fields.get(name), MOST.get(name.replace("_local", ""), LARGEST_SIZE)
+        if value is None or isinstance(value, list):  # some architectures have a size for each layer
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise UserError(f"{file}: {name}={value!r} must be a whole number from 1 to {most}.")
+    for name in ("dtype", "torch_dtype"):
+        dtype = getattr(torch, str(fields.get(name) or "float32"), None)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise UserError(f"{file}: {name}={fields[name]!r} must be a floating-point dtype, such as 'bfloat16'.")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever wrong fields make transformers raise
+        raise UserError(f"{file} cannot be used: {one_line(describe(error))}") from error
 
 
 def load_model(

@@ -2,12 +2,10 @@
 """Converts checkpoints: python -m modeling_pathmoe.convert COMMAND --help"""
 
 import argparse
-import signal
-import sys
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
+from ..command import CommandParser, run_command
 from .exporting import export_checkpoint
 from .importing import import_checkpoint
 from .inspection import inspect_checkpoint
@@ -17,8 +15,8 @@ from .upcycling import upcycle
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    main_parser = argparse.ArgumentParser(prog="python -m modeling_pathmoe.convert", description=__doc__)
-    commands = main_parser.add_subparsers(dest="command", required=True)
+    main_parser = CommandParser(prog="python -m modeling_pathmoe.convert", description=__doc__)
+    commands = main_parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name, function, description, sources="SRC"):
         command = commands.add_parser(name, help=description, description=description)
@@ -76,25 +74,21 @@ def parser() -> argparse.ArgumentParser:
     return main_parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None):
     """Runs a command.
 
     Args:
         argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
 
-    Returns:
-        `int`: The exit status: 0, or 1 after an error that says what to do.
+    Raises:
+        UserError: If an input cannot be used; says what to do.
     """
     arguments = vars(parser().parse_args(argv))
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     command, function = arguments.pop("command"), arguments.pop("function")
-    try:
-        result = function(**arguments)
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        return 1
+    result = function(**arguments)
     print(description(result) if command == "inspect" else summary(arguments["dst"], result))
-    return 0
 
 
 def summary(dst: str, manifest: dict) -> str:
@@ -137,6 +131,4 @@ def description(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    # Being terminated is an exception too, so that no partial target stays.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(main())
+    run_command(main)

@@ -1,6 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints on disk: read one tensor at a time, described before it is read, written aside shard by shard."""
 
+import functools
 import importlib.metadata
 import json
 import re
@@ -14,10 +15,13 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..command import UserError, one_line
 from ..configuration_pathmoe import PathMoEConfig
-from ..modeling_pathmoe import PathMoEForCausalLM
+from ..files import check_new_folder, read_json, write_folder_aside
+from ..loading import CONSTANTS, load_config, load_model
+from .shapes import check_tensors, meta_model
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -26,8 +30,10 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
-# Early Llama checkpoints hold this constant; it is computed from the configuration.
-CONSTANTS = re.compile(r"\.rotary_emb\.inv_freq$")
+# Fields that name code, which whoever trusts the target would run; ours is added when a PathMoE is saved.
+FOREIGN_CODE = ("auto_map", "custom_generate", "custom_pipelines")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_SIZE = re.compile(r"\d{1,12}(\.\d{1,9})?\s*[KMGT]B", re.IGNORECASE)
 VERIFY_BATCH, VERIFY_LENGTH = 2, 64
 # Two implementations of one function in float32, relative to the largest logit.
 EXACT = 1e-4
@@ -61,50 +67,94 @@ class Checkpoint:
         folder (`str` or `Path`): The folder of a saved causal language model.
 
     Raises:
-        FileNotFoundError: If the configuration or a shard is missing.
-        ValueError: If a file is damaged, or the weights are quantised or no causal language model's.
+        UserError: If a file is missing, damaged, or a link that leads out of the folder, or if the weights are
+            quantised, not those of a causal language model, or of other names or sizes than the index says.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} has no config.json: give the folder of a saved model (`hf download` fetches one)."
+        if not str(folder) or not self.folder.is_dir():
+            raise UserError(
+                f"SRC {str(folder)!r} is not a folder: give that of a saved model (`hf download` fetches one)."
             )
-        raw = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        if raw.get("quantization_config"):
-            raise ValueError(f"{folder} is quantised: convert the checkpoint that it was made from.")
-        architectures = raw.get("architectures") or []
-        if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
-            raise ValueError(f"{folder} holds a {architectures[0]}; only causal language models can be converted.")
-        self.config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        self.used: set[str] = set()
+        check_links(self.folder)
+        self.config_file = self.folder / "config.json"
+        self.config: PreTrainedConfig = load_config(self.folder)
+        self._check_kind()
         self._open: tuple[str, safe_open] | None = None
         self._tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
-        for file in self._shards():
+        self._scan()
+        if self.config.tie_word_embeddings and "lm_head.weight" in self:
+            self._drop_tied_head()
+
+    def _check_kind(self):
+        fields = read_json(self.config_file)
+        if (self.folder / "adapter_config.json").exists():
+            raise UserError(
+                f"{self.folder} holds an adapter (adapter_config.json): merge it into its model, and convert that."
+            )
+        if fields.get("transformers_weights"):
+            raise UserError(
+                f"{self.config_file}: transformers_weights={fields['transformers_weights']!r} names other weights "
+                f"than {SINGLE}: rename them, and remove the field."
+            )
+        if fields.get("quantization_config"):
+            raise UserError(
+                f"{self.folder} is quantised (quantization_config in config.json): convert the checkpoint that it was "
+                "made from."
+            )
+        architectures = fields.get("architectures") or []
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            raise UserError(f"{self.config_file}: architectures={architectures!r} must be a list of names.")
+        if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
+            raise UserError(f"{self.folder} holds a {architectures[0]}; only causal language models can be converted.")
+
+    def _scan(self):
+        """Reads the names, shapes and dtypes of all tensors, and compares them with the index."""
+        index, weight_map = self.folder / INDEX, self._weight_map()
+        for file in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
             handle = self._handle(file)
             for name in handle.keys():
+                if weight_map is not None and weight_map.pop(name, None) != file:
+                    raise UserError(f"{index} does not fit {file}, which holds {name}: fetch both again.")
                 part = handle.get_slice(name)
                 if part.get_dtype() not in DTYPES:
-                    raise ValueError(
-                        f"{name} in {file} is {part.get_dtype()}: only floating-point weights are converted."
+                    raise UserError(
+                        f"{name} in {self.folder / file} is {part.get_dtype()}: only {', '.join(DTYPES)} are "
+                        "converted."
                     )
                 if not CONSTANTS.search(name):
                     self._tensors[name] = file, tuple(part.get_shape()), DTYPES[part.get_dtype()]
-        if self.config.tie_word_embeddings and "lm_head.weight" in self:
-            if not torch.equal(self.read("lm_head.weight"), self.read("model.embed_tokens.weight")):
-                raise ValueError(
-                    f"{folder}: tie_word_embeddings is true but lm_head.weight differs from the embedding: correct "
-                    "config.json."
-                )
-            del self._tensors["lm_head.weight"]
-        self.used.clear()
+        for name, file in (weight_map or {}).items():
+            raise UserError(f"{index} says that {name} is in {file}, which does not hold it: fetch both again.")
 
-    def _shards(self) -> list[str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return ["model.safetensors"]
+    def _weight_map(self) -> dict[str, str] | None:
+        index = self.folder / INDEX
+        if not index.is_file():
+            return None
+        if (self.folder / SINGLE).is_file():
+            raise UserError(
+                f"{self.folder} holds both {SINGLE} and {INDEX}, which may be different models: remove one of them."
+            )
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map, or one without tensors: fetch it again.")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise UserError(
+                    f"{index}: {name} is said to be in {file!r}, which is not a .safetensors file beside it."
+                )
+        return weight_map
+
+    def _drop_tied_head(self):
+        if "model.embed_tokens.weight" in self and not torch.equal(
+            self.read("lm_head.weight"), self.read("model.embed_tokens.weight")
+        ):
+            raise UserError(
+                f"{self.config_file}: tie_word_embeddings is true, but lm_head.weight differs from the embedding: "
+                "correct it."
+            )
+        del self._tensors["lm_head.weight"]
 
     def _handle(self, file: str) -> safe_open:
         # One file is mapped at a time, so that the memory in use stays that of one shard.
@@ -112,13 +162,13 @@ class Checkpoint:
             self._open = None
             path = self.folder / file
             if not path.is_file():
-                raise FileNotFoundError(
+                raise UserError(
                     f"{path} is missing. Only safetensors are read: save other formats with save_pretrained first."
                 )
             try:
                 self._open = file, safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged or incomplete ({error}): fetch it again.") from error
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged or incomplete ({error}): fetch it again.") from error
         return self._open[1]
 
     def __contains__(self, name: str) -> bool:
@@ -138,21 +188,26 @@ class Checkpoint:
         return {name: dtype for name, (_, _, dtype) in self._tensors.items()}
 
     def piece(self, name: str, *index: int | slice) -> Piece:
-        """A tensor, or the part of it at `index`.
-
-        Raises:
-            ValueError: If there is no such tensor.
-        """
-        if name not in self._tensors:
-            raise ValueError(f"{self.folder} lacks the tensor {name}, which its config.json asks for.")
-        self.used.add(name)
+        """A tensor, or the part of it at `index`."""
         file, shape, dtype = self._tensors[name]
-        if not index:
+        label = name
+        if index:
+            shape = tuple(torch.empty(shape, device="meta")[index].shape)
+            parts = (f"{i.start or 0}:{i.stop or ''}" if isinstance(i, slice) else str(i) for i in index)
+            label = f"{name}[{', '.join(parts)}]"
+
+        def read():
             # A copy: what safetensors gives lies in the mapped file, and one router goes into several layers.
-            return Piece(shape, dtype, (name,), lambda: self._handle(file).get_tensor(name).clone())
-        shape = tuple(torch.empty(shape, device="meta")[index].shape)
-        label = ", ".join(f"{i.start or 0}:{i.stop or ''}" if isinstance(i, slice) else str(i) for i in index)
-        return Piece(shape, dtype, (f"{name}[{label}]",), lambda: self._handle(file).get_slice(name)[index])
+            handle = self._handle(file)
+            tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name).clone()
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{self.folder / file}: {name} holds values that are not finite: the checkpoint is damaged, or "
+                    "its training diverged."
+                )
+            return tensor
+
+        return Piece(shape, dtype, (label,), read)
 
     def close(self):
         """Unmaps the file that is open; reading opens it again."""
@@ -166,48 +221,75 @@ class Checkpoint:
         """The tensors outside of feed-forward layers, experts and routers: all architectures here name them alike."""
         return {name: self.piece(name) for name in self if not re.search(r"\.(mlp|block_sparse_moe|routers)\.", name)}
 
-    def tokenizer(self):
-        """Its tokenizer, or `None` where there is none."""
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Its tokenizer, or `None` where there is none.
+
+        Raises:
+            UserError: If it cannot be loaded, or has ids beyond the vocabulary.
+        """
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             return None
-        return AutoTokenizer.from_pretrained(self.folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            largest = max(tokenizer.get_vocab().values(), default=-1)
+        except Exception as error:  # whatever damaged or foreign files make transformers and tokenizers raise
+            code = "trust_remote_code" in str(error)
+            reason = "it needs code of its own, which is not run" if code else one_line(error) or type(error).__name__
+            raise UserError(
+                f"{self.folder}: its tokenizer cannot be loaded: {reason:.200}. Replace or remove its files."
+            ) from error
+        if largest >= self.config.vocab_size:
+            raise UserError(
+                f"The tokenizer in {self.folder} has the token id {largest}, but vocab_size is "
+                f"{self.config.vocab_size}: it belongs to another model."
+            )
+        return tokenizer
+
+    def check_to_convert(self):
+        """Refuses a checkpoint whose tensors do not fit its configuration, or whose other files are damaged.
+
+        Raises:
+            UserError: With the file or the tensors.
+        """
+        check_tensors(self.config_file, self.config, self.shapes)
+        for file in self.carried():
+            if file.suffix == ".json":
+                read_json(file)
+        _ = self.tokenizer
+
+    def carried(self) -> list[Path]:
+        """The files that go along unchanged, but for references to code."""
+        return [self.folder / name for name in CARRIED_FILES if (self.folder / name).is_file()]
 
 
-def expected_shapes(config: PathMoEConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors that a PathMoE checkpoint with this configuration holds."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in _meta_model(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    return shapes
+def check_links(folder: Path):
+    """Refuses links to files outside of a checkpoint: what they lead to would be read, or copied into the target.
 
-
-def check_tensors(what: str, actual: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]):
-    """Compares names and shapes.
+    The links of a snapshot in the Hub's cache lead to the blobs of its repository, and are accepted.
 
     Raises:
-        ValueError: If they differ; names what is missing, extra and misshapen.
+        UserError: With the link.
     """
-    wrong = {
-        "missing": sorted(expected.keys() - actual.keys()),
-        "extra": sorted(actual.keys() - expected.keys()),
-        "misshapen": [
-            f"{name} {actual[name]} instead of {expected[name]}"
-            for name in sorted(actual.keys() & expected.keys())
-            if actual[name] != expected[name]
-        ],
-    }
-    if any(wrong.values()):
-        parts = [
-            f"{len(names)} {kind} ({', '.join(names[:4])}{', …' * (len(names) > 4)})"
-            for kind, names in wrong.items()
-            if names
-        ]
-        raise ValueError(f"{what} does not fit its configuration. Tensors: {'; '.join(parts)}.")
+    root = folder.resolve()
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for file in folder.iterdir():
+        if file.is_symlink() and not any(place in file.resolve().parents for place in allowed):
+            raise UserError(
+                f"{file} is a link to {file.readlink()}, outside of the checkpoint: put a copy there, or remove it."
+            )
 
 
-def _meta_model(config: PathMoEConfig) -> PathMoEForCausalLM:
-    with torch.device("meta"):
-        return PathMoEForCausalLM._from_config(config, experts_implementation="eager")
+def check_request(dst: str | Path, sources: list[str | Path], max_shard_size: int | str):
+    """Refuses a target that cannot be written, before any work.
+
+    Raises:
+        UserError: With the target or the size.
+    """
+    size = max_shard_size
+    if not (size > 0 if isinstance(size, int) else SHARD_SIZE.fullmatch(size) and float(size[:-2]) * 1000 >= 1):
+        raise UserError(f"--max-shard-size {size!r} must be a size such as 500MB or 1GB.")
+    check_new_folder(dst, "DST", sources)
 
 
 def sample_tokens(config: PreTrainedConfig) -> torch.Tensor:
@@ -222,22 +304,20 @@ def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens, use_cache=False).logits
 
 
-def load(folder: str | Path) -> torch.nn.Module:
+def load(folder: str | Path) -> PreTrainedModel:
     """The model of a folder in float32, in evaluation mode.
 
     Raises:
-        ValueError: If the folder's tensors are not exactly those of its model.
+        UserError: If the folder's tensors are not exactly those of its model, or not finite.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
+    return load_model(
+        folder,
+        what=f"model {folder}",
+        switch=None,
+        dtype=torch.float32,
+        experts_implementation="eager",
+        trust_remote_code=False,
     )
-    extra = [name for name in info["unexpected_keys"] if not CONSTANTS.search(name)]
-    if info["missing_keys"] or extra or info["mismatched_keys"]:
-        raise ValueError(
-            f"{folder} does not hold exactly the tensors of its model: missing {sorted(info['missing_keys'])}, extra "
-            f"{sorted(extra)}, misshapen {sorted(info['mismatched_keys'])}."
-        )
-    return model.eval()
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict:
@@ -251,26 +331,16 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict:
 
 @contextmanager
 def written_aside(dst: str | Path) -> Iterator[Path]:
-    """A folder `DST.partial` that becomes DST when the block ends, and is removed when it fails.
+    """A folder that becomes DST when the block ends, and is removed when it fails.
 
     Raises:
-        FileExistsError: If DST exists, or another conversion's partial folder.
+        UserError: If it cannot be written.
     """
-    dst = Path(dst)
-    partial = dst.with_name(dst.name + ".partial")
-    if dst.exists():
-        raise FileExistsError(f"{dst} exists already and is never overwritten: choose another name, or remove it.")
-    if partial.exists():
-        raise FileExistsError(
-            f"{partial} exists: another conversion is writing it, or was killed. If none is running, remove it."
-        )
     try:
-        partial.mkdir(parents=True)  # in here: a signal may come as soon as the folder is there
-        yield partial
-        partial.rename(dst)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        with write_folder_aside(dst) as partial:
+            yield partial
+    except OSError as error:
+        raise UserError(f"{dst} could not be written ({error}). Nothing was kept.") from error
 
 
 def convert(
@@ -308,36 +378,21 @@ def convert(
         `dict`: The manifest, as written to `conversion.json`.
 
     Raises:
-        ValueError: If tensors are left over or do not fit the configuration, the tokenizer does not fit, or the
-            logits differ where they must not.
-        OSError: If the disk is too small or writing fails; nothing is left behind.
+        UserError: If the disk is too small or writing fails, a tensor is not finite, or the logits differ where they
+            must not; nothing is left behind.
     """
-    if left_over := sorted(set(source) - source.used):
-        raise ValueError(
-            f"{source.folder} holds {len(left_over)} tensors that {operation} has no place for, such as "
-            f"{', '.join(left_over[:4])}: is this the architecture that its config.json names?"
-        )
-    if isinstance(config, PathMoEConfig):
-        check_tensors(str(source.folder), {name: piece.shape for name, piece in plan.items()}, expected_shapes(config))
-    tokenizer = source.tokenizer()
-    if tokenizer is not None and (largest := max(tokenizer.get_vocab().values())) >= config.vocab_size:
-        raise ValueError(
-            f"The tokenizer in {source.folder} has the token id {largest}, but vocab_size is {config.vocab_size}: it "
-            "belongs to another model."
-        )
+    check_tensors(Path(dst) / "config.json", config, {name: piece.shape for name, piece in plan.items()})
     needed = sum(torch.Size(piece.shape).numel() * piece.dtype.itemsize for piece in plan.values())
     existing = next(parent for parent in Path(dst).absolute().parents if parent.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
-        raise OSError(f"{dst} needs {needed / 1e9:.1f} GB, but {existing} has only {free / 1e9:.1f} GB free.")
-
+        raise UserError(f"{dst} needs {needed / 1e9:.1f} GB, but {existing} has only {free / 1e9:.1f} GB free.")
     with written_aside(dst) as partial:
         tokens = sample_tokens(config)
         if verify and reference is None:
             reference = logits_of(load(source.folder), tokens)
         _write_config(partial, config, next(iter(plan.values())).dtype)
-        for name in CARRIED_FILES:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, partial / name)
+        for file in source.carried():
+            copy_without_code(file, partial / file.name)
         shards = _write_shards(partial, plan, max_shard_size)
         manifest = {
             "operation": operation,
@@ -353,7 +408,7 @@ def convert(
             model = load(partial)
             measured = difference(logits_of(model, tokens), reference)
             if exact and not measured["largest_logit_difference"] <= EXACT * max(1.0, measured["largest_logit"]):
-                raise ValueError(
+                raise UserError(
                     f"{operation} must preserve the function, but logits of up to {measured['largest_logit']:.4g} "
                     f"differ by up to {measured['largest_logit_difference']:.4g}. Nothing was written."
                 )
@@ -364,12 +419,23 @@ def convert(
     return manifest
 
 
+def copy_without_code(file: Path, target: Path):
+    """Copies a file; a JSON file without the fields that name code."""
+    fields = read_json(file) if file.suffix == ".json" else {}
+    if not any(name in fields for name in FOREIGN_CODE):
+        shutil.copyfile(file, target)
+        return
+    fields = {name: value for name, value in fields.items() if name not in FOREIGN_CODE}
+    target.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _write_config(folder: Path, config: PreTrainedConfig, dtype: torch.dtype):
     """Writes the configuration; for a PathMoE also the code with which it loads where this package is not."""
     config.dtype = config.dtype or dtype
+    for name in FOREIGN_CODE:
+        config.__dict__.pop(name, None)
     if isinstance(config, PathMoEConfig):
-        model = _meta_model(config)
-        model.to(config.dtype).save_pretrained(folder, state_dict={})
+        meta_model(config).to(config.dtype).save_pretrained(folder, state_dict={})
         return
     config.save_pretrained(folder)
     # Servers read the names that published checkpoints use; transformers 5 writes newer ones.
@@ -387,12 +453,18 @@ def _write_shards(folder: Path, plan: dict[str, Piece], max_shard_size: int | st
     split = split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         tensors = {name: plan[name].read().contiguous() for name in names}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{name} of the target would hold values that are not finite in {tensor.dtype}: choose smaller "
+                    "weights or less noise. Nothing was written."
+                )
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"{folder / file} could not be written ({error}). Nothing was kept.") from error
+            raise OSError(str(error)) from error
         del tensors  # or they would stay until the next shard is complete
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return len(split.filename_to_tensors)

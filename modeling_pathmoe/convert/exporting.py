@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
+from ..command import UserError
 from ..configuration_pathmoe import PathMoEConfig
-from .checkpoint import Checkpoint, Piece, check_tensors, convert, expected_shapes
-from .layouts import PER_EXPERT, experts_of, export_config, split
+from .checkpoint import Checkpoint, Piece, check_request, convert
+from .layouts import experts_of, export_config, split
+from .shapes import PER_EXPERT
 
 
 def export_checkpoint(
@@ -31,13 +33,14 @@ def export_checkpoint(
         `dict`: The manifest, as in `DST/conversion.json`.
 
     Raises:
-        ValueError: If the model has no equal of that architecture; says why.
+        UserError: If the model has no equal of that architecture; says why.
     """
+    check_request(dst, [src], max_shard_size)
     source = Checkpoint(src)
     if not isinstance(source.config, PathMoEConfig):
-        raise ValueError(f"{src} is a {source.config.model_type}; export takes a PathMoE.")
+        raise UserError(f"{src} is a {source.config.model_type}; export takes a PathMoE.")
     config = export_config(source.config, to)
-    check_tensors(str(src), source.shapes, expected_shapes(source.config))
+    source.check_to_convert()
     plan = source.unchanged()
     for layer in range(config.num_hidden_layers):
         block, _ = PER_EXPERT[config.model_type]

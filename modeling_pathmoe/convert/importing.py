@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .checkpoint import EXACT, Checkpoint, Piece, convert, difference, load, logits_of, sample_tokens
+from ..command import UserError
+from .checkpoint import EXACT, Checkpoint, Piece, check_request, convert, difference, load, logits_of, sample_tokens
 from .layouts import Expert, experts_of, fuse, gate_of, import_config, refuse_misfits
-from .texts import perplexity, read_windows, router_inputs
+from .texts import check_text, perplexity, read_windows, router_inputs
 
 
 HEALING = (
@@ -50,9 +51,12 @@ def import_checkpoint(
         keeps, for each block, on text that it was not fitted on; `perplexity` that before and after.
 
     Raises:
-        ValueError: If PathMoE has no counterpart for something in the source, or `text` is missing.
-        ImportError: If routers are to be fitted and scipy is missing.
+        UserError: If PathMoE has no counterpart for something in the source, `text` is missing, or routers are to be
+            fitted and scipy is missing.
     """
+    check_request(dst, [src], max_shard_size)
+    if text is not None:
+        check_text(text, num_tokens)
     source = Checkpoint(src)
     refuse_misfits(source.config, ("qwen3_moe", "mixtral"))
     mixtral = source.config.model_type == "mixtral"
@@ -64,6 +68,7 @@ def import_checkpoint(
         norm_topk_prob=mixtral or source.config.norm_topk_prob,
         router_block_size=block_size,
     )
+    source.check_to_convert()
     gates = [gate_of(source, layer) for layer in range(config.num_hidden_layers)]
     experts = [experts_of(source, layer) for layer in range(config.num_hidden_layers)]
     settings = {"verify": verify, "max_shard_size": max_shard_size}
@@ -72,7 +77,7 @@ def import_checkpoint(
         return convert("import", source, dst, config, _plan(source, experts, routers), exact=True, **settings)
 
     if text is None:
-        raise ValueError(
+        raise UserError(
             f"block_size={block_size}: the layers of a block have different routers, so one must be fitted: give a "
             "text that is like the model's use (--text FILE). block_size=1 needs none and is exact."
         )
@@ -134,7 +139,7 @@ def share_routers(
         `tuple`: for each layer the old indices of its experts in their new order; and what was measured.
 
     Raises:
-        ValueError: If the reordering changed the function.
+        UserError: If the reordering changed the function.
     """
     tokens = sample_tokens(model.config)
     original = logits_of(model, tokens)
@@ -148,7 +153,7 @@ def share_routers(
             _reorder(model, layer, order)
     moved = difference(logits_of(model, tokens), original)
     if not moved["largest_logit_difference"] <= EXACT * max(1.0, moved["largest_logit"]):
-        raise ValueError(f"Reordering the experts changed the function: {moved}.")
+        raise UserError(f"Reordering the experts changed the function: {moved}.")
 
     unseen, k, agreement = router_inputs(model, held_out), model.config.num_experts_per_tok, []
     for layers in blocks:
@@ -180,7 +185,7 @@ def align(logits: list[torch.Tensor]) -> list[list[int]]:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise ImportError("Aligning experts needs scipy: pip install 'pathmoe[convert]'.") from error
+        raise UserError("Aligning experts needs scipy: pip install 'pathmoe[convert]'.") from error
 
     orders, so_far = [], 0
     for layer_logits in logits:

@@ -1,15 +1,17 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """What is in a checkpoint, from its configuration and the headers of its files."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
 import torch
 
+from ..command import UserError
 from ..configuration_pathmoe import PathMoEConfig
-from .checkpoint import Checkpoint, check_tensors, expected_shapes
-from .layouts import PER_EXPERT, export_config, gate_of
+from ..files import read_json
+from .checkpoint import Checkpoint
+from .layouts import DENSE, export_config, gate_of
+from .shapes import PER_EXPERT, check_tensors
 
 
 def inspect_checkpoint(src: str | Path) -> dict:
@@ -26,6 +28,9 @@ def inspect_checkpoint(src: str | Path) -> dict:
     """
     source = Checkpoint(src)
     config = source.config
+    known = config.model_type in ("pathmoe", *PER_EXPERT, *DENSE)
+    if known:
+        check_tensors(source.config_file, config, source.shapes)
     sizes = {name: torch.Size(shape).numel() for name, shape in source.shapes.items()}
     total = sum(sizes.values())
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
@@ -43,7 +48,6 @@ def inspect_checkpoint(src: str | Path) -> dict:
         result["active"] = total - experts + experts * top_k // config.num_experts
         result |= {"experts": config.num_experts, "top_k": top_k}
     if isinstance(config, PathMoEConfig):
-        check_tensors(str(src), source.shapes, expected_shapes(config))
         result |= {name: getattr(config, name) for name in ("router_type", "router_sharing")}
         result["blocks"] = config.router_blocks
         try:
@@ -54,8 +58,12 @@ def inspect_checkpoint(src: str | Path) -> dict:
         result["blocks"] = equal_routers(source)
     manifest = source.folder / "conversion.json"
     if manifest.is_file():
-        written = json.loads(manifest.read_text(encoding="utf-8"))
+        written = read_json(manifest)
+        if missing := {"operation", "source", "verified"} - written.keys():
+            raise UserError(f"{manifest} lacks {', '.join(sorted(missing))}: remove it.")
         result["made_by"] = {name: written[name] for name in ("operation", "source", "verified")}
+    if not known:
+        result["not checked"] = f"whether the tensors are those of a {config.model_type}"
     return result
 
 

@@ -4,17 +4,15 @@
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from ..command import UserError, one_line
 from ..configuration_pathmoe import PathMoEConfig
 from .checkpoint import Checkpoint, Piece
+from .shapes import PER_EXPERT
 
 
-# The block of a layer, and its experts' gate, up and down projections, in published checkpoints.
-PER_EXPERT = {
-    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
-    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
-}
 DENSE = ("llama", "mistral", "qwen3")
 SAME_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
@@ -73,6 +71,13 @@ def gate_of(source: Checkpoint, layer: int) -> Piece:
 def fuse(experts: list[Expert], layer: int) -> dict[str, Piece]:
     """The two 3-D tensors `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F) of a PathMoE layer."""
     (width, hidden), dtype = experts[0].gate.shape, experts[0].gate.dtype
+    for expert in experts:
+        for piece in expert:
+            if piece.dtype != dtype:
+                raise UserError(
+                    f"{piece.sources[0]} is {piece.dtype}, but {experts[0].gate.sources[0]} {dtype}: the experts of a "
+                    "layer become one tensor, so save them in one dtype first."
+                )
 
     def read_gate_up():
         fused = torch.empty(len(experts), 2 * width, hidden, dtype=dtype)
@@ -117,21 +122,21 @@ def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
     """The configuration of the Qwen3-MoE or Mixtral that computes what a PathMoE computes.
 
     Raises:
-        ValueError: If there is none; names the field, its value and the reason.
+        UserError: If there is none; names the field, its value and the reason.
     """
     if to == "auto":
         to = "qwen3_moe" if config.qk_norm else "mixtral"
     if config.router_type not in ("linear", "low_rank"):
-        raise ValueError(
+        raise UserError(
             f"router_type={config.router_type!r} cannot be exported: the routers of Qwen3-MoE and Mixtral are linear. "
             "'linear' and 'low_rank' can."
         )
     if config.router_sharing == "decision":
-        raise ValueError(
+        raise UserError(
             "router_sharing='decision' cannot be exported: every layer of a Qwen3-MoE or Mixtral decides for itself."
         )
     if config.router_selection_bias:
-        raise ValueError(
+        raise UserError(
             f"router_selection_bias=True with router_bias_update_rate={config.router_bias_update_rate} cannot be "
             "exported: Qwen3-MoE and Mixtral have no bias on the choice of experts."
         )
@@ -144,9 +149,7 @@ def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
     }
     if to == "qwen3_moe":
         if not config.qk_norm:
-            raise ValueError(
-                "qk_norm=False cannot become a Qwen3-MoE, which normalises queries and keys: use mixtral."
-            )
+            raise UserError("qk_norm=False cannot become a Qwen3-MoE, which normalises queries and keys: use mixtral.")
         return Qwen3MoeConfig(
             **shared,
             intermediate_size=config.moe_intermediate_size,
@@ -156,16 +159,16 @@ def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
             architectures=["Qwen3MoeForCausalLM"],
         )
     if config.qk_norm:
-        raise ValueError(
+        raise UserError(
             "qk_norm=True cannot become a Mixtral, which does not normalise queries and keys: use qwen3_moe."
         )
     if not config.norm_topk_prob:
-        raise ValueError(
+        raise UserError(
             "qk_norm=False with norm_topk_prob=False cannot be exported: Mixtral always normalises the k weights, and "
             "Qwen3-MoE always queries and keys."
         )
     if config.attention_bias:
-        raise ValueError("attention_bias=True cannot become a Mixtral, whose attention has no biases.")
+        raise UserError("attention_bias=True cannot become a Mixtral, whose attention has no biases.")
     return MixtralConfig(
         **shared, intermediate_size=config.moe_intermediate_size, architectures=["MixtralForCausalLM"]
     )
@@ -175,12 +178,12 @@ def refuse_misfits(config: PreTrainedConfig, accepted: tuple[str, ...]):
     """Refuses architectures, and options of the accepted ones, that PathMoE does not have.
 
     Raises:
-        ValueError: Names the field, its value and the reason.
+        UserError: Names the field, its value and the reason.
     """
     kind = config.model_type
     if kind not in accepted:
         reason = MISFITS.get(kind, "PathMoE has no counterpart for it")
-        raise ValueError(f"model_type={kind!r} does not fit: {reason}. What fits: {', '.join(accepted)}.")
+        raise UserError(f"model_type={kind!r} does not fit: {reason}. What fits: {', '.join(accepted)}.")
     wanted = {
         "sliding_window": (None, "PathMoE attends to the whole sequence"),
         "mlp_bias": (False, "PathMoE's experts have no biases"),
@@ -191,17 +194,24 @@ def refuse_misfits(config: PreTrainedConfig, accepted: tuple[str, ...]):
         wanted["attention_bias"] = (False, "only attention without biases is upcycled")
     for name, (value, reason) in wanted.items():
         if getattr(config, name, value) != value:
-            raise ValueError(f"{name}={getattr(config, name)!r} does not fit: {reason}.")
+            raise UserError(f"{name}={getattr(config, name)!r} does not fit: {reason}.")
 
 
 def import_config(config: PreTrainedConfig, **fields) -> PathMoEConfig:
-    """The PathMoE configuration of another architecture; `fields` are those of its experts and routers."""
+    """The PathMoE configuration of another architecture; `fields` are those of its experts and routers.
+
+    Raises:
+        UserError: If a field has a value that cannot be; names the field and its value.
+    """
     # Elsewhere the coefficient is idle unless router logits are returned; here it is enough to train with.
     asked = getattr(config, "output_router_logits", False)
-    return PathMoEConfig(
-        **same_fields(config),
-        qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
-        attention_bias=getattr(config, "attention_bias", False),
-        router_aux_loss_coef=config.router_aux_loss_coef if asked else 0.0,
-        **fields,
-    )
+    try:
+        return PathMoEConfig(
+            **same_fields(config),
+            qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
+            attention_bias=getattr(config, "attention_bias", False),
+            router_aux_loss_coef=config.router_aux_loss_coef if asked else 0.0,
+            **fields,
+        )
+    except StrictDataclassError as error:
+        raise UserError(f"The source cannot become a PathMoE with these fields: {one_line(error)}") from error

@@ -1,15 +1,17 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """PathMoE to PathMoE: the average of several checkpoints, and fewer experts."""
 
+import math
 from pathlib import Path
 
 import torch
 
+from ..command import UserError
 from ..configuration_pathmoe import PathMoEConfig
 from ..paths import record_paths
-from .checkpoint import Checkpoint, Piece, check_tensors, convert, expected_shapes, load
+from .checkpoint import Checkpoint, Piece, check_request, convert, load
 from .layouts import experts_of, fuse
-from .texts import perplexity, read_windows
+from .texts import check_text, perplexity, read_windows
 
 
 # Which dimension of a router's tensors counts the experts; that of other tensors does not.
@@ -25,8 +27,8 @@ EXPERT_DIM = {
 def _pathmoe(src: str | Path) -> Checkpoint:
     source = Checkpoint(src)
     if not isinstance(source.config, PathMoEConfig):
-        raise ValueError(f"{src} is a {source.config.model_type}; only PathMoE checkpoints can be averaged or pruned.")
-    check_tensors(str(src), source.shapes, expected_shapes(source.config))
+        raise UserError(f"{src} is a {source.config.model_type}; only PathMoE checkpoints can be averaged or pruned.")
+    source.check_to_convert()
     return source
 
 
@@ -51,24 +53,25 @@ def average_checkpoints(
         `dict`: The manifest, as in `DST/conversion.json`.
 
     Raises:
-        ValueError: If the sources do not fit each other.
+        UserError: If the sources do not fit each other.
     """
+    weights = weights or [1 / len(sources)] * len(sources)
+    if len(weights) != len(sources) or not all(map(math.isfinite, weights)) or abs(sum(weights) - 1) > 1e-6:
+        raise UserError(f"weights={weights} must be {len(sources)} finite numbers, one a source, that sum to 1.")
+    check_request(dst, sources, max_shard_size)
     checkpoints = [_pathmoe(source) for source in sources]
     first = checkpoints[0]
-    weights = weights or [1 / len(checkpoints)] * len(checkpoints)
-    if len(weights) != len(checkpoints) or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"weights={weights} must be {len(checkpoints)} numbers, one a source, that sum to 1.")
     for other in checkpoints[1:]:
         ours, theirs = first.config.to_diff_dict(), other.config.to_diff_dict()
         for name in sorted({*ours, *theirs} - {"transformers_version", "dtype"}):
             if ours.get(name) != theirs.get(name):
-                raise ValueError(
+                raise UserError(
                     f"{other.folder} has {name}={theirs.get(name)!r}, but {first.folder} {ours.get(name)!r}: only "
                     "checkpoints of one model can be averaged."
                 )
         ours, theirs = (c.folder / "tokenizer.json" for c in (first, other))
         if ours.is_file() and theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
-            raise ValueError(f"{other.folder} has another tokenizer than {first.folder}: their tokens differ.")
+            raise UserError(f"{other.folder} has another tokenizer than {first.folder}: their tokens differ.")
 
     def mean_of(name):
         pieces = [checkpoint.piece(name) for checkpoint in checkpoints]
@@ -126,14 +129,16 @@ def prune_experts(
         other text before and after.
 
     Raises:
-        ValueError: If `num_experts` does not fit the model, or its router is none of ours.
+        UserError: If `num_experts` does not fit the model, or its router is none of ours.
     """
+    check_request(dst, [src], max_shard_size)
+    check_text(text, num_tokens)
     source = _pathmoe(src)
     config = source.config
     if config.router_type not in EXPERT_DIM:
-        raise ValueError(f"router_type={config.router_type!r} cannot be pruned; {', '.join(EXPERT_DIM)} can.")
+        raise UserError(f"router_type={config.router_type!r} cannot be pruned; {', '.join(EXPERT_DIM)} can.")
     if not config.num_experts_per_tok <= num_experts <= config.num_experts:
-        raise ValueError(
+        raise UserError(
             f"num_experts={num_experts} must be from num_experts_per_tok={config.num_experts_per_tok} to the model's "
             f"num_experts={config.num_experts}."
         )

@@ -2,15 +2,67 @@
 """Running a model over the user's text: what the conversions measure that are not exact."""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from ..command import UserError
 from .checkpoint import Checkpoint
 
 
 WINDOW = 512
+MOST_TOKENS = 10**8
+
+
+def check_text(file: str | Path, num_tokens: int):
+    """Refuses a text that is not there or of another kind, and a number of tokens that cannot be.
+
+    Raises:
+        UserError: With the file or the number.
+    """
+    if not 1 <= num_tokens <= MOST_TOKENS:
+        raise UserError(f"--tokens {num_tokens} must be from 1 to {MOST_TOKENS}.")
+    if Path(file).suffix.lower() not in (".txt", ".jsonl"):
+        raise UserError(f"--text {file} must end in .txt or .jsonl.")
+    if not Path(file).is_file():
+        raise UserError(f"--text {file}: there is no such file.")
+
+
+def read_text(file: str | Path) -> str:
+    """The text of a .txt file, or of the rows of a .jsonl file. Rows without a text are left out, which is reported.
+
+    Raises:
+        UserError: If the file cannot be read, or most of its rows have no text; names the line.
+    """
+    is_jsonl, texts, number = Path(file).suffix.lower() == ".jsonl", [], 0
+    try:
+        with open(file, encoding="utf-8") as lines:
+            if not is_jsonl:
+                return lines.read()
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"--text {file}: line {number} is not a JSON object: {line.strip():.40}")
+                text = row.get("text")
+                if not isinstance(text, str | None):
+                    raise UserError(f"--text {file}: line {number} has text={text!r:.40}, which is not text.")
+                texts.append(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {file} is not UTF-8 ({error.reason}): convert it.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"--text {file}: line {number} is not valid JSON ({error.msg}).") from error
+    except OSError as error:
+        raise UserError(f"--text {file} cannot be read: {error.strerror}.") from error
+    found = [text for text in texts if text is not None]
+    if 2 * len(found) < len(texts):
+        raise UserError(f"--text {file}: {len(texts) - len(found)} of {len(texts)} lines have no column 'text'.")
+    if skipped := len(texts) - len(found):
+        print(f"--text {file}: skipped {skipped} of {len(texts)} lines, which have no text.", file=sys.stderr)
+    return "\n\n".join(found)
 
 
 def read_windows(source: Checkpoint, file: str | Path, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,22 +77,15 @@ def read_windows(source: Checkpoint, file: str | Path, num_tokens: int) -> tuple
         `tuple`: token ids `(windows, length)` for fitting, and as many columns of others for measuring.
 
     Raises:
-        ValueError: If there is no tokenizer, or too little text.
+        UserError: If there is no tokenizer, or too little text.
     """
-    tokenizer = source.tokenizer()
-    if tokenizer is None:
-        raise ValueError(f"{source.folder} has no tokenizer, which is needed to read {file}.")
-    text = Path(file).read_text(encoding="utf-8")
-    if Path(file).suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if not all("text" in row for row in rows):
-            raise ValueError(f"{file} has lines without a column 'text'.")
-        text = "\n\n".join(row["text"] for row in rows)
+    if source.tokenizer is None:
+        raise UserError(f"{source.folder} has no tokenizer, which is needed to read {file}.")
     length = min(WINDOW, source.config.max_position_embeddings)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:num_tokens])
-    windows = ids[: len(ids) // length * length].view(-1, length)
+    ids = source.tokenizer(read_text(file), add_special_tokens=False, verbose=False)["input_ids"][:num_tokens]
+    windows = torch.tensor(ids[: len(ids) // length * length], dtype=torch.long).view(-1, length)
     if len(windows) < 5:
-        raise ValueError(
+        raise UserError(
             f"{file} gives {len(ids)} tokens (at most {num_tokens} are taken), but at least {5 * length} are needed: "
             "five windows, four to fit and one to measure."
         )

@@ -5,8 +5,13 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Checkpoint, Piece, convert
+from ..command import UserError
+from .checkpoint import Checkpoint, Piece, check_request, convert
 from .layouts import DENSE, Expert, fuse, import_config, refuse_misfits
+
+
+# In standard deviations of the weights: beyond it little else than noise is left.
+MOST_NOISE = 10
 
 
 def upcycle(
@@ -49,8 +54,15 @@ def upcycle(
         `dict`: The manifest, as in `DST/conversion.json`.
 
     Raises:
-        ValueError: If the source is no such model, or the numbers do not fit each other.
+        UserError: If the source is no such model, or the numbers do not fit each other.
     """
+    check_request(dst, [src], max_shard_size)
+    if not 0 <= noise <= MOST_NOISE or not 0 <= drop < 1:
+        raise UserError(
+            f"noise={noise} must be from 0 to {MOST_NOISE}, and drop={drop} must be at least 0 and below 1."
+        )
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} must be from 0 to {2**63 - 1}.")
     source = Checkpoint(src)
     refuse_misfits(source.config, DENSE)
     width = source.config.intermediate_size
@@ -58,9 +70,7 @@ def upcycle(
         ("num_experts", num_experts), ("num_experts_per_tok", num_experts_per_tok), ("intermediate_size", width)
     ):  # fmt: skip
         if granularity < 1 or value % granularity:
-            raise ValueError(f"granularity={granularity} must be at least 1 and divide {name}={value}.")
-    if noise < 0 or not 0 <= drop < 1:
-        raise ValueError(f"noise={noise} must not be negative, and drop={drop} must be at least 0 and below 1.")
+            raise UserError(f"granularity={granularity} must be at least 1 and divide {name}={value}.")
     config = import_config(
         source.config,
         moe_intermediate_size=width // granularity,
@@ -68,7 +78,7 @@ def upcycle(
         num_experts_per_tok=num_experts_per_tok,
         router_block_size=block_size,
     )
-
+    source.check_to_convert()
     plan = source.unchanged()
     for layer in range(config.num_hidden_layers):
         experts = []

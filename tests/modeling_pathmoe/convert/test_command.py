@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from modeling_pathmoe import PathMoEConfig, PathMoEForSequenceClassification
 from modeling_pathmoe.accounting import count_parameters
+from modeling_pathmoe.command import UserError
 from modeling_pathmoe.convert import export_checkpoint, import_checkpoint, inspect_checkpoint
 from modeling_pathmoe.convert.__main__ import main
 
@@ -38,17 +39,17 @@ def test_commands_chain_and_say_what_they_did(saved, tmp_path, capsys, tiny_toke
     tiny_tokenizer.save_pretrained(source)
     exported, back, average, pruned = (str(tmp_path / name) for name in ("exported", "back", "average", "pruned"))
 
-    assert main(["export", source, exported, "--to", "qwen3_moe", "--max-shard-size", "100KB"]) == 0
+    main(["export", source, exported, "--to", "qwen3_moe", "--max-shard-size", "100KB"])
     assert "largest logit difference to the source on 128 tokens, float32: 0 " in capsys.readouterr().out
-    assert main(["import", exported, back, "--block-size", "2"]) == 0
-    assert main(["average", source, back, average, "--weights", "0.25", "0.75"]) == 0
-    assert main(["prune", average, pruned, "--experts", "4", "--text", str(text), "--no-verify"]) == 0
+    main(["import", exported, back, "--block-size", "2"])
+    main(["average", source, back, average, "--weights", "0.25", "0.75"])
+    main(["prune", average, pruned, "--experts", "4", "--text", str(text), "--no-verify"])
     out = capsys.readouterr().out
     assert "tokens whose whole path is kept:" in out and "NOT VERIFIED" in out
 
-    assert main(["inspect", exported]) == 0
+    main(["inspect", exported])
     assert "shared routers layers 0-1, 2-3, 4" in capsys.readouterr().out
-    assert main(["inspect", pruned]) == 0
+    main(["inspect", pruned])
     found = capsys.readouterr().out
     assert "experts        4" in found and "exports_to     qwen3_moe" in found
     assert AutoTokenizer.from_pretrained(pruned)("The river").input_ids == tiny_tokenizer("The river").input_ids
@@ -102,19 +103,6 @@ def test_inspect_says_why_a_model_cannot_be_exported(saved):
     assert "router_type='cosine'" in inspect_checkpoint(saved(router_type="cosine"))["exports_to"]
 
 
-def test_an_existing_target_is_never_touched(saved, tmp_path, capsys):
-    source, target = saved(), tmp_path / "target"
-    target.mkdir()
-    (target / "precious").write_text("data")
-    assert main(["export", str(source), str(target)]) == 1
-    assert "exists already and is never overwritten" in capsys.readouterr().err
-    assert listing(target) == {"precious": b"data"}
-
-    (tmp_path / "other.partial").mkdir()
-    assert main(["export", str(source), str(tmp_path / "other")]) == 1
-    assert "another conversion is writing it, or was killed" in capsys.readouterr().err
-
-
 EDITS = {
     "missing": (
         lambda t: t.pop("model.layers.2.self_attn.q_norm.weight"),
@@ -127,7 +115,7 @@ EDITS = {
     ),
     "integers": (
         lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
-        "only floating-point weights",
+        "model.norm.weight .* is I8",
     ),
 }
 
@@ -150,7 +138,7 @@ def test_a_shared_expert_in_the_source_is_named(tmp_path):
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "source")
     name = "model.layers.1.mlp.shared_expert.up_proj.weight"
     change(tmp_path / "source", lambda tensors: tensors.update({name: torch.ones(16, 32)}))
-    with pytest.raises(ValueError, match=f"no place for, such as {name}"):
+    with pytest.raises(ValueError, match=rf"1 extra \({name}\)"):
         import_checkpoint(tmp_path / "source", tmp_path / "imported")
 
 
@@ -162,9 +150,9 @@ def test_a_damaged_or_missing_file_is_named(saved, tmp_path):
     with pytest.raises(ValueError, match=f"{shard.name} is damaged or incomplete"):
         export_checkpoint(source, tmp_path / "exported")
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{shard.name} is missing"):
+    with pytest.raises(UserError, match=f"{shard.name} is missing"):
         export_checkpoint(source, tmp_path / "exported")
-    with pytest.raises(FileNotFoundError, match="nowhere has no config.json"):
+    with pytest.raises(UserError, match="nowhere' is not a folder"):
         export_checkpoint(tmp_path / "nowhere", tmp_path / "exported")
 
 
@@ -184,12 +172,6 @@ def test_other_heads_and_quantised_weights_are_refused(saved, tmp_path, tiny_con
     (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ValueError, match="is quantised"):
         export_checkpoint(source, tmp_path / "exported")
-
-
-def test_a_configuration_that_cannot_be_is_an_error_and_no_traceback(saved, tmp_path, capsys):
-    export_checkpoint(saved(), tmp_path / "exported")
-    assert main(["import", str(tmp_path / "exported"), str(tmp_path / "back"), "--block-size", "0"]) == 1
-    assert "router_block_size=0 must be at least 1" in capsys.readouterr().err
 
 
 def test_a_difference_that_must_not_be_leaves_nothing(saved, tmp_path, monkeypatch):
@@ -216,7 +198,7 @@ def test_a_full_disk_leaves_nothing(saved, tmp_path):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)
         ),
     )  # fmt: skip
-    assert done.returncode == 1 and "could not be written" in done.stderr, done.stderr
+    assert done.returncode == 2 and "could not be written" in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -225,7 +207,7 @@ def test_too_small_a_disk_is_noticed_beforehand(saved, tmp_path, monkeypatch):
 
     usage = checkpoint.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match="needs 0.0 GB, but .* has only 0.0 GB free"):
+    with pytest.raises(UserError, match="needs 0.0 GB, but .* has only 0.0 GB free"):
         export_checkpoint(saved(), tmp_path / "exported")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -240,7 +222,7 @@ proper = getattr(owner, name)
 
 def held(folder, *args, **options):
     result = proper(folder, *args, **options)
-    if folder.name == "exported.partial":
+    if folder.parent.suffix == ".partial":
         print(folder.name, flush=True)
         time.sleep(600)
     return result
@@ -250,15 +232,18 @@ runpy.run_module("modeling_pathmoe.convert", run_name="__main__", alter_sys=True
 """
 
 
-@pytest.mark.parametrize("moment", ["mkdir", "shards"])
-def test_a_terminated_conversion_leaves_nothing(saved, tmp_path, moment):
+@pytest.mark.parametrize(
+    "moment, by, status",
+    [("mkdir", signal.SIGTERM, 143), ("shards", signal.SIGTERM, 143), ("shards", signal.SIGINT, 130)],
+)
+def test_a_terminated_conversion_leaves_nothing(saved, tmp_path, moment, by, status):
     """It stays where it is until it is terminated: as soon as there is a folder, or with all weights in it."""
     command = [sys.executable, "-c", HELD, moment, "export", saved(), tmp_path / "exported"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout.readline() == "exported.partial\n"
-    assert (tmp_path / "exported.partial").is_dir()
-    process.terminate()
-    assert process.wait() == 143
+    assert process.stdout.readline() == "exported\n"
+    assert len(list(tmp_path.glob(".exported.*.partial/exported"))) == 1
+    process.send_signal(by)
+    assert process.wait() == status
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -269,9 +254,8 @@ from modeling_pathmoe.convert.__main__ import main
 def peak():  # of this process alone: ru_maxrss begins with the parent's
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
-status = main(sys.argv[1:])
+main(sys.argv[1:])
 print("PEAK", peak(), before)
-sys.exit(status)
 """
 
 

@@ -32,7 +32,7 @@ def test_average_of_one_model_with_itself_is_that_model(saved, tmp_path, logits)
         ({"rms_norm_eps": 1e-5}, None, "rms_norm_eps=1e-05, but .* 1e-06"),
         ({"router_block_size": 5}, None, "router_block_size=5"),
         ({}, [0.5, 0.6], "sum to 1"),
-        ({}, [1.0], "must be 2 numbers"),
+        ({}, [1.0], "must be 2 finite numbers"),
     ],
     ids=str,
 )
