@@ -1,4 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import itertools
 import json
 import math
 import re
@@ -279,6 +280,25 @@ def browser(output, tmp_path_factory):
         yield browser
 
 
+UNDEFINED = ("measures", "coverage", "engagement", "load_variation", "jaccard", "jaccard_chance", "perturbations",
+             "prefetch")  # fmt: skip
+
+
+def without(figures, every):
+    """Figures with `null` for one in `every` number that is no count, in the parts that may have such."""
+    numbers = itertools.count()
+
+    def thin(value):
+        if isinstance(value, dict):
+            return {key: thin(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [thin(entry) for entry in value]
+        return None if isinstance(value, float) and next(numbers) % every == 0 else value
+
+    models = [model | {key: thin(model[key]) for key in UNDEFINED} for model in figures["models"]]
+    return figures | {"models": models}
+
+
 def choose(browser, section, label, text):
     """Takes an option of the first control of that name in a section, as a reader does."""
     from selenium.webdriver.support.select import Select
@@ -312,6 +332,23 @@ class TestInBrowser:
         assert "undefined" not in text and "NaN" not in text and "[object" not in text
         broken = "return [...document.querySelectorAll('svg *')].filter(e => /NaN|undefined/.test(e.outerHTML)).length"
         assert browser.execute_script(broken) == 0
+
+    @pytest.mark.parametrize("every", [1, 2, 3])
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_page_is_complete_where_figures_are_undefined(self, browser, figures, output, tmp_path, every, count):
+        shown = without(figures, every)
+        (tmp_path / "report.html").write_text(script.render(shown | {"models": shown["models"][:count]}))
+        browser.get((tmp_path / "report.html").as_uri())
+        try:
+            self.test_page_is_complete_and_reports_no_error(browser, figures)
+            text = browser.find_element("tag name", "body").text
+            assert "–" in text and "null" not in text and "Infinity" not in text
+            broken = "return [...document.querySelectorAll('svg *')].filter(e => /null|Infinity/.test(e.outerHTML))"
+            assert browser.execute_script(broken + ".length") == 0
+            if every == 1:
+                assert "None of these figures is a finite number." in text
+        finally:
+            browser.get((output / "report.html").as_uri())
 
     def test_every_picture_has_a_text_and_its_figures(self, browser):
         figures = all_of(browser, "figure")
