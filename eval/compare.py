@@ -29,7 +29,7 @@ from inputs import check_whole, read_json
 from run_lm_eval import score_of
 from scipy import stats
 
-from modeling_pathmoe.command import UserError, one_line, run_command
+from modeling_pathmoe.command import ArgumentParser, UserError, one_line, run_command
 from modeling_pathmoe.files import check_writable, write_aside, write_text
 
 
@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     Raises:
         SystemExit: If a run cannot be read or the runs cannot be compared; the message says why.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of run_lm_eval.py or .json of perplexity.py")
     parser.add_argument("--names", nargs="+", help="what to call the runs; their paths when unset")
     parser.add_argument("--tasks", help="comma-separated tasks or sources; all when unset")

@@ -23,7 +23,7 @@ from perplexity import load_documents
 from run_lm_eval import SUITES
 from tqdm import tqdm
 
-from modeling_pathmoe.command import UserError, one_line, run_command
+from modeling_pathmoe.command import ArgumentParser, UserError, one_line, run_command
 from modeling_pathmoe.files import check_writable, write_text
 
 
@@ -141,7 +141,7 @@ def markdown(report: dict, n: int) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     """Reads the text and the tasks, and prints and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="training text: file, folder or name of a dataset")
     parser.add_argument("--name", help="configuration of a named dataset")
     parser.add_argument("--split", default="train", help="split, where the data has several")

@@ -19,7 +19,7 @@ from perplexity import load_documents
 from run_lm_eval import SUITES
 
 from data.ngrams import Words, are_among, ngram_digests
-from modeling_pathmoe.command import run_command
+from modeling_pathmoe.command import ArgumentParser, run_command
 from modeling_pathmoe.files import write_text
 
 
@@ -65,7 +65,7 @@ def table(report: dict, n: int) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     """Reads both splits and the tasks, and prints and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and validation.jsonl")
     parser.add_argument("--suite", required=True, choices=SUITES)
     parser.add_argument("--n", type=int, default=13, help="words in a run")

@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_pathmoe import paths
-from modeling_pathmoe.command import UserError, run_command
+from modeling_pathmoe.command import ArgumentParser, UserError, run_command
 from modeling_pathmoe.files import check_writable, write_text
 from modeling_pathmoe.loading import load_model
 from modeling_pathmoe.paths import PathTrace, record_paths
@@ -488,7 +488,7 @@ def render(figures: dict) -> str:
 
 def parse_arguments(args: list[str] | None) -> argparse.Namespace:
     """Reads the options and checks what can be checked before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", required=True, help="folder of a model; once or twice")
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="files with a column `text`")
     parser.add_argument("--output", type=Path, required=True, help="folder for paths.json and report.html")

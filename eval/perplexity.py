@@ -34,7 +34,7 @@ from inputs import (
 from metrics.perplexity.perplexity import score, summarize
 
 import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
-from modeling_pathmoe.command import UserError, run_command
+from modeling_pathmoe.command import ArgumentParser, UserError, run_command
 from modeling_pathmoe.files import check_writable, write_text
 from modeling_pathmoe.loading import load_model
 
@@ -88,7 +88,7 @@ def load_documents(
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Reads the options and checks what can be checked before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a saved model and its tokenizer")
     parser.add_argument("--data", required=True, help="file, folder or name of a dataset")
     parser.add_argument("--name", help="configuration of a named dataset")

@@ -18,7 +18,7 @@ from inputs import check_whole, keep_texts, load_file, load_tokenizer, read_json
 from run_lm_eval import load_results
 from tqdm.auto import tqdm
 
-from modeling_pathmoe.command import UserError, run_command
+from modeling_pathmoe.command import ArgumentParser, UserError, run_command
 from modeling_pathmoe.files import check_writable, write_aside, write_text
 from modeling_pathmoe.loading import load_model
 from modeling_pathmoe.paths import adjacent_jaccard, path_counts, path_coverage, record_paths
@@ -143,7 +143,7 @@ def read_metrics(file: Path) -> list[dict]:
 
 
 def main(args: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="JSON lines with a column `text`")
     parser.add_argument("--max_tokens", type=int, default=20_000)

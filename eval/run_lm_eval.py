@@ -34,7 +34,7 @@ from lm_eval.utils import handle_non_serializable, make_table
 from offline_tasks import PREFIX, TASKS, package_folder, write_tasks
 
 import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
-from modeling_pathmoe.command import UserError, one_line, run_command
+from modeling_pathmoe.command import ArgumentParser, UserError, one_line, run_command
 from modeling_pathmoe.files import check_writable, write_text
 from modeling_pathmoe.loading import load_model
 
@@ -301,7 +301,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     Returns:
         `(parser, args, entries)`: `entries` are the numbers of examples (or `None`) of the tasks and groups asked for.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", required=True, help="folder of a saved model, or its name on the Hub")

@@ -18,6 +18,13 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}. Run {self.prog} --help for the options.")
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """A command line whose mistakes end the process with one line on stderr, as argparse does, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split())}\n")
+
+
 def run_command(main: Callable[[], object], interrupted: int = 130):
     """Runs `main` and exits with its status; an expected error becomes `error: …`, one line on stderr, and status 2.
 

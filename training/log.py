@@ -1,7 +1,6 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """What a run tells: `metrics.jsonl`, the log line, the tracker, and the pictures of `train_accelerate.py plot`."""
 
-import argparse
 import json
 import math
 import os
@@ -11,6 +10,7 @@ import matplotlib
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from modeling_pathmoe.command import ArgumentParser
 from modeling_pathmoe.files import check_writable, write_aside
 from training.recipe import Recipe, RecipeError
 
@@ -121,7 +121,7 @@ def plot(args: list[str]) -> Path:
         RecipeError: If a folder holds no run, or its metrics are damaged.
         UserError: If the picture cannot be written or would replace another file.
     """
-    parser = argparse.ArgumentParser(prog="train_accelerate.py plot", description=plot.__doc__.split("\n")[0])
+    parser = ArgumentParser(prog="train_accelerate.py plot", description=plot.__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs")
     parser.add_argument("--output", help="PNG file; training.png in the first run when unset")
     options = parser.parse_args(args)

@@ -9,7 +9,6 @@ sizes and no contents, and is linear in the number of layers. Norms count as on 
 tensor of its input's size: 4 GB of the paper's 16B model without checkpointing.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -25,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations import moe
 
 from modeling_pathmoe.accounting import count_parameters
+from modeling_pathmoe.command import ArgumentParser
 from training.recipe import Recipe, parse_recipe
 
 
@@ -170,7 +170,7 @@ class PeakMemory(TorchDispatchMode):
 
 def plan(args: list[str], build_config) -> str:
     """A table of the memory per GPU, for the recipe as it is and with the options that save memory."""
-    parser = argparse.ArgumentParser(prog="train_accelerate.py plan", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(prog="train_accelerate.py plan", description=__doc__.split("\n")[0])
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--memory", type=float, nargs="+", default=[80, 141], metavar="GB")
     options, rest = parser.parse_known_args(args)

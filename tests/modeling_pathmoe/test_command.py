@@ -16,10 +16,12 @@ from modeling_pathmoe.files import check_writable, write_text
         ("lambda: {'a': 1}", 0, ""),
         ("lambda: (_ for _ in ()).throw(UserError('two\\n lines'))", 2, "error: two lines\n"),
         ("lambda: (_ for _ in ()).throw(KeyboardInterrupt)", 130, "interrupted\n"),
+        ("lambda: ArgumentParser().parse_args(['--no'])", 2, "error: unrecognized arguments: --no\n"),
+        ("lambda: ArgumentParser().error('two\\n lines')", 2, "error: two lines\n"),
     ],
 )
 def test_a_command_ends_with_its_status_and_one_line(main, status, said):
-    code = f"from modeling_pathmoe.command import UserError, run_command; run_command({main})"
+    code = f"from modeling_pathmoe.command import ArgumentParser, UserError, run_command; run_command({main})"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", said)
 
