@@ -7,6 +7,8 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -130,7 +132,7 @@ def find_files(data_files: str | list | dict | None, split: str) -> list[str] | 
                 raise DataError(f"data_files has {file!r} where the name of a file should be.")
             if "://" in file:
                 return None
-            files = [file] if Path(file).exists() else sorted(glob.glob(file, recursive=True))
+            files = [file] if Path(file).exists() else sorted(filter(os.path.exists, glob.glob(file, recursive=True)))
             files = [name for name in files if not (len(files) > 1 and Path(name).is_dir())]
             if not files:
                 raise DataError(f"data file {file!r} does not exist (looked in {Path.cwd()}).")
@@ -170,38 +172,49 @@ def read_files(reader, files: list[str], column: str, streaming: bool, cache_dir
     return Dataset.from_generator(reader, cache_dir=cache_dir, **options)
 
 
-def open_bytes(file: str):
-    return OPENERS.get(Path(file).suffix.lower(), open)(file, "rb")
+def read_lines(file: str) -> Iterator[bytes]:
+    """The lines of a file, which may be compressed.
+
+    Raises:
+        DataError: If the file cannot be read to its end.
+    """
+    number = 0
+    try:
+        with OPENERS.get(Path(file).suffix.lower(), open)(file, "rb") as stream:
+            for line in stream:
+                number += 1
+                yield line
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{file} cannot be read after line {number}: {error}. Mend or replace the file.") from error
 
 
 def read_json(files: list[tuple], column: str) -> Iterator[dict]:
     """The rows of JSON Lines files, or of files that hold one JSON list."""
     for file, *_ in files:
-        with open_bytes(file) as stream:
-            lines = iter(stream)
-            first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
-            if first.lstrip()[:1] == b"[":
-                content = first + stream.read()
-                try:
-                    rows = json.loads(content.decode())
-                except (ValueError, RecursionError) as error:
-                    yield {column: None, PROBLEM: f"{file} is not valid JSON ({error})"}
-                    continue
-                for number, row in enumerate(rows, 1):
-                    yield check_row(row, column, f"{file} row {number}")
+        lines = read_lines(file)
+        first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
+        if first.lstrip()[:1] == b"[":
+            content = first + b"".join(lines)
+            try:
+                rows = json.loads(content.decode())
+            except (ValueError, RecursionError) as error:
+                yield {column: None, PROBLEM: f"{file} is not valid JSON ({error})"}
                 continue
-            for number, line in enumerate(chain([first], lines), 1):
-                if not line.strip():
-                    continue
-                where = f"{file} line {number}"
-                try:
-                    row = json.loads(line.decode())
-                except UnicodeDecodeError:
-                    yield {column: None, PROBLEM: f"{where} is not valid UTF-8"}
-                except (ValueError, RecursionError) as error:
-                    yield {column: None, PROBLEM: f"{where} is not valid JSON ({error})"}
-                else:
-                    yield check_row(row, column, where)
+            for number, row in enumerate(rows, 1):
+                yield check_row(row, column, f"{file} row {number}")
+            continue
+        for number, line in enumerate(chain([first], lines), 1):
+            if not line.strip():
+                continue
+            where = f"{file} line {number}"
+            try:
+                row = json.loads(line.decode())
+            except UnicodeDecodeError:
+                yield {column: None, PROBLEM: f"{where} is not valid UTF-8"}
+            except (ValueError, RecursionError) as error:
+                yield {column: None, PROBLEM: f"{where} is not valid JSON ({error})"}
+            else:
+                yield check_row(row, column, where)
 
 
 def check_row(row, column: str, where: str) -> dict:
@@ -223,18 +236,17 @@ def check_row(row, column: str, where: str) -> dict:
 def read_paragraphs(files: list[tuple], column: str) -> Iterator[dict]:
     """The documents of text files, which blank lines part."""
     for file, *_ in files:
-        with open_bytes(file) as stream:
-            lines, number, start = [], 0, 1
-            for number, line in enumerate(chain(stream, [b""]), 1):
-                if line.strip():
-                    start = start if lines else number
-                    lines.append(line)
-                elif lines:
-                    content, lines = b"".join(lines).replace(b"\r\n", b"\n").removesuffix(b"\n"), []
-                    try:
-                        yield {column: content.decode("utf-8-sig"), PROBLEM: None}
-                    except UnicodeDecodeError:
-                        yield {column: None, PROBLEM: f"{file} line {start}: the paragraph is not valid UTF-8"}
+        lines, number, start = [], 0, 1
+        for number, line in enumerate(chain(read_lines(file), [b""]), 1):
+            if line.strip():
+                start = start if lines else number
+                lines.append(line)
+            elif lines:
+                content, lines = b"".join(lines).replace(b"\r\n", b"\n").removesuffix(b"\n"), []
+                try:
+                    yield {column: content.decode("utf-8-sig"), PROBLEM: None}
+                except UnicodeDecodeError:
+                    yield {column: None, PROBLEM: f"{file} line {start}: the paragraph is not valid UTF-8"}
 
 
 READERS = {"json": read_json, "text": read_paragraphs}

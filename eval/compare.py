@@ -293,7 +293,7 @@ def compare(runs: list[Run]) -> pd.DataFrame:
                 signs = np.sign(differences) * better
                 row |= {"win": (signs > 0).sum(), "tie": (signs == 0).sum(), "loss": (signs < 0).sum()}
                 row["difference_error"] = mean_and_error(differences, weights)[1]
-                flips.append(differences * weights / weights.sum() / len(names))
+                flips.append(differences * weights / weights.sum())
             of_run.append(row)
         if not first.bits and len(names) > 1:
             table = pd.DataFrame(of_run)
@@ -303,7 +303,7 @@ def compare(runs: list[Run]) -> pd.DataFrame:
                 row["difference"] = table["difference"].mean()
                 half = stats.norm.ppf(0.975) * np.sqrt((table["difference_error"] ** 2).sum()) / len(names)
                 row |= {"low": row["difference"] - half, "high": row["difference"] + half}
-                row |= {"p": sign_flip_p(np.concatenate(flips)), **table[["win", "tie", "loss"]].sum()}
+                row |= {"p": sign_flip_p(np.concatenate(flips) / len(names)), **table[["win", "tie", "loss"]].sum()}
             of_run.append(row)
         rows += of_run
     table = pd.DataFrame(rows).drop(columns="difference_error", errors="ignore")
@@ -398,7 +398,9 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--output", type=Path, required=True, help="folder for comparison.md, .csv and .png")
     args = parser.parse_args(argv)
     names = args.names or args.runs
-    if len(set(names)) != len(args.runs):
+    if len(args.runs) < 2:
+        parser.error(f"RUN {args.runs[0]}: give at least two runs to compare.")
+    if len(set(names)) != len(args.runs) or not all(name.strip() for name in names):
         parser.error(f"--names {' '.join(names)}: give each of the {len(args.runs)} runs a name of its own.")
     for name, mark in (("md", "| task | items |"), ("csv", "task,model,items,"), ("png", MARK)):
         check_writable(args.output / f"comparison.{name}", "--output", mark)

@@ -32,6 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.ngrams import WORD, Words, ngram_digests  # noqa: E402
 
 
+MOST_WORDS = 1000
+
+
 def contamination(texts: Iterable[str], items: dict[str, list[str]], n: int = 13, examples: int = 3) -> dict:
     """How many items of each task share a run of `n` words with a text.
 
@@ -114,6 +117,12 @@ def task_items(names: list[str], limit: int | None = None) -> dict[str, list[str
     return items
 
 
+def check_words(parser: ArgumentParser, n: int):
+    """Refuses a run of no words, or of more than a document has."""
+    if not 1 <= n <= MOST_WORDS:
+        parser.error(f"--n {n} must be from 1 to {MOST_WORDS}.")
+
+
 def check_report(output: Path, *data: str | Path):
     """Refuses a report that does not end in .json, cannot be written, or would overwrite its data.
 
@@ -157,8 +166,7 @@ def main(argv: list[str] | None = None) -> dict:
     names = [*SUITES.get(args.suite, []), *(args.tasks.split(",") if args.tasks else [])]
     if not names:
         parser.error("give a --suite, --tasks or both.")
-    if args.n < 1:
-        parser.error(f"--n {args.n} must be at least 1.")
+    check_words(parser, args.n)
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit} must be at least 1.")
     check_report(args.output, args.data)

@@ -166,8 +166,15 @@ def load_config(source: str, option: str = "--model", **options) -> PreTrainedCo
     if Path(source).is_dir():
         model_type = read_json(Path(source) / "config.json", option).get("model_type")
         for file in sorted(Path(source).glob("*.index.json")):
-            if not isinstance(read_json(file, option).get("weight_map"), dict):
+            shards = read_json(file, option).get("weight_map")
+            if not isinstance(shards, dict):
                 raise UserError(f"{option}: {file} has no weight_map: download the file again.")
+            for shard in sorted(set(map(str, shards.values()))):
+                if Path(shard).name != shard or not (Path(source) / shard).is_file():
+                    raise UserError(
+                        f"{option}: {file} names {shard!r}, which is not a file beside it: download the checkpoint "
+                        "again, or remove the index if the weights are in one file."
+                    )
     try:
         return AutoConfig.from_pretrained(source, **options)
     except ValueError as error:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from compare import escape
-from contamination import check_report, contamination, markdown, task_items
-from inputs import keep_texts
+from contamination import check_report, check_words, contamination, markdown, task_items
+from inputs import check_sources, keep_texts
 from perplexity import load_documents
 from run_lm_eval import SUITES
 
@@ -71,12 +71,12 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--n", type=int, default=13, help="words in a run")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the report, with a .md beside it")
     args = parser.parse_args(argv)
-    if args.n < 1:
-        parser.error(f"--n {args.n} must be at least 1.")
+    check_words(parser, args.n)
     files = [args.data / "train.jsonl", args.data / "validation.jsonl"]
     check_report(args.output, *files)
     train, skipped = keep_texts(load_documents(str(files[0]), ["text"]), "text", f"--data {files[0]}")
     validation, others = keep_texts(load_documents(str(files[1]), ["text", "source"]), "text", f"--data {files[1]}")
+    check_sources(validation["source"], "source", f"--data {files[1]}")
     train = train["text"]
     splits = shared_runs(train, validation["text"], validation["source"], args.n)
     tasks = contamination(train, task_items(SUITES[args.suite]), args.n)

@@ -145,12 +145,12 @@ def main(argv: list[str] | None = None) -> dict:
         UserError: If the model or the data cannot be used, or the model's losses are not finite.
     """
     args = parse_arguments(argv)
-    columns = [column for column in (args.text_column, args.source_column) if column]
+    columns = [column for column in (args.text_column, args.source_column) if column is not None]
     check_lengths(args, getattr(load_config(args.model), "max_position_embeddings", None))
     tokenizer = load_tokenizer(args.model)
     data = load_documents(args.data, list(dict.fromkeys(columns)), args.split, args.name, args.limit)
     data, skipped = keep_texts(data, args.text_column, f"--data {args.data}")
-    if args.source_column:
+    if args.source_column is not None:
         check_sources(data[args.source_column], args.source_column, f"--data {args.data}")
     model = load_model(args.model, allow_missing=args.allow_missing, dtype=args.dtype).to(args.device)
     texts = list(data[args.text_column])
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> dict:
                 f"diverged, or overflows in {model.dtype}. Check it, or try --dtype float32."
             )
     by_source = defaultdict(list)
-    if args.source_column:
+    if args.source_column is not None:
         for document, source in zip(documents, data[args.source_column]):
             document["source"] = source
             by_source[source].append(document)

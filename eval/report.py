@@ -9,6 +9,7 @@ RUN/report.md and RUN/report.png.
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -134,7 +135,8 @@ def read_metrics(file: Path) -> list[dict]:
         steps = [line for line in metrics if "loss" in line and line["step"] > 0 and line["tokens"] >= 0]
         for line in metrics:
             for key in ("step", "tokens", "loss", "eval_loss"):
-                float(line.get(key, 0))
+                if not math.isfinite(line.get(key, 0)):
+                    raise ValueError(f"{key} is {line[key]}")
     except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--run: {file} does not hold the metrics that training writes: {error}") from error
     if not steps:

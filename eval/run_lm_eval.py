@@ -41,6 +41,8 @@ from modeling_pathmoe.loading import load_model
 
 # It says of every offline task that it could be given arguments.
 logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.getMessage())
+# And of every model whose type it does not list, as if it could not be run.
+logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "neither marked" not in record.getMessage())
 
 SUITES = yaml.safe_load(Path(__file__).with_name("suites.yaml").read_text(encoding="utf-8"))
 SCORES = ("acc", "exact_match")  # a task's score is the first of these that it has
@@ -385,7 +387,7 @@ def load_tasks(
             try:
                 loaded = manager.load(entry)
             except Exception as error:  # whatever a task's code raises: the others must not suffer
-                errors[entry] = f"{type(error).__name__}: {error}"
+                errors[entry] = f"{type(error).__name__}: {one_line(error)}"
                 names.append(entry)
                 continue
             names += [entry] if entry in loaded["groups"] else loaded["tasks"]  # a tag has several, and no score
@@ -424,7 +426,7 @@ def run_tasks(
                 lm, tasks=[task], task_manager=manager, num_fewshot=shots, limit=args.limit, bootstrap_iters=RESAMPLES
             )
         except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"
+            errors[name] = f"{type(error).__name__}: {one_line(error)}"
         truncated = sum(gather_object([lm.truncated])) if lm.processes > 1 else lm.truncated
         finished += work[name]
         if lm.process > 0:
@@ -475,6 +477,9 @@ def main(argv: list[str] | None = None) -> dict | None:
         if lm.process > 0:
             return None
 
+    failed = "; ".join(f"{task}: {message}" for task, message in errors.items())
+    if not done:
+        raise SystemExit(f"error: {len(errors)} of the tasks failed, and none is done: {failed}")
     suite = args.suite if not args.tasks else None
     merged = put_together(args.output / "tasks", sorted(done), groups, names, suite, errors)
     write_text(args.output / "results.json", to_json(merged, indent=2))
@@ -484,8 +489,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if cut := {task: count for task, count in merged.get("truncated", {}).items() if count}:
         print(f"Longer than the context, so cut off at their beginning (requests): {cut}", file=sys.stderr)
     if errors:
-        failed = "\n".join(f"  {task}: {message}" for task, message in errors.items())
-        raise SystemExit(f"{len(errors)} of the tasks failed; the others are in {args.output}:\n{failed}")
+        raise SystemExit(f"error: {len(errors)} of the tasks failed; the others are in {args.output}: {failed}")
     return merged
 
 

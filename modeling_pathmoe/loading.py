@@ -1,6 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Loads checkpoints and refuses those that do not hold what their configuration asks for."""
 
+import json
 import logging
 import re
 import warnings
@@ -80,6 +81,7 @@ def load_model(
             another shape, or holds values that are not finite.
     """
     what = what or f"--model {source}"
+    check_generation_config(Path(source) / "generation_config.json", what)
     # With ignore_mismatched_sizes, tensors of another shape are in the report too, which is checked here.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     logger = logging.getLogger("transformers.modeling_utils")
@@ -96,6 +98,20 @@ def load_model(
         warnings.warn(f"{what}: {len(missing)} missing tensors were drawn at random: {names}", stacklevel=2)
     check_finite(model, what)
     return model.eval()
+
+
+def check_generation_config(file: Path, what: str):
+    """Refuses a damaged generation_config.json, in whose place transformers would silently take defaults.
+
+    Raises:
+        UserError: If the file is there and does not hold a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{what}: {file} is damaged ({error}): mend or remove it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what}: {file} must hold a JSON object: mend or remove it.")
 
 
 def check_loading_report(info: dict, what: str, allow_missing: bool = False, switch: str | None = None):

@@ -355,6 +355,11 @@ FILES = {
         {"dataset": "a.jsonl.gz"},
         "a.jsonl.gz",
     ),
+    "text behind a dangling link": (
+        lambda p: (p / "link.jsonl").symlink_to("gone.jsonl"),
+        {"dataset": "link.jsonl"},
+        "'link.jsonl' does not exist",
+    ),
     "dataset folder damaged": (
         lambda p: ((p / "saved").mkdir(), (p / "saved" / "dataset_info.json").write_text("{")),
         {"dataset": "saved"},

@@ -1,4 +1,6 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+import gzip
+import json
 import os
 import subprocess
 import sys
@@ -127,3 +129,12 @@ def test_splitting_a_document_loses_no_word(paragraphs):
     assert " ".join(parts).split() == text.split()
     longest = max(map(len, paragraphs), default=0)
     assert all(len(part) <= max(DOCUMENT_LENGTH, longest) + 1 for part in parts)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_compressed_file_is_named(tmp_path, streaming):
+    file = tmp_path / "a.jsonl.gz"
+    lines = "".join(json.dumps({"text": f"{number} and more"}) + "\n" for number in range(5000))
+    file.write_bytes(gzip.compress(lines.encode())[:-20])
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz cannot be read after line \d"):
+        list(load_text(str(file), "train", streaming=streaming))

@@ -139,6 +139,11 @@ MODELS = [
     (lambda p: p.config(model_type=None), "the model_type None, which transformers does not know"),
     (lambda p: p.file("model/model.safetensors.index.json", "{"), "model.safetensors.index.json is damaged"),
     (lambda p: p.file("model/model.safetensors.index.json", "{}"), "model.safetensors.index.json has no weight_map"),
+    (
+        lambda p: p.file("model/model.safetensors.index.json", '{"weight_map": {"a": "../data.jsonl"}}'),
+        "names '../data.jsonl', which is not a file beside it",
+    ),
+    (lambda p: p.file("model/generation_config.json", "{"), "generation_config.json is damaged"),
     (options("--dtype", "float99"), "--dtype float99: choose auto, float32"),
     (options("--dtype", "int64"), "--dtype int64: choose auto, float32"),
     (options("--device", "abacus"), "--device abacus cannot be used here"),
@@ -200,6 +205,7 @@ def test_data_that_cannot_be_read_is_refused(command, place, name, content, mess
         (options("--batch_size", "0"), "--batch_size 0 must be at least 1"),
         (options("--limit", "-1"), "--limit -1 must be at least 1"),
         (options("--source_column", "where"), "has no column 'where'"),
+        (options("--text_column", ""), "has no column ''"),
         (
             lambda p: (p.give("a.jsonl", '{"text": "a", "of": ["b"]}\n'), options("--source_column", "of")(p)),
             "column 'of' holds ['b'], which is neither text nor a number",
@@ -236,6 +242,7 @@ def tagged(**columns):
         (lambda p: p.config(num_experts=1, num_experts_per_tok=1), "has one expert (num_experts: 1)"),
         (lambda p: p.beside("paths.json", "[]"), "paths.json is there and is not an earlier result"),
         (lambda p: p.beside("report.html", "<p>mine"), "report.html is there and is not an earlier result"),
+        (options("--resamples", "1000000000"), "--resamples 1000000000 must be at most"),
         (options("--resamples", "0"), "--resamples 0 must be at least 1"),
         (options("--seed", "-1"), "--seed -1 must be at least 0"),
         (options("--max_tokens", "3"), "documents of at least two tokens, but intervals need at least 4"),
@@ -299,6 +306,25 @@ def test_compare_refuses_damaged_results(tmp_path, capsys, break_it, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["one.json"], "RUN one.json: give at least two runs"),
+        (["one.json", "two.json", "--names", "a", " "], "give each of the 2 runs a name of its own"),
+        (["one.json", "one.json"], "give each of the 2 runs a name of its own"),
+    ],
+)
+def test_compare_refuses(tmp_path, capsys, monkeypatch, args, message):
+    for name in ("one", "two"):
+        perplexity_result(tmp_path, name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([*args, "--output", "out"])
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["comparison.md", "comparison.csv", "comparison.png"])
 def test_compare_replaces_its_own_results_alone(tmp_path, name):
     args = [str(perplexity_result(tmp_path, run)) for run in ("one", "two")]
@@ -333,11 +359,29 @@ def test_reports_on_text_check_their_output_first(tmp_path, command):
             command(["--data", str(tmp_path), "--suite", "quickstart", "--output", str(tmp_path / output)])
 
 
+@pytest.mark.parametrize("n", ["0", "1000000000", "many"])
+@pytest.mark.parametrize("command", [contamination.main, overlap.main])
+def test_reports_on_text_refuse_runs_of_no_length(tmp_path, command, n, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(["--data", str(tmp_path), "--suite", "quickstart", "--n", n, "--output", str(tmp_path / "a.json")])
+    assert n in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_overlap_refuses_sources_that_are_no_names(tmp_path):
+    (tmp_path / "train.jsonl").write_text(GOOD)
+    (tmp_path / "validation.jsonl").write_text('{"text": "a", "source": {"of": "b"}}\n')
+    with pytest.raises(UserError, match="column 'source' holds {'of': 'b'}"):
+        overlap.main(["--data", str(tmp_path), "--suite", "quickstart", "--output", str(tmp_path / "a.json")])
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("metrics.jsonl", "{"),
         ("metrics.jsonl", '{"step": 1, "loss": "b", "tokens": 10}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": NaN, "tokens": 10}\n'),
+        ("report.md", "mine"),
+        ("report.png", "mine"),
         ("perplexity.json", "{"),
         ("perplexity.json", "{}"),
         ("lm_eval/results.json", '{"results": {"a": {"acc,none": "x"}}}'),
