@@ -138,7 +138,7 @@ def check_new_folder(path: str | Path, option: str, inputs: list[str | Path]):
     if os.path.lexists(path):
         raise UserError(f"{option} {path} exists already and is never overwritten: choose another name, or remove it.")
     for folder in inputs:
-        if Path(folder).resolve() in Path(path).resolve().parents:
+        if Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents:
             raise UserError(f"{option} {path} lies in {folder}, which is read: choose another place.")
     check_writable(path, option)
 
@@ -150,13 +150,22 @@ def read_json(file: str | Path) -> dict:
         UserError: If the file is missing, empty, not UTF-8, not JSON or not an object; the message names it.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         raise UserError(f"{str(file) or repr(file)} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: it is not valid JSON ({one_line(error)}). Fetch it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object, but holds {json.dumps(content)[:40]}. Fetch it again.")
+    return content
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    content = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{name!r} stands in it twice")
+        content[name] = value
     return content
 
 

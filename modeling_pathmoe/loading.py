@@ -35,8 +35,6 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
             the message names the file, and the field where one is known to be wrong.
     """
     file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} has no config.json: give the folder of a saved model (`hf download` fetches one).")
     fields = read_json(file)
     if (model_type := fields.get("model_type")) not in list(CONFIG_MAPPING.keys()):
         raise UserError(f"{file}: model_type={model_type!r} is not an architecture that transformers knows.")

@@ -4,6 +4,8 @@
 import functools
 import importlib.metadata
 import json
+import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from ..command import UserError, one_line
 from ..configuration_pathmoe import PathMoEConfig
 from ..files import check_new_folder, read_json, write_folder_aside
-from ..loading import CONSTANTS, load_config, load_model
+from ..loading import CONSTANTS, describe, load_config, load_model
 from .shapes import check_tensors, meta_model
 
 
@@ -73,14 +75,15 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not str(folder) or not self.folder.is_dir():
+        self.config_file = self.folder / "config.json"
+        if not str(folder) or not os.path.isfile(self.config_file):
             raise UserError(
-                f"SRC {str(folder)!r} is not a folder: give that of a saved model (`hf download` fetches one)."
+                f"SRC {str(folder)!r} is not a folder with a config.json: give that of a saved model (`hf download` "
+                "fetches one)."
             )
         check_links(self.folder)
-        self.config_file = self.folder / "config.json"
-        self.config: PreTrainedConfig = load_config(self.folder)
         self._check_kind()
+        self.config: PreTrainedConfig = load_config(self.folder)
         self._open: tuple[str, safe_open] | None = None
         self._tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
         self._scan()
@@ -115,8 +118,8 @@ class Checkpoint:
         for file in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
             handle = self._handle(file)
             for name in handle.keys():
-                if weight_map is not None and weight_map.pop(name, None) != file:
-                    raise UserError(f"{index} does not fit {file}, which holds {name}: fetch both again.")
+                if weight_map is not None and (said := weight_map.pop(name, None)) != file:
+                    raise UserError(f"{index}: {name} is in {file}, but the index says {said}: fetch both again.")
                 part = handle.get_slice(name)
                 if part.get_dtype() not in DTYPES:
                     raise UserError(
@@ -246,13 +249,26 @@ class Checkpoint:
             )
         return tokenizer
 
+    def check_fit(self):
+        """Refuses tensors that are not those of the configuration.
+
+        Raises:
+            UserError: With the tensors.
+        """
+        try:
+            check_tensors(self.config_file, self.config, self.shapes)
+        except UserError:
+            raise
+        except Exception as error:  # whatever odd fields make transformers raise when it builds the model
+            raise UserError(f"{self.config_file} cannot be used: {one_line(describe(error))}") from error
+
     def check_to_convert(self):
         """Refuses a checkpoint whose tensors do not fit its configuration, or whose other files are damaged.
 
         Raises:
             UserError: With the file or the tensors.
         """
-        check_tensors(self.config_file, self.config, self.shapes)
+        self.check_fit()
         for file in self.carried():
             if file.suffix == ".json":
                 read_json(file)
@@ -271,12 +287,14 @@ def check_links(folder: Path):
     Raises:
         UserError: With the link.
     """
-    root = folder.resolve()
-    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    for file in folder.iterdir():
-        if file.is_symlink() and not any(place in file.resolve().parents for place in allowed):
+    root = Path(os.path.realpath(folder))  # resolve() fails on a link to itself
+    allowed = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+    for file in filter(Path.is_symlink, folder.iterdir()):
+        parents = Path(os.path.realpath(file)).parents
+        if not file.exists() or not any(place in parents for place in allowed):
             raise UserError(
-                f"{file} is a link to {file.readlink()}, outside of the checkpoint: put a copy there, or remove it."
+                f"{file} is a link to {file.readlink()}, which is not there or outside of the checkpoint: put a copy "
+                "in its place, or remove it."
             )
 
 
@@ -310,14 +328,8 @@ def load(folder: str | Path) -> PreTrainedModel:
     Raises:
         UserError: If the folder's tensors are not exactly those of its model, or not finite.
     """
-    return load_model(
-        folder,
-        what=f"model {folder}",
-        switch=None,
-        dtype=torch.float32,
-        experts_implementation="eager",
-        trust_remote_code=False,
-    )
+    options = {"dtype": torch.float32, "experts_implementation": "eager", "trust_remote_code": False}
+    return load_model(folder, what=str(folder), switch=None, **options)
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict:
@@ -407,6 +419,11 @@ def convert(
         if verify:
             model = load(partial)
             measured = difference(logits_of(model, tokens), reference)
+            if not math.isfinite(measured["largest_logit_difference"]):
+                raise UserError(
+                    f"{operation}: the logits of {source.folder} or of the target are not finite, though their "
+                    "weights are: look for weights that are far too large. Nothing was written."
+                )
             if exact and not measured["largest_logit_difference"] <= EXACT * max(1.0, measured["largest_logit"]):
                 raise UserError(
                     f"{operation} must preserve the function, but logits of up to {measured['largest_logit']:.4g} "
@@ -426,7 +443,7 @@ def copy_without_code(file: Path, target: Path):
         shutil.copyfile(file, target)
         return
     fields = {name: value for name, value in fields.items() if name not in FOREIGN_CODE}
-    target.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    target.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_config(folder: Path, config: PreTrainedConfig, dtype: torch.dtype):

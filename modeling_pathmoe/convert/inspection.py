@@ -11,7 +11,7 @@ from ..configuration_pathmoe import PathMoEConfig
 from ..files import read_json
 from .checkpoint import Checkpoint
 from .layouts import DENSE, export_config, gate_of
-from .shapes import PER_EXPERT, check_tensors
+from .shapes import PER_EXPERT
 
 
 def inspect_checkpoint(src: str | Path) -> dict:
@@ -30,7 +30,7 @@ def inspect_checkpoint(src: str | Path) -> dict:
     config = source.config
     known = config.model_type in ("pathmoe", *PER_EXPERT, *DENSE)
     if known:
-        check_tensors(source.config_file, config, source.shapes)
+        source.check_fit()
     sizes = {name: torch.Size(shape).numel() for name, shape in source.shapes.items()}
     total = sum(sizes.values())
     experts = sum(size for name, size in sizes.items() if ".experts." in name)

@@ -189,12 +189,14 @@ def refuse_misfits(config: PreTrainedConfig, accepted: tuple[str, ...]):
         "mlp_bias": (False, "PathMoE's experts have no biases"),
         "decoder_sparse_step": (1, "every layer of a PathMoE is an MoE layer"),
         "mlp_only_layers": ([], "every layer of a PathMoE is an MoE layer"),
+        "layer_types": (["full_attention"] * config.num_hidden_layers, "PathMoE attends to the whole sequence"),
     }
     if kind in DENSE:
         wanted["attention_bias"] = (False, "only attention without biases is upcycled")
     for name, (value, reason) in wanted.items():
-        if getattr(config, name, value) != value:
-            raise UserError(f"{name}={getattr(config, name)!r} does not fit: {reason}.")
+        found = getattr(config, name, None)
+        if found is not None and found != value:
+            raise UserError(f"{name}={found!r} does not fit: {reason}.")
 
 
 def import_config(config: PreTrainedConfig, **fields) -> PathMoEConfig:

@@ -9,7 +9,7 @@ import torch
 from ..command import UserError
 from ..configuration_pathmoe import PathMoEConfig
 from ..paths import record_paths
-from .checkpoint import Checkpoint, Piece, check_request, convert, load
+from .checkpoint import FOREIGN_CODE, Checkpoint, Piece, check_request, convert, load
 from .layouts import experts_of, fuse
 from .texts import check_text, perplexity, read_windows
 
@@ -63,11 +63,17 @@ def average_checkpoints(
     first = checkpoints[0]
     for other in checkpoints[1:]:
         ours, theirs = first.config.to_diff_dict(), other.config.to_diff_dict()
-        for name in sorted({*ours, *theirs} - {"transformers_version", "dtype"}):
+        for name in sorted({*ours, *theirs} - {"transformers_version", "dtype", *FOREIGN_CODE}):
             if ours.get(name) != theirs.get(name):
                 raise UserError(
                     f"{other.folder} has {name}={theirs.get(name)!r}, but {first.folder} {ours.get(name)!r}: only "
                     "checkpoints of one model can be averaged."
+                )
+        for name, dtype in first.dtypes.items():
+            if other.dtypes[name] != dtype:
+                raise UserError(
+                    f"{other.folder} has {name} in {other.dtypes[name]}, but {first.folder} in {dtype}: save them in "
+                    "one dtype first."
                 )
         ours, theirs = (c.folder / "tokenizer.json" for c in (first, other))
         if ours.is_file() and theirs.is_file() and ours.read_bytes() != theirs.read_bytes():

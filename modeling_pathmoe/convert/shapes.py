@@ -47,14 +47,18 @@ def expected_shapes(config: PreTrainedConfig, names: Iterable[str]) -> dict[str,
         fused, single = f"model.layers.{layer}.mlp", f"model.layers.{layer}.{block}"
         if f"{fused}.gate.weight" not in names:
             shapes[f"{single}.gate.weight"] = shapes.pop(f"{fused}.gate.weight")
-        if f"{fused}.experts.gate_up_proj" not in names:
-            del shapes[f"{fused}.experts.gate_up_proj"]
+        if _experts(layer) not in names:
+            del shapes[_experts(layer)]
             experts, hidden, width = shapes.pop(f"{fused}.experts.down_proj")
             for expert in range(experts):
                 prefix = f"{single}.experts.{expert}"
                 shapes[f"{prefix}.{gate}.weight"] = shapes[f"{prefix}.{up}.weight"] = width, hidden
                 shapes[f"{prefix}.{down}.weight"] = hidden, width
     return shapes
+
+
+def _experts(layer: int) -> str:
+    return f"model.layers.{layer}.mlp.experts.gate_up_proj"
 
 
 def check_tensors(config_file: Path, config: PreTrainedConfig, actual: dict[str, tuple[int, ...]]):
@@ -68,6 +72,13 @@ def check_tensors(config_file: Path, config: PreTrainedConfig, actual: dict[str,
         if found and found != getattr(config, field, found):
             raise UserError(
                 f"{config_file} does not fit the tensors: {field}={getattr(config, field)}, but they number {found}."
+            )
+    if config.model_type in PER_EXPERT:
+        layers = [layer for layer in range(config.num_hidden_layers) if _experts(layer) not in actual]
+        if len(layers) * config.num_experts > len(actual):
+            raise UserError(
+                f"{config_file}: num_hidden_layers={config.num_hidden_layers} and num_experts={config.num_experts} "
+                f"ask for more than the {len(actual)} tensors that there are."
             )
     expected = expected_shapes(config, actual)
     wrong = {

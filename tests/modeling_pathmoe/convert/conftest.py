@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from convert_helpers import Place, save_inputs
 from transformers import AutoModelForCausalLM
 
 from data.text import train_tokenizer
@@ -58,3 +59,16 @@ def text(tmp_path):
     lines = random.Random(0).choices(SENTENCES, k=400)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return tmp_path / "text.jsonl"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """What every `place` is a copy of."""
+    return save_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def place(inputs, tmp_path, monkeypatch):
+    """The working directory of a case, with inputs to damage."""
+    monkeypatch.chdir(tmp_path)
+    return Place(tmp_path, inputs)
