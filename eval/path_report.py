@@ -52,7 +52,6 @@ from modeling_pathmoe.paths.routers import Routing
 TEMPLATE = Path(__file__).with_suffix(".html")
 COVERED = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 PATHS_SHOWN = 20
-MOST_RESAMPLES = 100_000
 # Of a document that has as many, at least so many tokens are read, and perturbed: few of many documents tell more.
 DOCUMENT_TOKENS = 512
 PERTURBED_TOKENS = 256
@@ -511,10 +510,9 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
     ):
         if (value := getattr(options, option)) is not None and value < least:
             parser.error(f"--{option} {value} must be at least {least}.")
-    if options.seed >= 2**32:
-        parser.error(f"--seed {options.seed} must be below 2^32.")
-    if options.resamples > MOST_RESAMPLES:
-        parser.error(f"--resamples {options.resamples} must be at most {MOST_RESAMPLES}.")
+    for option, most in (("seed", 2**32 - 1), ("resamples", 100_000)):
+        if getattr(options, option) > most:
+            parser.error(f"--{option} {getattr(options, option)} must be at most {most}.")
     for name, mark in (("paths.json", '"layer_to_block"'), ("report.html", "<title>Expert paths</title>")):
         check_writable(options.output / name, "--output", mark)
     check_device_arguments(options)
