@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from .command import CommandParser, UserError, one_line, run_command
+from .command import ArgumentParser, UserError, one_line, run_command
 from .configuration_pathmoe import PathMoEConfig
 from .files import read_json
 
@@ -99,7 +99,7 @@ def read_config(file: str) -> PathMoEConfig:
 
 
 def main(argv: list[str] | None = None):
-    parser = CommandParser(
+    parser = ArgumentParser(
         prog="python -m modeling_pathmoe.accounting",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

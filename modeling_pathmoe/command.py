@@ -11,13 +11,6 @@ class UserError(ValueError):
     """A mistake that the user can mend. The message is one line: the field or file, its value and the fix."""
 
 
-class CommandParser(argparse.ArgumentParser):
-    """A command line whose mistakes are `UserError`s: one line, as for every other input."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}. Run {self.prog} --help for the options.")
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """A command line whose mistakes end the process with one line on stderr, as argparse does, without the usage."""
 

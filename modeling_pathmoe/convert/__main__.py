@@ -5,7 +5,7 @@ import argparse
 
 from transformers.utils import logging
 
-from ..command import CommandParser, run_command
+from ..command import ArgumentParser, run_command
 from .exporting import export_checkpoint
 from .importing import import_checkpoint
 from .inspection import inspect_checkpoint
@@ -15,7 +15,7 @@ from .upcycling import upcycle
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    main_parser = CommandParser(prog="python -m modeling_pathmoe.convert", description=__doc__)
+    main_parser = ArgumentParser(prog="python -m modeling_pathmoe.convert", description=__doc__)
     commands = main_parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name, function, description, sources="SRC"):
