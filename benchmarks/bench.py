@@ -1,9 +1,9 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """PathMoE beside its peers, in one run: training step, experts alone, prefill, decoding, scaling, loss.
 
-    python benchmarks/bench.py --json benchmarks/bench.json --plot benchmarks/scaling.png
-    python benchmarks/bench.py --suite train_step --shape quickstart 0.9b-layer --compile --json OUT
-    python benchmarks/bench.py --table benchmarks/bench.json
+    python -m benchmarks.bench --json benchmarks/bench.json --plot benchmarks/scaling.png
+    python -m benchmarks.bench --suite train_step --shape quickstart 0.9b-layer --compile --json OUT
+    python -m benchmarks.bench --table benchmarks/bench.json
 
 Peers are OLMoE, Qwen3-MoE and Mixtral of transformers, each with the fastest of transformers' experts backends (found
 by a trial in the same run), and a dense Qwen3 of equal active parameters. All have PathMoE's shape, dtype, attention
@@ -29,7 +29,6 @@ import platform
 import random
 import statistics
 import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -53,16 +52,15 @@ from transformers import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from benchmarks.bench_report import describe, find_peak, make_table, plot_scaling
+from modeling_pathmoe.cache_pathmoe import CACHE_NAME
+from modeling_pathmoe.loss_pathmoe import linear_cross_entropy
+from pathmoe import PathMoEConfig
+from pathmoe.accounting import forward_flops_per_token
+from pathmoe.train.plan import PeakMemory
+
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.bench_report import describe, find_peak, make_table, plot_scaling  # noqa: E402
-from modeling_pathmoe import PathMoEConfig  # noqa: E402
-from modeling_pathmoe.accounting import forward_flops_per_token  # noqa: E402
-from modeling_pathmoe.cache_pathmoe import CACHE_NAME  # noqa: E402
-from modeling_pathmoe.loss_pathmoe import linear_cross_entropy  # noqa: E402
-from training.plan import PeakMemory  # noqa: E402
 
 
 # A preset and what of it is changed: one or two layers of a large model, with a small vocabulary.

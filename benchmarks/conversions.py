@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Round trips through PathMoE: how far the logits of small random models move, in float32.
 
-python benchmarks/conversions.py --json benchmarks/conversions.json
+python -m benchmarks.conversions --json benchmarks/conversions.json
 """
 
 import argparse
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
-from modeling_pathmoe import PathMoEConfig
-from modeling_pathmoe.convert import export_checkpoint, import_checkpoint, upcycle
-from modeling_pathmoe.convert.checkpoint import difference, load, logits_of, sample_tokens
+from pathmoe import PathMoEConfig
+from pathmoe.convert import export_checkpoint, import_checkpoint, upcycle
+from pathmoe.convert.checkpoint import difference, load, logits_of, sample_tokens
 
 
 SIZES = {

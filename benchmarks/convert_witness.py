@@ -1,10 +1,10 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Takes a real dense model through conversion and back: upcycled, compared, trained further, exported.
 
-    python data/witness.py --output_dir runs/witness/model
-    python benchmarks/convert_witness.py --dense runs/witness/model --text runs/quickstart/data --output runs/witness
+    python -m benchmarks.witness --output_dir runs/witness/model
+    python -m benchmarks.convert_witness --dense runs/witness/model --text runs/quickstart/data --output runs/witness
 
-Needs the packages of `data/witness.txt`, `data/quickstart.txt` and `data/benchmarks.txt`, 16 GB of memory and 20 GB of
+Needs the packages of `configuration/data/*.txt`, 16 GB of memory and 20 GB of
 disk. What is there already is not made again. Stops where something that must be equal is not. The results go to
 `benchmarks/convert_witness.json` (`--json`).
 """
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("pathmoe_offline_piqa", "pathmoe_offline_arc_easy")
 FRESH = """
 import sys
-sys.modules["modeling_pathmoe"] = None  # it cannot be imported here
+sys.modules["modeling_pathmoe"] = sys.modules["pathmoe"] = None  # it cannot be imported here
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation="eager").eval()
@@ -31,7 +31,7 @@ print(type(model).__name__, difference.abs().max().item())
 LOGITS = """
 import sys
 import torch
-import modeling_pathmoe
+import pathmoe
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation="eager").eval()
 with torch.no_grad():
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict:
     moe, trained, mixtral = out / "moe", out / "run" / "final", out / "mixtral"
     result = {}
 
-    run("-m", "modeling_pathmoe.convert", "upcycle", args.dense, moe, "--experts", 8, "--top-k", 2, unless=moe)
+    run("-m", "pathmoe.convert", "upcycle", args.dense, moe, "--experts", 8, "--top-k", 2, unless=moe)
     result["upcycle"] = json.loads((moe / "conversion.json").read_text())["verified"]
     dense_items, moe_items = (
         log_likelihoods(model, out / f"lm_eval_{model.name}", args.limit) for model in (args.dense, moe)
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict:
     if perplexities[1] >= perplexities[0]:
         raise RuntimeError("Held-out perplexity did not fall.")
 
-    run("-m", "modeling_pathmoe.convert", "export", trained, mixtral, "--to", "mixtral", unless=mixtral)
+    run("-m", "pathmoe.convert", "export", trained, mixtral, "--to", "mixtral", unless=mixtral)
     run("-c", LOGITS, trained, out / "logits.pt")
     name, difference = run("-c", FRESH, mixtral, out / "logits.pt").split()[-2:]
     result["export"] = {"class": name, "largest_logit_difference_in_a_fresh_process": float(difference)}
@@ -151,7 +151,7 @@ def to_gguf(mixtral: Path, file: Path, converter: Path) -> dict:
     import numpy as np
     from gguf import GGUFReader
 
-    from modeling_pathmoe.convert.checkpoint import Checkpoint
+    from pathmoe.convert.checkpoint import Checkpoint
 
     source, written = Checkpoint(mixtral), {tensor.name: tensor.data for tensor in GGUFReader(file).tensors}
     prefix = "model.layers.5.block_sparse_moe"

@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Holds the planner against real runs: a few steps of a small model on each engine, and the memory that they took.
 
-    python benchmarks/memory.py --json benchmarks/memory.json
+    python -m benchmarks.memory --json benchmarks/memory.json
 
 On a CPU the memory of a run is the growth of its peak resident size over that of a run with next to no model,
 which leaves out the libraries; the ranks are gloo processes.
@@ -17,13 +17,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from pathmoe.train.loop import build_config
+from pathmoe.train.plan import plan_memory
+from pathmoe.train.recipe import parse_recipe
+
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from train_accelerate import build_config  # noqa: E402
-from training.plan import plan_memory  # noqa: E402
-from training.recipe import parse_recipe  # noqa: E402
 
 
 MODEL = {

@@ -1,8 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Where the time of a call goes, PathMoE's and a Qwen3-MoE's: matrix products, attention, moved rows, the optimizer.
 
-    python benchmarks/operators.py --json benchmarks/operators.json
-    python benchmarks/operators.py --table benchmarks/operators.json
+    python -m benchmarks.operators --json benchmarks/operators.json
+    python -m benchmarks.operators --table benchmarks/operators.json
 
 The calls are those of `bench.py`, under torch's profiler, on a CPU. A share is the time inside operators of a kind
 over the time of the whole call, a median over calls. What is in no such operator is the rest: arithmetic number by
@@ -15,16 +15,12 @@ import argparse
 import functools
 import json
 import statistics
-import sys
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks.bench import (  # noqa: E402
+from benchmarks.bench import (
     BATCHES,
     Case,
     count_flops,

@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """What looking at expert paths costs: all measures on a million tokens, and recording beside a bare forward or decode.
 
-    python benchmarks/paths.py --json benchmarks/paths.json
+    python -m benchmarks.paths --json benchmarks/paths.json
 
 The measured paths are drawn: tokens follow one of 20,000 paths, the frequent ones more often by Zipf's law, and stray
 from it in one layer out of ten. The overhead of recording is the median over rounds of the time of a forward that is
@@ -21,8 +21,8 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM, record_paths
-from modeling_pathmoe.paths import (
+from pathmoe import PathMoEConfig, PathMoEForCausalLM, record_paths
+from pathmoe.paths import (
     adjacent_jaccard,
     cluster_purity,
     distinct_paths,

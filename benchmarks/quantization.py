@@ -2,7 +2,7 @@
 """Memory and perplexity of a checkpoint whose experts are loaded with 8 bits a weight by torchao.
 
     pip install torchao
-    python benchmarks/quantization.py --model runs/quickstart/final --data runs/quickstart/data/validation.jsonl
+    python -m benchmarks.quantization --model runs/quickstart/final --data runs/quickstart/data/validation.jsonl
 
 Results go to `benchmarks/quantization.json` (`--json`).
 """
@@ -10,7 +10,6 @@ Results go to `benchmarks/quantization.json` (`--json`).
 import argparse
 import json
 import math
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,11 +17,9 @@ import torch
 from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
-import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
-from perplexity import load_texts, perplexity  # noqa: E402
+import pathmoe  # noqa: F401  registers PathMoE with the Auto classes
+from pathmoe.evaluate.perplexity import load_documents
+from pathmoe.evaluate.scoring import perplexity
 
 
 SCHEMES = {"bfloat16": None, "int8": Int8WeightOnlyConfig(version=2), "float8": Float8WeightOnlyConfig()}
@@ -51,7 +48,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--limit", type=int, default=8, help="documents (8)")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args(argv)
-    tokenizer, texts = AutoTokenizer.from_pretrained(args.model), load_texts(args.data, limit=args.limit)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = load_documents(args.data, ["text"], limit=args.limit)["text"]
     results = {}
     for scheme in SCHEMES:
         for implementation in ("eager", "grouped_mm"):

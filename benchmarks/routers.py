@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """What the routers cost: a training step of every preset of the paper's table, side by side.
 
-    python benchmarks/routers.py --json benchmarks/routers.json
+    python -m benchmarks.routers --json benchmarks/routers.json
 
 The presets keep their routing and depth, and are made narrower by `--shrink` so that they fit the machine. In each
 round every preset makes one step, in an order drawn anew; a figure is the median over rounds of its tokens/s relative
@@ -20,7 +20,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM, update_selection_bias
+from pathmoe import PathMoEConfig, PathMoEForCausalLM, update_selection_bias
 
 
 ROOT = Path(__file__).parents[1]

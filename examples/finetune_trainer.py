@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-import modeling_pathmoe  # noqa: F401  registers PathMoE; or pass trust_remote_code=True
+import pathmoe  # noqa: F401  registers PathMoE; or pass trust_remote_code=True
 
 
 @dataclass

@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-import modeling_pathmoe  # noqa: F401  registers PathMoE; or pass trust_remote_code=True
+import pathmoe  # noqa: F401  registers PathMoE; or pass trust_remote_code=True
 
 
 @dataclass

@@ -19,7 +19,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
-import modeling_pathmoe  # noqa: F401  registers PathMoE; or pass trust_remote_code=True
+import pathmoe  # noqa: F401  registers PathMoE; or pass trust_remote_code=True
 
 
 CHATML = (

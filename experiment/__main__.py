@@ -9,7 +9,7 @@
     python -m experiment tune --config experiment/gpu.yaml --corpus FOLDER --jobs 5     part 3, likewise
 
 Run these in the repository's root. FOLDER holds train.parquet and validation.parquet (or .jsonl) with the columns
-`text` and `source`; `python data/experiment.py --output_dir FOLDER` makes one from packages. It has to be named once.
+`text` and `source`; `python -m experiment.corpus --output_dir FOLDER` makes one from packages. Name it once.
 A command that was stopped goes on by being given again, to the same bits on the same kind of processor, and what has a
 result is skipped.
 """
@@ -24,13 +24,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from experiment.collapse import collapse
+from experiment.first.train import Run, Trainer, make_tokenizer
 from experiment.measure import HELD_OUT_TOKENS, measure
 from experiment.report import report
 from experiment.runs import PARTS, Experiment, hash_file, place_corpus, read_settings
-from modeling_pathmoe.command import UserError, run_command
-from modeling_pathmoe.files import write_text
-from training.experiment import Run, Trainer, make_tokenizer
-from training.recipe import RecipeError
+from pathmoe.command import UserError, run_command
+from pathmoe.files import write_text
+from pathmoe.train.recipe import RecipeError
 
 
 HERE = Path(__file__).parent

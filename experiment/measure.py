@@ -13,11 +13,11 @@ import transformers
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
-from eval.metrics.perplexity.perplexity import score
+import pathmoe  # noqa: F401  registers PathMoE with the Auto classes
+from experiment.first.train import Run, final_loss
 from experiment.runs import corpus_files, digest
-from training.experiment import Run, final_loss
-from training.log import read_metrics
+from pathmoe.evaluate.scoring import score
+from pathmoe.train.log import read_metrics
 
 
 HELD_OUT_TOKENS = 1 << 19

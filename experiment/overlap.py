@@ -1,7 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Looks for text that training, validation and benchmark items share: runs of 13 words.
 
-    python eval/overlap.py --data runs/experiment/data --suite pathmoe_paper_0.9b_offline --output results/overlap.json
+    python -m experiment.overlap --data runs/experiment/data --suite pathmoe_paper_0.9b_offline \\
+        --output experiment/first/results/overlap.json
 
 A validation document counts as hit if training holds any of its runs; how much of all runs is shared stands beside.
 """
@@ -12,15 +13,15 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from compare import escape
-from contamination import check_report, check_words, contamination, markdown, task_items
-from inputs import check_sources, keep_texts
-from perplexity import load_documents
-from run_lm_eval import SUITES
 
-from data.ngrams import Words, are_among, ngram_digests
-from modeling_pathmoe.command import ArgumentParser, run_command
-from modeling_pathmoe.files import write_text
+from pathmoe.command import ArgumentParser, run_command
+from pathmoe.evaluate.compare import escape
+from pathmoe.evaluate.contamination import check_report, check_words, contamination, markdown, task_items
+from pathmoe.evaluate.inputs import check_sources, keep_texts
+from pathmoe.evaluate.perplexity import load_documents
+from pathmoe.evaluate.run_lm_eval import SUITES
+from pathmoe.files import write_text
+from pathmoe.text.ngrams import Words, are_among, ngram_digests
 
 
 def shared_runs(train: list[str], validation: list[str], sources: list[str], n: int) -> dict:

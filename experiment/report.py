@@ -8,11 +8,11 @@ import matplotlib
 import numpy as np
 
 from experiment.collapse import draw_collapse
+from experiment.first.train import Run
 from experiment.runs import Experiment
 from experiment.statistics import HALF_OF_THE_PAPER, TwoWay, holm, sequential, sign_flip
-from modeling_pathmoe.command import UserError
-from modeling_pathmoe.files import write_aside, write_text
-from training.experiment import Run
+from pathmoe.command import UserError
+from pathmoe.files import write_aside, write_text
 
 
 matplotlib.use("Agg")

@@ -9,10 +9,10 @@ from pathlib import Path
 import yaml
 from datasets import load_dataset
 
-from data.text import BUILDERS
-from modeling_pathmoe.command import UserError
-from modeling_pathmoe.files import write_aside
-from training.experiment import Run, make_run
+from experiment.first.train import Run, make_run
+from pathmoe.command import UserError
+from pathmoe.files import write_aside
+from pathmoe.text.reader import BUILDERS
 
 
 PARTS = ("tune", "primary", "map")
@@ -165,7 +165,7 @@ def corpus_files(folder: Path) -> tuple[str, dict[str, str]]:
             return BUILDERS[suffix], files
     raise UserError(
         f"{folder} holds no train.parquet and validation.parquet (or .jsonl) with the columns text and source: name "
-        "the folder of a corpus by --corpus, or make one by `python data/experiment.py --output_dir FOLDER`."
+        "the folder of a corpus by --corpus, or make one by `python -m experiment.corpus --output_dir FOLDER`."
     )
 
 

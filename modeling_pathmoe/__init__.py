@@ -1,5 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""PathMoE for transformers. Importing this package registers the model with the Auto classes."""
+"""The PathMoE model for transformers. Importing this package registers it with the Auto classes.
+
+Checkpoints carry the files named `*_pathmoe.py`. The toolkit around the model is the package `pathmoe`, which this one
+never imports: what is installed beside it, such as fast experts, plugs in by the entry point `modeling_pathmoe`.
+"""
+
+from importlib.metadata import entry_points
 
 from transformers import (
     AutoConfig,
@@ -10,7 +16,6 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from . import experts
 from .configuration_pathmoe import PathMoEConfig
 from .modeling_pathmoe import (
     PathMoEForCausalLM,
@@ -20,7 +25,6 @@ from .modeling_pathmoe import (
     PathMoEModel,
     PathMoEPreTrainedModel,
 )
-from .paths import PathTrace, record_paths, replay_paths
 from .routing_pathmoe import PathMoERouter, load_balancing_loss, register_router, router_z_loss, update_selection_bias
 
 
@@ -41,6 +45,8 @@ def register():
 
 
 register()
+for _plugin in entry_points(group="modeling_pathmoe"):
+    _plugin.load()
 
 
 __all__ = [
@@ -52,13 +58,9 @@ __all__ = [
     "PathMoEModel",
     "PathMoEPreTrainedModel",
     "PathMoERouter",
-    "PathTrace",
-    "experts",
     "load_balancing_loss",
-    "record_paths",
     "register",
     "register_router",
-    "replay_paths",
     "router_z_loss",
     "update_selection_bias",
 ]

@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """What a configuration costs: parameters and FLOPs per token.
 
-    python -m modeling_pathmoe.accounting configuration/model/indep-moe.json configuration/model/*.json
+    python -m pathmoe.accounting configuration/model/indep-moe.json configuration/model/*.json
 
 Parameters and FLOPs are also shown relative to the first file.
 """
@@ -13,8 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
+
 from .command import ArgumentParser, UserError, one_line, run_command
-from .configuration_pathmoe import PathMoEConfig
 from .files import read_json
 
 
@@ -100,7 +101,7 @@ def read_config(file: str) -> PathMoEConfig:
 
 def main(argv: list[str] | None = None):
     parser = ArgumentParser(
-        prog="python -m modeling_pathmoe.accounting",
+        prog="python -m pathmoe.accounting",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

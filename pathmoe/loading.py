@@ -11,8 +11,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from modeling_pathmoe.configuration_pathmoe import MOST
+
 from .command import UserError, one_line
-from .configuration_pathmoe import MOST
 from .files import read_json
 
 

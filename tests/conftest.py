@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
-from modeling_pathmoe import PathMoEConfig  # noqa: E402
+from pathmoe import PathMoEConfig  # noqa: E402
 
 
 # A busy machine is no failure.
@@ -30,6 +30,9 @@ def pytest_runtest_setup():
     """What a test draws without a seed of its own must not depend on the tests that its worker ran before."""
     set_seed(0)
 
+
+# Models that several rooms are tested on.
+pytest_plugins = ["tests.tiny_models"]
 
 TINY = {
     "vocab_size": 99,

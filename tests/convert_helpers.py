@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from data.text import train_tokenizer
-from modeling_pathmoe import PathMoEConfig
+from pathmoe import PathMoEConfig
+from pathmoe.text.reader import train_tokenizer
 
 
 INDEX = "model.safetensors.index.json"

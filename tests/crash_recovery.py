@@ -2,7 +2,7 @@
 """Kills a training run with SIGKILL at random moments, resumes it each time, and compares the end with an
 uninterrupted run, bit by bit.
 
-    python tests/faults.py --kills 20            # one process, then two (DDP), then two (FSDP2)
+    python tests/crash_recovery.py --kills 20            # one process, then two (DDP), then two (FSDP2)
 
 Half of the kills fall between steps or in one, half inside the writing of a checkpoint.
 """

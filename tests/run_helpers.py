@@ -29,9 +29,9 @@ def launch(args, *launcher, script=(str(ROOT / "train_accelerate.py"),)):
 
 HELD = """
 import signal, sys, time
-import train_accelerate
+from pathmoe.train import loop
 
-step, write = int(sys.argv[1]), train_accelerate.Log.write
+step, write = int(sys.argv[1]), loop.Log.write
 
 def write_and_wait(log, line, **values):
     write(log, line, **values)
@@ -39,8 +39,8 @@ def write_and_wait(log, line, **values):
     while values["step"] == step and log.accelerator.is_main_process and not stop.signalled:
         time.sleep(0.01)
 
-train_accelerate.Log.write = write_and_wait
-sys.exit(train_accelerate.main(sys.argv[2:]))
+loop.Log.write = write_and_wait
+sys.exit(loop.main(sys.argv[2:]))
 """
 
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from modeling_pathmoe.command import UserError
-from modeling_pathmoe.files import check_writable, write_text
+from pathmoe.command import UserError
+from pathmoe.files import check_writable, write_text
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from modeling_pathmoe.files import check_writable, write_text
     ],
 )
 def test_a_command_ends_with_its_status_and_one_line(main, status, said):
-    code = f"from modeling_pathmoe.command import ArgumentParser, UserError, run_command; run_command({main})"
+    code = f"from pathmoe.command import ArgumentParser, UserError, run_command; run_command({main})"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", said)
 

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from data.text import train_tokenizer
 from examples import finetune_trainer, lora_peft, sft_trl
-from modeling_pathmoe import PathMoEForCausalLM
+from pathmoe import PathMoEForCausalLM
+from pathmoe.text.reader import train_tokenizer
 
 
 SENTENCES = [f"The {i}th {noun} counts to {i * i}." for i in range(0, 40, 2) for noun in ("line", "old town")]

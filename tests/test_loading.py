@@ -14,9 +14,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from modeling_pathmoe import PathMoEForCausalLM
-from modeling_pathmoe.command import UserError
-from modeling_pathmoe.loading import check_finite, load_model
+from pathmoe import PathMoEForCausalLM
+from pathmoe.command import UserError
+from pathmoe.loading import check_finite, load_model
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

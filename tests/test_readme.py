@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.bench_report import make_table
-from data.text import train_tokenizer
-from modeling_pathmoe import PathMoEForCausalLM
-from modeling_pathmoe.accounting import count_parameters
 from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
+from pathmoe import PathMoEForCausalLM
+from pathmoe.accounting import count_parameters
+from pathmoe.text.reader import train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +142,7 @@ def test_table_of_speed_is_made_of_the_file_that_make_bench_writes():
 
 def test_comparison_with_the_paper_is_that_of_the_experiment():
     shown = re.search(r"<!-- beside the paper -->\n(.*?)<!-- end -->", README, re.DOTALL).group(1)
-    tables = (ROOT / "results" / "cpu" / "tables.md").read_text(encoding="utf-8")
+    tables = (ROOT / "experiment" / "first" / "results" / "cpu" / "tables.md").read_text(encoding="utf-8")
     assert shown.strip() == tables.split("## Beside the paper\n\n")[1].split("\n\n## ")[0]
 
 

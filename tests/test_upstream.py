@@ -6,7 +6,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from modeling_pathmoe import PathMoEForCausalLM
+from pathmoe import PathMoEForCausalLM
 
 
 if Version(transformers.__version__) < Version("5.24"):

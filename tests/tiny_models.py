@@ -4,7 +4,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3PreTrainedModel
 
-from modeling_pathmoe import PathMoEForCausalLM
+from pathmoe import PathMoEForCausalLM
 
 
 def randomize(model, seed=0, std=0.3):

@@ -1,13 +1,13 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Measures the runs of an experiment that are done and not measured yet.
 
-    python eval/experiment_measures.py --config configuration/experiment/cpu.yaml --runs runs/experiment/cpu \\
+    python -m experiment.first.measure --config experiment/first/cpu.yaml --runs runs/experiment/cpu \\
         --data runs/experiment/data/validation.jsonl runs/brown/brown.jsonl
 
 Writes RUN/measures.json: perplexity by document of the first data file, the measures of the expert paths in equally
 many tokens of every file, what the routers see in each layer, and the perturbation curves. Files are as
 `path_report.py` takes them. The runs of the most tokens are also evaluated on the suite `experiment` (RUN/lm_eval).
-Stopped at any moment, the same command goes on. `experiment_report.py` makes tables and plots of it.
+Stopped at any moment, the same command goes on. `report.py` makes tables and plots of it.
 """
 
 import argparse
@@ -21,18 +21,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from metrics.perplexity.perplexity import score, summarize
-from path_report import encode, measure, perturb, read_documents, read_text, tags_of
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
-from modeling_pathmoe import paths
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from training.experiment import comparison_runs, read_experiment  # noqa: E402
+import pathmoe  # noqa: F401  registers PathMoE with the Auto classes
+from experiment.first.train import comparison_runs, read_experiment
+from pathmoe import paths
+from pathmoe.evaluate.path_report import encode, measure, perturb, read_documents, read_text, tags_of
+from pathmoe.evaluate.scoring import score, summarize
 
 
 MAX_LENGTH = 256  # what the runs were trained on
@@ -112,7 +108,7 @@ def evaluate_tasks(folder: Path, items: int) -> None:
     command = ["--model", folder / "final", "--suite", "experiment", "--output", folder / "lm_eval", "--limit", items]
     with (folder / "lm_eval.log").open("w") as log:
         subprocess.run(
-            [sys.executable, Path(__file__).with_name("run_lm_eval.py"), *map(str, command)],
+            [sys.executable, "-m", "pathmoe.evaluate.run_lm_eval", *map(str, command)],
             check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
@@ -145,7 +141,7 @@ def measure_runs(options: argparse.Namespace) -> None:
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the experiment's YAML")
-    parser.add_argument("--runs", type=Path, required=True, help="output folder of training/experiment.py")
+    parser.add_argument("--runs", type=Path, required=True, help="output folder of experiment/first/train.py")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="files with columns `text` and `source`")
     parser.add_argument("--documents", type=int, default=16, help="of each source, for the perplexity")
     parser.add_argument("--tokens", type=int, default=20_000, help="of all files together, for the paths")

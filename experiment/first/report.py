@@ -1,10 +1,10 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Tables and plots of an experiment whose runs `experiment_measures.py` has measured.
+"""Tables and plots of an experiment whose runs `measure.py` has measured.
 
-    python eval/experiment_report.py --config configuration/experiment/cpu.yaml --runs runs/experiment/cpu \\
-        --output results/cpu
-    python eval/experiment_report.py --config configuration/experiment/cpu.yaml --runs results/cpu/runs \\
-        --output results/cpu
+    python -m experiment.first.report --config experiment/first/cpu.yaml --runs runs/experiment/cpu \\
+        --output experiment/first/results/cpu
+    python -m experiment.first.report --config experiment/first/cpu.yaml --runs experiment/first/results/cpu/runs \\
+        --output experiment/first/results/cpu
 
 The first one also keeps each run's recipe, metrics and measures in OUTPUT/runs, of which the second one makes the same
 tables, and writes the best run's model card with what was measured. A difference between two rows is the mean over the
@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,18 +25,16 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import yaml
-from compare import compare, interval, read_run
 from scipy import stats
+
+from pathmoe.evaluate.compare import compare, interval, read_run
 
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from training.experiment import comparison_runs, read_experiment  # noqa: E402
-from training.log import read_metrics  # noqa: E402
+from experiment.first.train import comparison_runs, read_experiment
+from pathmoe.train.log import read_metrics
 
 
 KEPT = ("recipe.yaml", "metrics.jsonl", "measures.json")
@@ -76,7 +73,7 @@ class Measured:
     """A run and what was measured of it.
 
     Args:
-        row, tokens, seed: As in [`training.experiment.Run`].
+        row, tokens, seed: As in [`experiment.first.train.Run`].
         folder (`Path`): Where its files are.
     """
 

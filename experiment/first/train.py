@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Trains the rows of an experiment: one run of `train_accelerate.py` each, as many at once as asked for.
 
-    python -m training.experiment --config configuration/experiment/cpu.yaml --output_dir runs/experiment/cpu
+    python -m experiment.first.train --config experiment/first/cpu.yaml --output_dir runs/experiment/cpu
 
 The YAML holds the `recipe` that all share, the `rows` with what differs, what is tuned (`tune`), and the `stages`:
 which rows are trained on how many tokens from which seeds, in order. One tokenizer serves all, and runs of one seed
@@ -24,12 +24,12 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from data.text import load_text, train_tokenizer
-from training.log import read_metrics
-from training.recipe import FREE_TO_CHANGE, Recipe, RecipeError, list_changes, published, read_recipe
+from pathmoe.text.reader import load_text, train_tokenizer
+from pathmoe.train.log import read_metrics
+from pathmoe.train.recipe import FREE_TO_CHANGE, Recipe, RecipeError, list_changes, published, read_recipe
 
 
-SCRIPT = Path(__file__).resolve().parents[1] / "train_accelerate.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "train_accelerate.py"
 TOKENIZER_DOCUMENTS = 20_000
 TUNING_SEED = 100  # none that the comparison uses
 POLL_SECONDS = 2

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
+
 from ..command import UserError, one_line
-from ..configuration_pathmoe import PathMoEConfig
 from ..files import check_new_folder, read_json, write_folder_aside
 from ..loading import CONSTANTS, describe, load_config, load_model
 from .shapes import check_tensors, meta_model

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
+
 from ..command import UserError
-from ..configuration_pathmoe import PathMoEConfig
 from .checkpoint import Checkpoint, Piece, check_request, convert
 from .layouts import experts_of, export_config, split
 from .shapes import PER_EXPERT

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
+
 from ..command import UserError
-from ..configuration_pathmoe import PathMoEConfig
 from ..files import read_json
 from .checkpoint import Checkpoint
 from .layouts import DENSE, export_config, gate_of

@@ -7,8 +7,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
+
 from ..command import UserError, one_line
-from ..configuration_pathmoe import PathMoEConfig
 from .checkpoint import Checkpoint, Piece
 from .shapes import PER_EXPERT
 

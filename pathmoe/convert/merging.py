@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
+
 from ..command import UserError
-from ..configuration_pathmoe import PathMoEConfig
 from ..paths import record_paths
 from .checkpoint import FOREIGN_CODE, Checkpoint, Piece, check_request, convert, load
 from .layouts import experts_of, fuse

@@ -25,12 +25,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-from inputs import check_whole, read_json
-from run_lm_eval import score_of
 from scipy import stats
 
-from modeling_pathmoe.command import ArgumentParser, UserError, one_line, run_command
-from modeling_pathmoe.files import check_writable, write_aside, write_text
+from pathmoe.command import ArgumentParser, UserError, one_line, run_command
+from pathmoe.evaluate.inputs import check_whole, read_json
+from pathmoe.evaluate.run_lm_eval import score_of
+from pathmoe.files import check_writable, write_aside, write_text
 
 
 matplotlib.use("Agg")

@@ -9,27 +9,22 @@ words of it, in lower case and without punctuation. Items of fewer than N words 
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from inputs import keep_texts
 from lm_eval.tasks import TaskManager
-from offline_tasks import PREFIX, package_folder, write_tasks
-from perplexity import load_documents
-from run_lm_eval import SUITES
 from tqdm import tqdm
 
-from modeling_pathmoe.command import ArgumentParser, UserError, one_line, run_command
-from modeling_pathmoe.files import check_writable, write_text
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from data.ngrams import WORD, Words, ngram_digests  # noqa: E402
+from pathmoe.command import ArgumentParser, UserError, one_line, run_command
+from pathmoe.evaluate.inputs import keep_texts
+from pathmoe.evaluate.offline_tasks import PREFIX, package_folder, write_tasks
+from pathmoe.evaluate.perplexity import load_documents
+from pathmoe.evaluate.run_lm_eval import SUITES
+from pathmoe.files import check_writable, write_text
+from pathmoe.text.ngrams import WORD, Words, ngram_digests
 
 
 MOST_WORDS = 1000

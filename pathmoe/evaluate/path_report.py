@@ -6,7 +6,7 @@
 
 Takes any causal language model that `record_paths` takes: PathMoE, OLMoE, Qwen2-MoE, Qwen3-MoE, Mixtral and more. Of
 each data file, equally many tokens are read, of documents in random order. Rows hold `text`, and may hold its
-`source`, and gold tags of its words as `data/brown.py` writes them. Writes OUTPUT/paths.json, every figure, and
+`source`, and gold tags of its words as `pathmoe.text.brown` writes them. Writes OUTPUT/paths.json, every figure, and
 OUTPUT/report.html.
 
 In paths.json a path is a list with the first choice of every routed layer, shares are of tokens, `load` is of choices,
@@ -26,7 +26,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from inputs import (
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from pathmoe import paths
+from pathmoe.command import ArgumentParser, UserError, run_command
+from pathmoe.evaluate.inputs import (
     add_device_arguments,
     check_device_arguments,
     check_model_folder,
@@ -37,16 +42,11 @@ from inputs import (
     load_file,
     load_tokenizer,
 )
-from prefetch import AHEAD, prefetch_estimate
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-
-from modeling_pathmoe import paths
-from modeling_pathmoe.command import ArgumentParser, UserError, run_command
-from modeling_pathmoe.files import check_writable, write_text
-from modeling_pathmoe.loading import load_model
-from modeling_pathmoe.paths import PathTrace, record_paths
-from modeling_pathmoe.paths.routers import Routing
+from pathmoe.evaluate.prefetch import AHEAD, prefetch_estimate
+from pathmoe.files import check_writable, write_text
+from pathmoe.loading import load_model
+from pathmoe.paths import PathTrace, record_paths
+from pathmoe.paths.hooks import Routing
 
 
 TEMPLATE = Path(__file__).with_suffix(".html")

@@ -18,7 +18,10 @@ from collections import defaultdict
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from inputs import (
+
+from pathmoe import experts  # noqa: F401  registers PathMoE and its fast experts
+from pathmoe.command import ArgumentParser, UserError, run_command
+from pathmoe.evaluate.inputs import (
     add_device_arguments,
     check_device_arguments,
     check_model_folder,
@@ -31,12 +34,9 @@ from inputs import (
     load_file,
     load_tokenizer,
 )
-from metrics.perplexity.perplexity import score, summarize
-
-import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
-from modeling_pathmoe.command import ArgumentParser, UserError, run_command
-from modeling_pathmoe.files import check_writable, write_text
-from modeling_pathmoe.loading import load_model
+from pathmoe.evaluate.scoring import score, summarize
+from pathmoe.files import check_writable, write_text
+from pathmoe.loading import load_model
 
 
 def load_documents(

@@ -13,8 +13,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from modeling_pathmoe.paths import bootstrap
-from modeling_pathmoe.paths.routers import Routing
+from pathmoe.paths import bootstrap
+from pathmoe.paths.hooks import Routing
 
 
 AHEAD = (1, 2, 3)

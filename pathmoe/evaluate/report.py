@@ -14,15 +14,15 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from compare import escape
-from inputs import check_whole, keep_texts, load_file, load_tokenizer, read_json
-from run_lm_eval import load_results
 from tqdm.auto import tqdm
 
-from modeling_pathmoe.command import ArgumentParser, UserError, run_command
-from modeling_pathmoe.files import check_writable, write_aside, write_text
-from modeling_pathmoe.loading import load_model
-from modeling_pathmoe.paths import adjacent_jaccard, path_counts, path_coverage, record_paths
+from pathmoe.command import ArgumentParser, UserError, run_command
+from pathmoe.evaluate.compare import escape
+from pathmoe.evaluate.inputs import check_whole, keep_texts, load_file, load_tokenizer, read_json
+from pathmoe.evaluate.run_lm_eval import load_results
+from pathmoe.files import check_writable, write_aside, write_text
+from pathmoe.loading import load_model
+from pathmoe.paths import adjacent_jaccard, path_counts, path_coverage, record_paths
 
 
 matplotlib.use("Agg")

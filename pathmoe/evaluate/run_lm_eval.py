@@ -24,19 +24,26 @@ from pathlib import Path
 
 import yaml
 from accelerate.utils import gather_object
-from inputs import add_device_arguments, check_device_arguments, finite, load_config, load_tokenizer, read_json
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
-from offline_tasks import PREFIX, TASKS, package_folder, write_tasks
 
-import modeling_pathmoe  # noqa: F401  registers PathMoE with the Auto classes
-from modeling_pathmoe.command import ArgumentParser, UserError, one_line, run_command
-from modeling_pathmoe.files import check_writable, write_text
-from modeling_pathmoe.loading import load_model
+from pathmoe import experts  # noqa: F401  registers PathMoE and its fast experts
+from pathmoe.command import ArgumentParser, UserError, one_line, run_command
+from pathmoe.evaluate.inputs import (
+    add_device_arguments,
+    check_device_arguments,
+    finite,
+    load_config,
+    load_tokenizer,
+    read_json,
+)
+from pathmoe.evaluate.offline_tasks import PREFIX, TASKS, package_folder, write_tasks
+from pathmoe.files import check_writable, write_text
+from pathmoe.loading import load_model
 
 
 # It says of every offline task that it could be given arguments.

@@ -1,18 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Perplexity of a causal language model, as a module of `evaluate`; eval/perplexity.py is its command line.
-
-import evaluate
-metric = evaluate.load("eval/metrics/perplexity")
-metric.compute(predictions=["Some text."], model=model, tokenizer=tokenizer)["bits_per_byte"]
-"""
+"""Perplexity of a causal language model: the one scorer, in sliding windows that never span two texts."""
 
 import hashlib
 import math
 import re
 from collections.abc import Iterator
 
-import datasets
-import evaluate
 import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -169,18 +162,3 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
     """The perplexity of a model on texts: [`score`] and [`summarize`] in one, with `settings` beside the sums."""
     documents, settings = score(model, tokenizer, texts, **settings)
     return summarize(documents) | {"settings": settings}
-
-
-class Perplexity(evaluate.Metric):
-    """[`perplexity`] for `evaluate`: the texts are `predictions`, all else are its arguments."""
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=score.__doc__,
-            features=datasets.Features({"predictions": datasets.Value("string")}),
-        )
-
-    def _compute(self, predictions, model, tokenizer, **settings):
-        return perplexity(model, tokenizer, predictions, **settings)

@@ -22,7 +22,8 @@ from transformers.integrations.moe import (
 )
 from transformers.utils import logging
 
-from ..routing_pathmoe import autocast_dtype, is_exporting, no_autocast
+from modeling_pathmoe.routing_pathmoe import autocast_dtype, is_exporting, no_autocast
+
 from . import grouped, loop
 
 

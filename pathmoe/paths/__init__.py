@@ -1,6 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Expert paths of any mixture-of-experts model: record and replay, measure, perturb."""
 
+from .hooks import RoutedModel, edit_paths
 from .measure import (
     Interval,
     adjacent_jaccard,
@@ -33,7 +34,6 @@ from .perturb import (
     shuffle_experts,
 )
 from .record import PathTrace, record_paths, replay_paths
-from .routers import RoutedModel, edit_paths
 
 
 __all__ = [

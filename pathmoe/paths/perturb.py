@@ -17,9 +17,9 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .hooks import Routing, edit_paths
 from .measure import Interval, central, path_ids
 from .record import PathTrace
-from .routers import Routing, edit_paths
 
 
 _RESAMPLES = 1000

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from ..files import write_aside
-from .routers import RoutedModel, Routing, check_indices, edit_paths
+from .hooks import RoutedModel, Routing, check_indices, edit_paths
 
 
 # What a trace holds of each token, besides its experts and what was asked for.

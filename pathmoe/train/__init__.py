@@ -1,2 +1,2 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What train_accelerate.py is made of."""
+"""From a recipe to a trained model: recipe → engine → data → model → loop → Hub-ready folder."""

@@ -21,9 +21,9 @@ from accelerate.utils import gather_object
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from modeling_pathmoe.command import UserError
-from training.output import follow_umask, set_aside
-from training.recipe import CHANGEABLE_ON_RESUME, FREE_TO_CHANGE, Recipe, RecipeError, list_changes, read_recipe
+from pathmoe.command import UserError
+from pathmoe.train.output import follow_umask, set_aside
+from pathmoe.train.recipe import CHANGEABLE_ON_RESUME, FREE_TO_CHANGE, Recipe, RecipeError, list_changes, read_recipe
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -19,7 +19,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from training.recipe import Recipe, RecipeError
+from pathmoe.train.recipe import Recipe, RecipeError
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:

@@ -11,10 +11,10 @@ import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from modeling_pathmoe.accounting import count_parameters
-from training.log import read_metrics
-from training.output import follow_umask, set_aside
-from training.recipe import Recipe, published
+from pathmoe.accounting import count_parameters
+from pathmoe.train.log import read_metrics
+from pathmoe.train.output import follow_umask, set_aside
+from pathmoe.train.recipe import Recipe, published
 
 
 def save_final(

@@ -6,8 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from training.output import list_inputs
-from training.recipe import Recipe, RecipeError
+from pathmoe.train.output import list_inputs
+from pathmoe.train.recipe import Recipe, RecipeError
 
 
 PIECE, PIECES = 1 << 20, 16  # of a larger file, this many pieces are hashed, spread evenly

@@ -10,9 +10,9 @@ import matplotlib
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from modeling_pathmoe.command import ArgumentParser
-from modeling_pathmoe.files import check_writable, write_aside
-from training.recipe import Recipe, RecipeError
+from pathmoe.command import ArgumentParser
+from pathmoe.files import check_writable, write_aside
+from pathmoe.train.recipe import Recipe, RecipeError
 
 
 MARK = "PathMoE train_accelerate.py plot"  # in the picture, which may replace an earlier one

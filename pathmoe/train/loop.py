@@ -11,22 +11,14 @@ The model ends in OUTPUT_DIR/final, ready for the Hub; metrics are in OUTPUT_DIR
 continues an interrupted run from its newest checkpoint, with the same result as if it had not been interrupted.
 """
 
-import os
-import signal
-
-
-# Read when torch is imported. Threads that spin while they wait cost a busy machine most of its speed.
-os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(75))  # the imports below take seconds
-
 import copy
 import glob
 import hashlib
 import json
 import math
+import os
 import resource
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -59,23 +51,23 @@ from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.output_capturing import install_all_output_capturing_hooks
 
-from data.batches import Batches, PackedBlocks, PackedStream, Prefetch, document_positions
-from data.text import DataError, load_text, pack, read_blocks, train_tokenizer
 from modeling_pathmoe import PathMoERouter, update_selection_bias
-from modeling_pathmoe.accounting import count_parameters, forward_flops_per_token
-from modeling_pathmoe.command import UserError, run_command
-from modeling_pathmoe.files import check_writable, write_aside
-from modeling_pathmoe.loading import load_model
-from training.checkpoints import Checkpoints, find_checkpoint, list_checkpoints, step_of
-from training.engine import StopOnSignal, accumulate, build_accelerator, clip_gradients, gradient_norm, whole
-from training.final import save_final
-from training.inputs import find_changed_inputs, fingerprint_inputs
-from training.log import Log, is_spike, plot
-from training.output import check_inputs, hold_output, is_finished, set_aside, write_recipe
-from training.plan import plan
-from training.recipe import Recipe, RecipeError, Source, parse_recipe
-from training.routing import RoutingMonitor
-from training.start import apply_start, check_start, parameters_of_start, token_frequencies
+from pathmoe.accounting import count_parameters, forward_flops_per_token
+from pathmoe.command import UserError
+from pathmoe.files import check_writable, write_aside
+from pathmoe.loading import load_model
+from pathmoe.text.batches import Batches, PackedBlocks, PackedStream, Prefetch, document_positions
+from pathmoe.text.reader import DataError, load_text, pack, read_blocks, train_tokenizer
+from pathmoe.train.checkpoints import Checkpoints, find_checkpoint, list_checkpoints, step_of
+from pathmoe.train.engine import StopOnSignal, accumulate, build_accelerator, clip_gradients, gradient_norm, whole
+from pathmoe.train.final import save_final
+from pathmoe.train.inputs import find_changed_inputs, fingerprint_inputs
+from pathmoe.train.log import Log, is_spike, plot
+from pathmoe.train.output import check_inputs, hold_output, is_finished, set_aside, write_recipe
+from pathmoe.train.plan import plan
+from pathmoe.train.recipe import Recipe, RecipeError, Source, parse_recipe
+from pathmoe.train.routing_monitor import RoutingMonitor
+from pathmoe.train.start import apply_start, check_start, parameters_of_start, token_frequencies
 
 
 INTERRUPTED = 75  # exit status of a run that was asked to stop and can be resumed (EX_TEMPFAIL)
@@ -846,7 +838,3 @@ def command() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # the same: the run can be resumed
         signal.signal(number, signal.default_int_handler)
     return main()
-
-
-if __name__ == "__main__":
-    run_command(command, interrupted=INTERRUPTED)

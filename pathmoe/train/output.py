@@ -11,8 +11,8 @@ import yaml
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from modeling_pathmoe.files import current_umask, write_text
-from training.recipe import FREE_TO_CHANGE, Recipe, RecipeError, list_changes, published, read_recipe
+from pathmoe.files import current_umask, write_text
+from pathmoe.train.recipe import FREE_TO_CHANGE, Recipe, RecipeError, list_changes, published, read_recipe
 
 
 # What a run writes in its output folder, besides `tokenizer`, which only a run that trains one writes.

@@ -23,9 +23,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations import moe
 
-from modeling_pathmoe.accounting import count_parameters
-from modeling_pathmoe.command import ArgumentParser
-from training.recipe import Recipe, parse_recipe
+from pathmoe.accounting import count_parameters
+from pathmoe.command import ArgumentParser
+from pathmoe.train.recipe import Recipe, parse_recipe
 
 
 GB = 1e9

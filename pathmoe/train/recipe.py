@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling_pathmoe.command import UserError
+from pathmoe.command import UserError
 
 
 MAX_COUNT = 10**9  # of steps, tokens, sequences and whatever else a recipe counts
@@ -59,7 +59,7 @@ class Recipe:
         unigram_start (`bool`): Whether a new model starts from the token frequencies of the training text and from
             embeddings of standard deviation 1, which do not decay, and neither does the head. It needs a head that is
             not tied to the embeddings. Together with `zero_init_projections` it keeps the routing from collapsing in
-            the first steps; see `training/start.py`.
+            the first steps; see `pathmoe/train/start.py`.
         zero_init_projections (`bool`): Whether `o_proj` and `down_proj` of a new model are zero, so that no layer
             changes the hidden state before the first step.
         schedule (`str`): `"cosine"`, or `"wsd"` (constant, then falling in the last `decay_steps`).

@@ -6,8 +6,8 @@ import math
 import torch
 from accelerate import Accelerator
 
-from modeling_pathmoe.paths import adjacent_jaccard, path_counts
-from training.engine import whole
+from pathmoe.paths import adjacent_jaccard, path_counts
+from pathmoe.train.engine import whole
 
 
 SAMPLE = 8192  # tokens of one rank's first micro-batch: enough for shares of a percent, and quick

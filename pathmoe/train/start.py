@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from data.batches import Batches, PackedBlocks, PackedStream, Prefetch
-from training.recipe import Recipe, RecipeError
+from pathmoe.text.batches import Batches, PackedBlocks, PackedStream, Prefetch
+from pathmoe.train.recipe import Recipe, RecipeError
 
 
 SAMPLED_TOKENS = 1 << 20  # of each rank's part of a stream, which may be too long to count

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import bench
 from benchmarks.bench_report import BESIDE, find_ours, make_table
-from modeling_pathmoe.accounting import count_parameters, forward_flops_per_token
+from pathmoe.accounting import count_parameters, forward_flops_per_token
 
 
 SHAPE = {

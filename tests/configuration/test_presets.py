@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM
-from modeling_pathmoe.accounting import count_parameters, forward_flops_per_token
+from pathmoe import PathMoEConfig, PathMoEForCausalLM
+from pathmoe.accounting import count_parameters, forward_flops_per_token
 
 
 FOLDER = Path(__file__).parents[2] / "configuration" / "model"

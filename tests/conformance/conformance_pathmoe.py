@@ -14,7 +14,7 @@ from tests.test_tensor_parallel_mixin import TensorParallelTesterMixin
 from tests.test_training_mixin import TrainingTesterMixin
 from transformers.models.auto import modeling_auto
 
-from modeling_pathmoe import (
+from pathmoe import (
     PathMoEConfig,
     PathMoEForCausalLM,
     PathMoEForQuestionAnswering,

@@ -7,7 +7,7 @@ import torch
 from convert_helpers import Place, save_inputs
 from transformers import AutoModelForCausalLM
 
-from data.text import train_tokenizer
+from pathmoe.text.reader import train_tokenizer
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 import torch
 from convert_helpers import INDEX, NORM, contents, do
 
-from modeling_pathmoe import accounting
-from modeling_pathmoe.command import run_command
-from modeling_pathmoe.convert.__main__ import main
+from pathmoe import accounting
+from pathmoe.command import run_command
+from pathmoe.convert.__main__ import main
 
 
 UPCYCLE = "upcycle llama out --experts 4 --top-k 2"

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.initialization import no_init_weights
 
-from modeling_pathmoe import PathMoEConfig, PathMoEForSequenceClassification
-from modeling_pathmoe.accounting import count_parameters
-from modeling_pathmoe.command import UserError
-from modeling_pathmoe.convert import export_checkpoint, import_checkpoint, inspect_checkpoint
-from modeling_pathmoe.convert.__main__ import main
+from pathmoe import PathMoEConfig, PathMoEForSequenceClassification
+from pathmoe.accounting import count_parameters
+from pathmoe.command import UserError
+from pathmoe.convert import export_checkpoint, import_checkpoint, inspect_checkpoint
+from pathmoe.convert.__main__ import main
 
 
 def listing(folder):
@@ -176,7 +176,7 @@ def test_other_heads_and_quantised_weights_are_refused(saved, tmp_path, tiny_con
 
 def test_a_difference_that_must_not_be_leaves_nothing(saved, tmp_path, monkeypatch):
     """The check itself: a converter that mixed up two experts would be caught."""
-    from modeling_pathmoe.convert import exporting
+    from pathmoe.convert import exporting
 
     proper = exporting.experts_of
     monkeypatch.setattr(exporting, "experts_of", lambda source, layer: proper(source, layer)[::-1])
@@ -185,7 +185,7 @@ def test_a_difference_that_must_not_be_leaves_nothing(saved, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-CONVERT = [sys.executable, "-m", "modeling_pathmoe.convert"]
+CONVERT = [sys.executable, "-m", "pathmoe.convert"]
 
 
 def test_a_full_disk_leaves_nothing(saved, tmp_path):
@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_nothing(saved, tmp_path):
 
 
 def test_too_small_a_disk_is_noticed_beforehand(saved, tmp_path, monkeypatch):
-    from modeling_pathmoe.convert import checkpoint
+    from pathmoe.convert import checkpoint
 
     usage = checkpoint.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -215,7 +215,7 @@ def test_too_small_a_disk_is_noticed_beforehand(saved, tmp_path, monkeypatch):
 HELD = """
 import runpy, sys, time
 from pathlib import Path
-from modeling_pathmoe.convert import checkpoint
+from pathmoe.convert import checkpoint
 
 owner, name = {"mkdir": (Path, "mkdir"), "shards": (checkpoint, "_write_shards")}[sys.argv.pop(1)]
 proper = getattr(owner, name)
@@ -228,7 +228,7 @@ def held(folder, *args, **options):
     return result
 
 setattr(owner, name, held)
-runpy.run_module("modeling_pathmoe.convert", run_name="__main__", alter_sys=True)
+runpy.run_module("pathmoe.convert", run_name="__main__", alter_sys=True)
 """
 
 
@@ -250,7 +250,7 @@ def test_a_terminated_conversion_leaves_nothing(saved, tmp_path, moment, by, sta
 MEASURE = """
 import sys
 from pathlib import Path
-from modeling_pathmoe.convert.__main__ import main
+from pathmoe.convert.__main__ import main
 def peak():  # of this process alone: ru_maxrss begins with the parent's
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 before = peak()

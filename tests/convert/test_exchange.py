@@ -24,8 +24,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from modeling_pathmoe.convert import export_checkpoint, import_checkpoint
-from modeling_pathmoe.convert.importing import align
+from pathmoe.convert import export_checkpoint, import_checkpoint
+from pathmoe.convert.importing import align
 
 
 SIZES = {
@@ -131,7 +131,7 @@ def test_export_loads_where_pathmoe_is_not_known(saved, tmp_path, logits, roundi
     torch.save(expected, tmp_path / "logits.pt")
     code = f"""
 import sys
-sys.modules["modeling_pathmoe"] = None
+sys.modules["modeling_pathmoe"] = sys.modules["pathmoe"] = None
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "exported")!r}, experts_implementation="eager").eval()

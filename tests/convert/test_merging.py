@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from modeling_pathmoe.convert import average_checkpoints, prune_experts
+from pathmoe.convert import average_checkpoints, prune_experts
 
 
 def test_average_is_the_weighted_mean_of_every_tensor(saved, tmp_path):

@@ -9,9 +9,9 @@ import shutil
 import pytest
 from convert_helpers import NORM, contents
 
-from modeling_pathmoe.command import UserError
-from modeling_pathmoe.convert import checkpoint, export_checkpoint
-from modeling_pathmoe.convert.__main__ import main
+from pathmoe.command import UserError
+from pathmoe.convert import checkpoint, export_checkpoint
+from pathmoe.convert.__main__ import main
 
 
 @pytest.mark.parametrize("folder", ["0123abc", "0123abc/subfolder"])

@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from modeling_pathmoe.convert import export_checkpoint, upcycle
+from pathmoe.convert import export_checkpoint, upcycle
 
 
 SIZES = {

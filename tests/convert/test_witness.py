@@ -1,9 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import pytest
-import quickstart
-import witness
 
-from benchmarks import convert_witness
+from benchmarks import convert_witness, witness
+from pathmoe.text import quickstart
 
 
 @pytest.mark.slow

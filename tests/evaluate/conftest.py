@@ -4,7 +4,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM
+from pathmoe import PathMoEConfig, PathMoEForCausalLM
 
 
 @pytest.fixture(scope="session")

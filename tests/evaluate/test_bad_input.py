@@ -6,16 +6,8 @@ import json
 import math
 import shutil
 
-import compare
-import contamination
-import overlap
-import path_report
-import perplexity
 import pytest
-import report
-import run_lm_eval
 import torch
-from inputs import explained
 from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
@@ -26,8 +18,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM
-from modeling_pathmoe.command import UserError
+from experiment import overlap
+from pathmoe import PathMoEConfig, PathMoEForCausalLM
+from pathmoe.command import UserError
+from pathmoe.evaluate import compare, contamination, path_report, perplexity, report, run_lm_eval
+from pathmoe.evaluate.inputs import explained
 
 
 GOOD = "".join(json.dumps({"text": f"The quick brown fox number {i} jumps over the dog."}) + "\n" for i in range(6))

@@ -4,21 +4,20 @@ import json
 import math
 import shutil
 
-import compare as script
 import numpy as np
 import pandas as pd
-import perplexity
 import pytest
-import run_lm_eval
 import torch
-from compare import RunError, compare, holm, interval, mean_and_error, read_run, sign_flip_p
 from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.metrics import mean_stderr
 from scipy.stats import binom
 
-from modeling_pathmoe import PathMoEForCausalLM
+from pathmoe import PathMoEForCausalLM
+from pathmoe.evaluate import compare as script
+from pathmoe.evaluate import perplexity, run_lm_eval
+from pathmoe.evaluate.compare import RunError, compare, holm, interval, mean_and_error, read_run, sign_flip_p
 
 
 TASKS = ["pathmoe_offline_piqa", "pathmoe_offline_sciq"]

@@ -2,12 +2,13 @@
 import json
 import time
 
-import contamination as script
 import pytest
-from contamination import Words, contamination, ngram_digests
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+
+from pathmoe.evaluate import contamination as script
+from pathmoe.evaluate.contamination import Words, contamination, ngram_digests
 
 
 texts = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat"]), max_size=30).map(" ".join)

@@ -6,8 +6,9 @@ from pathlib import Path
 import evaluate
 import pytest
 import torch
-from metrics.perplexity.perplexity import perplexity
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from pathmoe.evaluate.scoring import perplexity
 
 
 FOLDER = Path(__file__).parents[2] / "eval" / "metrics"

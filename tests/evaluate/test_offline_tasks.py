@@ -9,8 +9,9 @@ import pytest
 from datasets import load_from_disk
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from offline_tasks import MMLU, PREFIX, TASKS, load, package_folder, read_requests, write_tasks
-from run_lm_eval import SUITES
+
+from pathmoe.evaluate.offline_tasks import MMLU, PREFIX, TASKS, load, package_folder, read_requests, write_tasks
+from pathmoe.evaluate.run_lm_eval import SUITES
 
 
 ITEMS = {

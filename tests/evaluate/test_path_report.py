@@ -7,12 +7,10 @@ import shutil
 import warnings
 
 import numpy as np
-import path_report as script
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from path_report import align_tags, encode, log_likelihood_ratio, path_ranks, permuted, read_text
 from scipy.stats import chi2_contingency
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -23,9 +21,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from data.brown import tagged_document
-from modeling_pathmoe.command import UserError
-from modeling_pathmoe.paths import jaccard_matrix, path_coverage, record_paths, routing_entropy
+from pathmoe.command import UserError
+from pathmoe.evaluate import path_report as script
+from pathmoe.evaluate.path_report import align_tags, encode, log_likelihood_ratio, path_ranks, permuted, read_text
+from pathmoe.paths import jaccard_matrix, path_coverage, record_paths, routing_entropy
+from pathmoe.text.brown import tagged_document
 
 
 ENTRIES = "The/at quick/jj fox/nn jumps/vbz over/in a/at lazy/jj dog/nn ,/, and/cc the/at dogs/nns sleep/vb ./."

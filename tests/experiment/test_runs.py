@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import yaml
-from run_helpers import ROOT, launch, metrics, wait_for_step, weights
 
 from experiment.__main__ import main
+from experiment.first.train import Trainer
 from experiment.runs import Experiment, digest, read_settings
-from modeling_pathmoe.command import UserError
-from modeling_pathmoe.files import write_text
-from training.experiment import Trainer
+from pathmoe.command import UserError
+from pathmoe.files import write_text
+from tests.run_helpers import ROOT, launch, metrics, wait_for_step, weights
 
 
 TINY = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,

@@ -9,7 +9,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM
 from transformers.integrations import ALL_PARALLEL_STYLES
 
-from modeling_pathmoe import (
+from pathmoe import (
     PathMoEConfig,
     PathMoEForCausalLM,
     PathMoEForQuestionAnswering,

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from modeling_pathmoe.experts import UNKNOWN, grouped, loop, select_kernel
+from pathmoe.experts import UNKNOWN, grouped, loop, select_kernel
 from tests.conftest import TINY
 
 

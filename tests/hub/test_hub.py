@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.hub_server import hub_server
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -28,6 +27,7 @@ from modeling_pathmoe import (
     PathMoEForTokenClassification,
     PathMoEModel,
 )
+from tests.hub.hub_server import hub_server
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -125,7 +125,9 @@ def without_package(tmp_path):
     site = tmp_path / "site"
     site.mkdir()
     # Python runs a module of this name when it starts.
-    (site / "sitecustomize.py").write_text('import sys\n\nsys.modules["modeling_pathmoe"] = None\n')
+    (site / "sitecustomize.py").write_text(
+        'import sys\n\nsys.modules["modeling_pathmoe"] = sys.modules["pathmoe"] = None\n'
+    )
     return {
         "PYTHONPATH": str(site),
         "HF_HOME": str(tmp_path / "hub"),
@@ -288,9 +290,10 @@ def test_push_to_hub_and_load_from_there_without_the_package(checkpoints, run_fr
     assert float(result.split()[-1]) <= 1e-5
 
 
-def test_the_installed_package_is_the_model_package_alone(installed):
+def test_the_installed_packages_are_the_model_and_the_toolkit_alone(installed):
     assert {path.name for path in installed.iterdir()} == {
         "modeling_pathmoe",
+        "pathmoe",
         f"pathmoe-{version('pathmoe')}.dist-info",
     }
 

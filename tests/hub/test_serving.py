@@ -15,9 +15,8 @@ from modeling_pathmoe import PathMoEForCausalLM
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The base model of a saved causal language model, loaded the way the backends do: by `AutoModel`."""
-    from conftest import TINY
-
     from modeling_pathmoe import PathMoEConfig
+    from tests.conftest import TINY
 
     folder = tmp_path_factory.mktemp("served")
     PathMoEForCausalLM(PathMoEConfig(**TINY)).save_pretrained(folder)

@@ -81,9 +81,9 @@ if __name__ == "__main__":
     if sys.argv[1] == "write":
         write(Path(sys.argv[2]))
     elif sys.argv[2] == "package":
-        import modeling_pathmoe  # noqa: F401
+        import pathmoe  # noqa: F401
 
         print(json.dumps({folder: read(Path(folder)) for folder in sys.argv[3:]}))
     else:
-        sys.modules["modeling_pathmoe"] = None  # as if it were not installed
+        sys.modules["modeling_pathmoe"] = sys.modules["pathmoe"] = None  # as if it were not installed
         print(json.dumps({folder: read(Path(folder), trust_remote_code=True) for folder in sys.argv[3:]}))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM
+from pathmoe import PathMoEConfig, PathMoEForCausalLM
 
 
 @pytest.mark.parametrize(

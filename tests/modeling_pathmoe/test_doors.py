@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from modeling_pathmoe import PathMoEForCausalLM, update_selection_bias
 from modeling_pathmoe.cache_pathmoe import CACHE_NAMES
 from modeling_pathmoe.loss_pathmoe import linear_cross_entropy
+from pathmoe import PathMoEForCausalLM, update_selection_bias
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
@@ -56,9 +56,9 @@ def test_the_cache_goes_in_and_out_under_both_names(tiny_model, tokens, assert_s
 @pytest.mark.parametrize("name", CACHE_NAMES)
 @torch.no_grad()
 def test_heads_take_the_cache_under_both_names(tiny_config, tokens, assert_same, head, name):
-    import modeling_pathmoe
+    import pathmoe
 
-    model = getattr(modeling_pathmoe, f"PathMoEFor{head}")(tiny_config(pad_token_id=0)).eval()
+    model = getattr(pathmoe, f"PathMoEFor{head}")(tiny_config(pad_token_id=0)).eval()
     ids = tokens(2, 8)
     cache = getattr(model, model.base_model_prefix)(ids[:, :5], use_cache=True).cache
     whole, part = model(ids)[0], model(ids[:, 5:], **{name: cache})[0]

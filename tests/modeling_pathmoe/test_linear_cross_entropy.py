@@ -5,7 +5,7 @@ from accelerate import cpu_offload
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_pathmoe.loss_pathmoe import CHUNK_TOKENS, linear_cross_entropy
-from training.plan import PeakMemory
+from pathmoe.train.plan import PeakMemory
 
 
 def example(dtype=torch.float32, rows=5, length=300):

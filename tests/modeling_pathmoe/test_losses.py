@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainingArguments
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from modeling_pathmoe import load_balancing_loss, router_z_loss
+from pathmoe import load_balancing_loss, router_z_loss
 
 
 def random_logits(seed, layers, tokens, experts):

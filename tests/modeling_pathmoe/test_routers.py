@@ -6,13 +6,14 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM, update_selection_bias
 from modeling_pathmoe.routing_pathmoe import ROUTERS, load_balancing_loss
+from pathmoe import PathMoEConfig, PathMoEForCausalLM, update_selection_bias
 
 
 TYPES = sorted(ROUTERS)
@@ -383,8 +384,11 @@ def run_rank(rank, port, folder):
 
 def test_two_ranks_give_the_gradients_and_the_bias_of_one(tiny_config, tmp_path, free_port):
     tiny_config(router_bias_update_rate=0.01).save_pretrained(tmp_path)
-    code = "import sys; from test_routers import run_rank; run_rank(int(sys.argv[1]), sys.argv[2], sys.argv[3])"
-    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    code = (
+        "import sys; from tests.modeling_pathmoe.test_routers import run_rank; "
+        "run_rank(int(sys.argv[1]), sys.argv[2], sys.argv[3])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", code]
     ranks = [subprocess.Popen([*command, str(rank), free_port, str(tmp_path)], env=env) for rank in range(2)]
     assert [rank.wait() for rank in ranks] == [0, 0]

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from modeling_pathmoe import PathMoEForCausalLM, PathMoERouter, register_router
 from modeling_pathmoe.routing_pathmoe import ROUTERS, LinearRouter
+from pathmoe import PathMoEForCausalLM, PathMoERouter, register_router
 
 
 class CarryingRouter(PathMoERouter):

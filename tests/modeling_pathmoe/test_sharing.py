@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 
-from modeling_pathmoe import PathMoEForCausalLM, PathMoERouter
+from pathmoe import PathMoEForCausalLM, PathMoERouter
 
 
 BLOCK_SIZES = [1, 2, 99, [1, 3, 1]]

@@ -20,7 +20,7 @@ from transformers import (
     SwitchTransformersModel,
 )
 
-from modeling_pathmoe import PathMoEForCausalLM, PathTrace, record_paths
+from pathmoe import PathMoEForCausalLM, PathTrace, record_paths
 
 
 def test_recorded_paths_are_those_of_the_router_logits(any_model, tokens, kind):
@@ -237,7 +237,7 @@ def test_a_saved_trace_is_the_same_in_another_process(any_model, tokens, tmp_pat
             model(tokens(seed=seed))
     trace.save(tmp_path / "trace.arrow")
     code = (
-        "import sys; from dataclasses import asdict; import json; from modeling_pathmoe import PathTrace\n"
+        "import sys; from dataclasses import asdict; import json; from pathmoe import PathTrace\n"
         "t = PathTrace.load(sys.argv[1])\n"
         "print(json.dumps([asdict(t.model), len(t), t.experts.tolist(), t.weights.tolist(), t.positions.tolist()]))"
     )
@@ -268,7 +268,7 @@ def test_a_trace_can_be_saved_where_it_was_loaded_from(tiny_model, tokens, tmp_p
         model(tokens())
     trace.save(file := tmp_path / "trace.arrow")
     before = file.read_bytes()
-    code = "import sys; from modeling_pathmoe import PathTrace; t = PathTrace.load(sys.argv[1]); t.save(sys.argv[1])"
+    code = "import sys; from pathmoe import PathTrace; t = PathTrace.load(sys.argv[1]); t.save(sys.argv[1])"
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", f"{code}; t.save(sys.argv[1]); print(len(t))", file], cwd=root, check=True)
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]

@@ -3,8 +3,8 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from modeling_pathmoe import PathTrace, record_paths, replay_paths
-from modeling_pathmoe.paths import edit_paths
+from pathmoe import PathTrace, record_paths, replay_paths
+from pathmoe.paths import edit_paths
 
 
 def other_experts(trace, seed=0):

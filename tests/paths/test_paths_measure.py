@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
-from modeling_pathmoe.paths import (
+from pathmoe.paths import (
     adjacent_jaccard,
     bootstrap,
     cluster_purity,

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from modeling_pathmoe import record_paths
-from modeling_pathmoe.paths import (
+from pathmoe import record_paths
+from pathmoe.paths import (
     document_losses,
     freeze_routing,
     noise_router,

@@ -10,9 +10,9 @@ from datasets.distributed import split_dataset_by_node
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.batches import Batches, PackedBlocks, PackedStream, Prefetch, document_positions
-from data.text import DataError, pack, train_tokenizer
-from modeling_pathmoe import PathMoEForCausalLM
+from pathmoe import PathMoEForCausalLM
+from pathmoe.text.batches import Batches, PackedBlocks, PackedStream, Prefetch, document_positions
+from pathmoe.text.reader import DataError, pack, train_tokenizer
 
 
 TEXTS = [f"Document {i}: the quick brown fox jumps {i * 7 % 13} times over it.\n" * (1 + i % 4) for i in range(60)]

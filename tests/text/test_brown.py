@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import brown
+from pathmoe.text import brown
 
 
 SECTION = """

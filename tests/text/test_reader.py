@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.quickstart import DOCUMENT_LENGTH, split_document
-from data.text import DataError, load_text, pack, train_tokenizer
+from pathmoe.text.quickstart import DOCUMENT_LENGTH, split_document
+from pathmoe.text.reader import DataError, load_text, pack, train_tokenizer
 
 
 TEXTS = [f"Document {i}: the quick brown fox jumps {i * 7 % 13} times over it.\n" * (1 + i % 4) for i in range(60)]
@@ -62,7 +62,7 @@ def test_two_processes_that_pack_the_same_text_share_one_file(tokenizer, tmp_pat
     Dataset.from_dict({"text": TEXTS * 20}).to_json(tmp_path / "text.jsonl")
     code = """
 from transformers import AutoTokenizer
-from data.text import load_text, pack
+from pathmoe.text.reader import load_text, pack
 data = load_text("text.jsonl", "train", cache_dir="cache")
 print(pack(data, AutoTokenizer.from_pretrained("tokenizer"), "text", 16, "tokens").sum())
 """

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from run_helpers import metrics
 from safetensors.torch import load_file, save_file
 
-from modeling_pathmoe.command import UserError
-from train_accelerate import Diverged, main
+from pathmoe.command import UserError
+from pathmoe.train.loop import Diverged, main
+from tests.run_helpers import metrics
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +385,7 @@ def test_diverged_run_goes_on_from_an_older_checkpoint_with_a_lower_rate(recipe,
     assert main([*args, "--max_steps", "2"]) == 0
     shutil.rmtree(run / "final")
     with monkeypatch.context() as patch, pytest.raises(Diverged, match="lower learning rate"):
-        patch.setattr("train_accelerate.cross_entropy", lambda *args: torch.tensor(math.nan))
+        patch.setattr("pathmoe.train.loop.cross_entropy", lambda *args: torch.tensor(math.nan))
         main([*args, "--resume", "auto", "--learning_rate", "1e-3"])
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert kept[:2] == ["step-00000001", "step-00000002"]

@@ -3,13 +3,13 @@ import json
 import shutil
 
 import pytest
-from faults import run_with_kills
-from run_helpers import assert_same_weights, launch, metrics
 from safetensors import safe_open
 
-from train_accelerate import main
-from training.checkpoints import CheckpointError, list_checkpoints
-from training.recipe import parse_recipe
+from pathmoe.train.checkpoints import CheckpointError, list_checkpoints
+from pathmoe.train.loop import main
+from pathmoe.train.recipe import parse_recipe
+from tests.crash_recovery import run_with_kills
+from tests.run_helpers import assert_same_weights, launch, metrics
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +102,14 @@ def test_full_disk_stops_the_run_and_leaves_the_old_checkpoints_whole(whole, tmp
     # No file may grow beyond 64 kB: as for a full disk, a write fails half-way.
     code = """
 import resource, signal, sys
-import train_accelerate
+from pathmoe.train import loop
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = train_accelerate.Checkpoints.save
+save = loop.Checkpoints.save
 def limited(self, step):
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
     save(self, step)
-train_accelerate.Checkpoints.save = limited
-train_accelerate.main(sys.argv[1:])
+loop.Checkpoints.save = limited
+loop.main(sys.argv[1:])
 """
     process = launch([*recipe_of(whole, run), "--resume", "auto"], script=["-c", code])
     output, _ = process.communicate()

@@ -7,10 +7,10 @@ import signal
 
 import pytest
 import torch
-from run_helpers import accelerate_launch, held_at, metrics, start_with_accelerate, wait_for_step, weights
 from transformers import AutoModelForCausalLM
 
-from train_accelerate import main
+from pathmoe.train.loop import main
+from tests.run_helpers import accelerate_launch, held_at, metrics, start_with_accelerate, wait_for_step, weights
 
 
 # Ten validation sequences in batches of eight: the second one is uneven.
@@ -92,10 +92,10 @@ def test_two_processes_that_are_asked_to_stop_save_the_step_they_are_in(single, 
 WORKER = """
 import os, sys
 import torch
-from train_accelerate import build_accelerator
-from training.engine import whole
-from training.recipe import parse_recipe
-from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM
+from pathmoe.train.loop import build_accelerator
+from pathmoe.train.engine import whole
+from pathmoe.train.recipe import parse_recipe
+from pathmoe import PathMoEConfig, PathMoEForCausalLM
 
 fields = dict(vocab_size=99, hidden_size=32, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
               head_dim=8, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, max_position_embeddings=64)

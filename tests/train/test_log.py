@@ -3,13 +3,13 @@ import math
 import random
 
 import pytest
-from run_helpers import metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modeling_pathmoe.command import UserError
-from train_accelerate import main
-from training.log import is_spike
-from training.recipe import RecipeError
+from pathmoe.command import UserError
+from pathmoe.train.log import is_spike
+from pathmoe.train.loop import main
+from pathmoe.train.recipe import RecipeError
+from tests.run_helpers import metrics
 
 
 PNG = b"\x89PNG"

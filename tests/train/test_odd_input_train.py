@@ -14,10 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from data.text import train_tokenizer
-from modeling_pathmoe import PathMoEConfig, PathMoEForCausalLM
-from modeling_pathmoe.command import UserError, one_line
-from train_accelerate import main
+from pathmoe import PathMoEConfig, PathMoEForCausalLM
+from pathmoe.command import UserError, one_line
+from pathmoe.text.reader import train_tokenizer
+from pathmoe.train.loop import main
 
 
 TEXTS = [f"{i} plus {j} is {i + j}; " * 6 for i in range(12) for j in range(12)]

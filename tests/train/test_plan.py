@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from modeling_pathmoe.accounting import count_parameters
-from train_accelerate import build_config, main
-from training.plan import plan_memory
-from training.recipe import parse_recipe
+from pathmoe.accounting import count_parameters
+from pathmoe.train.loop import build_config, main
+from pathmoe.train.plan import plan_memory
+from pathmoe.train.recipe import parse_recipe
 
 
 MEMORY = Path(__file__).parents[2] / "benchmarks" / "memory.json"

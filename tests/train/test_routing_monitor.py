@@ -6,12 +6,12 @@ from collections import Counter
 import pytest
 import torch
 from accelerate import Accelerator
-from run_helpers import metrics
 
-from modeling_pathmoe import PathMoEForCausalLM, register_router
 from modeling_pathmoe.routing_pathmoe import LinearRouter
-from train_accelerate import main
-from training.routing import RoutingMonitor
+from pathmoe import PathMoEForCausalLM, register_router
+from pathmoe.train.loop import main
+from pathmoe.train.routing_monitor import RoutingMonitor
+from tests.run_helpers import metrics
 
 
 @pytest.fixture

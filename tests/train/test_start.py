@@ -6,14 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from run_helpers import accelerate_launch, assert_same_weights, metrics, weights
 from transformers import AutoModelForCausalLM
 
-import training.start
-from modeling_pathmoe.convert import export_checkpoint
-from train_accelerate import build_config, build_optimizer, main
-from training.recipe import RecipeError, parse_recipe
-from training.start import apply_start
+import pathmoe.train.start
+from pathmoe.convert import export_checkpoint
+from pathmoe.train.loop import build_config, build_optimizer, main
+from pathmoe.train.recipe import RecipeError, parse_recipe
+from pathmoe.train.start import apply_start
+from tests.run_helpers import accelerate_launch, assert_same_weights, metrics, weights
 
 
 START = {"unigram_start": True, "zero_init_projections": True, "document_mask": False}
@@ -37,9 +37,9 @@ def started(recipe, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_first_loss_is_the_entropy_of_the_unigrams_of_the_text(recipe, tmp_path, monkeypatch, streaming):
-    monkeypatch.setattr(training.start, "SAMPLED_TOKENS", 20_000)
+    monkeypatch.setattr(pathmoe.train.start, "SAMPLED_TOKENS", 20_000)
     seen = []
-    monkeypatch.setattr("train_accelerate.apply_start", lambda *args: (seen.append(args[2]), apply_start(*args)))
+    monkeypatch.setattr("pathmoe.train.loop.apply_start", lambda *args: (seen.append(args[2]), apply_start(*args)))
     overrides = UNTIED | {"hidden_size": 256, "num_attention_heads": 4}  # wide enough for a steady norm
     fields = START | {"streaming": streaming, "model_overrides": overrides, "learning_rate": 1e-9}
     main(recipe(tmp_path / "run", **fields, max_steps=1, eval_sequences=100))

@@ -10,8 +10,7 @@ import datasets
 import evaluate
 import torch
 
-from modeling_pathmoe import record_paths
-from modeling_pathmoe.paths import adjacent_jaccard
+from pathmoe.paths import adjacent_jaccard, record_paths
 
 
 INPUTS = """
