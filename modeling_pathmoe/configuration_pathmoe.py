@@ -216,7 +216,7 @@ class PathMoEConfig(PreTrainedConfig):
         if given.get("model_type", cls.model_type) != cls.model_type:
             raise _refusal(
                 f"model_type={given['model_type']!r} is another architecture: a PathMoE's is {cls.model_type!r}. "
-                "Convert its checkpoint with `python -m pathmoe.convert`."
+                "Convert its checkpoint with `pathmoe convert`."
             )
         fields = set(cls.__dataclass_fields__)
         for name in given:

@@ -1,24 +1,40 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """PathMoE for transformers. Importing this package registers the model with the Auto classes, and the fast experts."""
 
-from modeling_pathmoe import (
-    PathMoEConfig,
-    PathMoEForCausalLM,
-    PathMoEForQuestionAnswering,
-    PathMoEForSequenceClassification,
-    PathMoEForTokenClassification,
-    PathMoEModel,
-    PathMoEPreTrainedModel,
-    PathMoERouter,
-    load_balancing_loss,
-    register,
-    register_router,
-    router_z_loss,
-    update_selection_bias,
-)
+import sys
+from pathlib import Path
 
-from . import experts
-from .paths import PathTrace, record_paths, replay_paths
+
+__version__ = "0.1.0"
+
+
+def _is_command() -> bool:
+    """Whether Python was started as `pathmoe …` or `python -m pathmoe …`."""
+    if sys.argv[:1] == ["-m"]:
+        return next((argument for argument in sys.orig_argv[1:] if not argument.startswith("-")), None) == "pathmoe"
+    return bool(sys.argv) and Path(sys.argv[0]).stem == "pathmoe"
+
+
+# The command answers `--help` and Ctrl-C before torch is loaded, and imports its rooms itself.
+if not _is_command():
+    from modeling_pathmoe import (
+        PathMoEConfig,
+        PathMoEForCausalLM,
+        PathMoEForQuestionAnswering,
+        PathMoEForSequenceClassification,
+        PathMoEForTokenClassification,
+        PathMoEModel,
+        PathMoEPreTrainedModel,
+        PathMoERouter,
+        load_balancing_loss,
+        register,
+        register_router,
+        router_z_loss,
+        update_selection_bias,
+    )
+
+    from . import experts
+    from .paths import PathTrace, record_paths, replay_paths
 
 
 __all__ = [

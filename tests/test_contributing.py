@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import pathmoe
+
 
 ROOT = Path(__file__).parents[1]
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -31,8 +33,8 @@ def test_the_guides_router_passes_the_guides_test(tmp_path):
 def test_the_citation_has_the_version_of_the_package():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
-    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert (citation["version"], citation["license"]) == (pathmoe.__version__, project["license"])
+    assert f"## {pathmoe.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_pre_commit_runs_the_ruff_that_was_tested():

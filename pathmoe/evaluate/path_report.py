@@ -1,8 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Measures the expert paths of one model, or of two side by side, and shows them on one page that works offline.
 
-    python eval/path_report.py --model runs/quickstart/final --data runs/quickstart/data/validation.jsonl --output out
-    python eval/path_report.py --model A --model B --data validation.jsonl runs/brown/brown.jsonl --output out
+    pathmoe paths --model runs/quickstart/final --data runs/quickstart/data/validation.jsonl --output out
+    pathmoe paths --model A --model B --data validation.jsonl runs/brown/brown.jsonl --output out
 
 Takes any causal language model that `record_paths` takes: PathMoE, OLMoE, Qwen2-MoE, Qwen3-MoE, Mixtral and more. Of
 each data file, equally many tokens are read, of documents in random order. Rows hold `text`, and may hold its
@@ -586,7 +586,7 @@ def main(args: list[str] | None = None):
         del model
     figures = explained(
         {
-            "command": shlex.join(["python", "eval/path_report.py", *(sys.argv[1:] if args is None else args)]),
+            "command": shlex.join(["pathmoe", "paths", *(sys.argv[1:] if args is None else args)]),
             "data": {"files": [file.name for file in options.data], "tokens": tokens},
             "models": models,
         }

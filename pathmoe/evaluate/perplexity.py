@@ -1,9 +1,9 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Measures the perplexity of a causal language model on text.
 
-    python eval/perplexity.py --model runs/demo --data validation.parquet --output runs/demo/perplexity.json
-    python eval/perplexity.py --model runs/demo --data notes.txt --max_length 1024 --stride 256 --output out.json
-    python eval/perplexity.py --model runs/demo --data Salesforce/wikitext --name wikitext-2-raw-v1 --output out.json
+    pathmoe perplexity --model runs/demo --data validation.parquet --output runs/demo/perplexity.json
+    pathmoe perplexity --model runs/demo --data notes.txt --max_length 1024 --stride 256 --output out.json
+    pathmoe perplexity --model runs/demo --data Salesforce/wikitext --name wikitext-2-raw-v1 --output out.json
 
 The data is a .jsonl, .json, .parquet, .csv or .arrow file with one document a row, a .txt file that is one document, a
 folder that `datasets` saved, or the name of a dataset; .txt, .jsonl, .json and .csv files may be compressed as .gz.

@@ -1,10 +1,10 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Runs lm-eval's tasks on any causal language model of transformers: PathMoE or another, from a folder or the Hub.
 
-    python eval/run_lm_eval.py --model runs/demo --suite pathmoe_paper_0.9b_offline --output out
-    python eval/run_lm_eval.py --model allenai/OLMoE-1B-7B-0924 --tasks arc_easy,piqa --limit 100 --output out
-    accelerate launch --num_processes 8 eval/run_lm_eval.py --model runs/demo --suite pathmoe_paper_16b --output out
-    accelerate launch --cpu --num_processes 2 eval/run_lm_eval.py --model runs/demo --suite quickstart --output out
+    pathmoe eval --model runs/demo --suite pathmoe_paper_0.9b_offline --output out
+    pathmoe eval --model allenai/OLMoE-1B-7B-0924 --tasks arc_easy,piqa --limit 100 --output out
+    accelerate launch --num_processes 8 -m pathmoe eval --model runs/demo --suite pathmoe_paper_16b --output out
+    accelerate launch --cpu --num_processes 2 -m pathmoe eval --model runs/demo --suite quickstart --output out
 
 Suites are lists in `suites.yaml`; tasks are lm-eval's own and those of `offline_tasks.py`. The evaluator is lm-eval's.
 Each task is written to OUTPUT as soon as it is done: `tasks/NAME.json` is lm-eval's result, `tasks/NAME.jsonl` has a

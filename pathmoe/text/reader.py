@@ -24,6 +24,7 @@ from pathmoe.command import UserError
 
 
 END_OF_TEXT = "<|endoftext|>"
+QUICKSTART_HINT = "`python -m pathmoe.text.quickstart` writes the quick start's text."
 BUILDERS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text",
     ".csv": "csv", ".arrow": "arrow",
@@ -135,7 +136,8 @@ def find_files(data_files: str | list | dict | None, split: str) -> list[str] | 
             files = [file] if Path(file).exists() else sorted(filter(os.path.exists, glob.glob(file, recursive=True)))
             files = [name for name in files if not (len(files) > 1 and Path(name).is_dir())]
             if not files:
-                raise DataError(f"data file {file!r} does not exist (looked in {Path.cwd()}).")
+                hint = f" {QUICKSTART_HINT}" if file.startswith("runs/quickstart/data/") else ""
+                raise DataError(f"data file {file!r} does not exist (looked in {Path.cwd()}).{hint}")
             if Path(files[0]).is_dir():
                 raise DataError(f"data file {file!r} is a folder: name the files in it, such as {file}/*.jsonl.")
             if not any(Path(name).stat().st_size for name in files):

@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -121,7 +122,7 @@ def plot(args: list[str]) -> Path:
         RecipeError: If a folder holds no run, or its metrics are damaged.
         UserError: If the picture cannot be written or would replace another file.
     """
-    parser = ArgumentParser(prog="train_accelerate.py plot", description=plot.__doc__.split("\n")[0])
+    parser = ArgumentParser(prog=f"{Path(sys.argv[0]).name} plot", description=plot.__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs")
     parser.add_argument("--output", help="PNG file; training.png in the first run when unset")
     options = parser.parse_args(args)

@@ -52,6 +52,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils.output_capturing import install_all_output_capturing_hooks
 
 from modeling_pathmoe import PathMoERouter, update_selection_bias
+from pathmoe import presets
 from pathmoe.accounting import count_parameters, forward_flops_per_token
 from pathmoe.command import UserError
 from pathmoe.files import check_writable, write_aside
@@ -295,11 +296,11 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
     Raises:
         RecipeError: If there is none, or if it is wrong.
     """
-    if recipe.model.endswith(".json") and not Path(recipe.model).is_file():
+    if recipe.model.endswith(".json") and not presets.find(recipe.model).is_file():
         raise RecipeError(f"model={recipe.model!r}: there is no such file.")
     try:
         if recipe.model.endswith(".json"):
-            fields = read_fields(Path(recipe.model)) | recipe.model_overrides
+            fields = read_fields(presets.find(recipe.model)) | recipe.model_overrides
             check_fields(fields)
             config = AutoConfig.for_model(fields.pop("model_type", "pathmoe"), **fields)
         else:

@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """How much memory a recipe takes on each GPU, before one is rented.
 
-    python train_accelerate.py plan --config RECIPE.yaml [--gpus 8 16 64] [--memory 80 141] [--field value …]
+    pathmoe plan --config RECIPE.yaml [--gpus 8 16 64] [--memory 80 141] [--field value …]
 
 Parameters, gradients and optimizer state follow from the number of ranks. What a step holds for a while (activations,
 logits, gradients on their way) is counted while two and three layers of the model run with fake tensors, which have
@@ -12,7 +12,9 @@ tensor of its input's size: 4 GB of the paper's 16B model without checkpointing.
 import dataclasses
 import functools
 import json
+import sys
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -170,7 +172,7 @@ class PeakMemory(TorchDispatchMode):
 
 def plan(args: list[str], build_config) -> str:
     """A table of the memory per GPU, for the recipe as it is and with the options that save memory."""
-    parser = ArgumentParser(prog="train_accelerate.py plan", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(prog=f"{Path(sys.argv[0]).name} plan", description=__doc__.split("\n")[0])
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--memory", type=float, nargs="+", default=[80, 141], metavar="GB")
     options, rest = parser.parse_known_args(args)

@@ -1,5 +1,10 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The recipe of a training run: its fields, their defaults and what is refused."""
+"""The recipe of a training run: its fields, their defaults and what is refused.
+
+    pathmoe train --config quickstart --output_dir runs/mine --learning_rate 1e-3
+
+`--config` is a YAML file or the name of a shipped recipe, and any field can be given on the command line.
+"""
 
 import dataclasses
 import difflib
@@ -12,6 +17,7 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from pathmoe import presets
 from pathmoe.command import UserError
 
 
@@ -29,7 +35,8 @@ class Recipe:
     """One training run. Paths are relative to the working directory.
 
     Args:
-        model (`str`): A model configuration (JSON file), or a checkpoint (folder or Hub name) to go on from.
+        model (`str`): A model configuration (JSON file, or the name of a shipped one), or a checkpoint (folder or Hub
+            name) to go on from.
         output_dir (`str`): Where everything goes.
         max_steps (`int`): Optimizer steps.
         sequence_length (`int`): Tokens in a sequence. Documents are packed, nothing is padded.
@@ -338,7 +345,8 @@ def parse_recipe(args: list[str]) -> Recipe:
     """
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
     if "--help" in args or "-h" in args:
-        sys.exit(f"{__doc__}\n{Recipe.__doc__}")
+        print(f"{__doc__}\n{Recipe.__doc__}")
+        sys.exit(0)
     given = {}
     for name, value in zip(args[::2], args[1::2]):
         if not name.startswith("--"):
@@ -351,9 +359,10 @@ def parse_recipe(args: list[str]) -> Recipe:
         raise RecipeError(f"{args[-1]!r} has no value: write --field value (and true or false for a switch).")
     values, config = {}, given.pop("config", None)
     if config is not None:
-        if not Path(config).is_file():
+        file = presets.find(presets.expand(config, "train"))
+        if not file.is_file():
             raise RecipeError(f"--config {config}: there is no such file.")
-        values = read_yaml(Path(config), f"--config {config}")
+        values = read_yaml(file, f"--config {config}")
         if not isinstance(values, dict):
             raise RecipeError(f"--config {config} must hold 'field: value' lines.")
     for name, value in given.items():
@@ -370,6 +379,8 @@ def parse_recipe(args: list[str]) -> Recipe:
                 values[name] = float(value)  # YAML reads 1e-3 as text
             except (ValueError, OverflowError):
                 raise RecipeError(f"{name}={value!r} must be a number.") from None
+    if isinstance(values.get("model"), str):
+        values["model"] = presets.expand(values["model"], "model")
     missing = [
         name
         for name, field in fields.items()

@@ -292,6 +292,7 @@ def test_push_to_hub_and_load_from_there_without_the_package(checkpoints, run_fr
 
 def test_the_installed_packages_are_the_model_and_the_toolkit_alone(installed):
     assert {path.name for path in installed.iterdir()} == {
+        "bin",  # the command
         "modeling_pathmoe",
         "pathmoe",
         f"pathmoe-{version('pathmoe')}.dist-info",
