@@ -24,7 +24,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from experiment.collapse import collapse
-from experiment.first.train import Run, Trainer, make_tokenizer
+from experiment.first.train import ExperimentRun, RunPool, make_tokenizer
 from experiment.measure import HELD_OUT_TOKENS, measure
 from experiment.report import report
 from experiment.runs import PARTS, Experiment, hash_file, place_corpus, read_settings
@@ -47,7 +47,7 @@ def prepare(options: argparse.Namespace) -> Experiment:
     return Experiment(settings, options.output, options.results, hashes | {"tokenizer": hash_file(tokenizer)})
 
 
-def runs_of(experiment: Experiment, part: str) -> list[Run]:
+def runs_of(experiment: Experiment, part: str) -> list[ExperimentRun]:
     """The runs of a part, in order.
 
     Raises:
@@ -64,10 +64,10 @@ def runs_of(experiment: Experiment, part: str) -> list[Run]:
 
 def train(experiment: Experiment, part: str, jobs: int, tokens: int) -> int:
     """Trains and measures the runs of a part that have no result yet. Returns 1 if a run failed."""
-    trainer = Trainer(experiment.output, experiment.output / "tokenizer", jobs)
-    trainer.environment["OMP_NUM_THREADS"] = "1"
+    pool = RunPool(experiment.output, experiment.output / "tokenizer", jobs)
+    pool.environment["OMP_NUM_THREADS"] = "1"
 
-    def finish(run: Run):
+    def finish(run: ExperimentRun):
         result = measure(run, experiment.output, experiment.corpus, None if part == "tune" else tokens)
         write_text(experiment.results / f"{run.name}.json", json.dumps({"part": part} | result) + "\n")
 
@@ -79,7 +79,7 @@ def train(experiment: Experiment, part: str, jobs: int, tokens: int) -> int:
         runs = [run for run in runs if experiment.read(run) is None]
         if not runs:
             return 0
-        if trainer.train(runs, part, finish):
+        if pool.train(runs, part, finish):
             return 1
 
 

@@ -13,7 +13,7 @@ from experiment.measure import commit, processor
 from experiment.runs import Experiment, merge
 from pathmoe.files import write_aside, write_text
 from pathmoe.train.engine import clip_gradients, gradient_norm
-from pathmoe.train.loop import build_config, build_data, build_model, build_optimizer, inputs_of
+from pathmoe.train.loop import build_config, build_data, build_model, build_optimizer, make_inputs
 from pathmoe.train.recipe import Recipe
 from pathmoe.train.routing_monitor import RoutingMonitor
 from pathmoe.train.start import token_frequencies
@@ -56,7 +56,7 @@ def first_steps(recipe: Recipe, perturbation: float) -> dict:
     found = {"steps": [], "loss": [], "effective_experts": [], "cosine": []}
     for step in range(1, recipe.max_steps + 1):
         cosines.clear()
-        inputs = inputs_of(batches.next_batch(recipe.batch_size), recipe, tokenizer.eos_token_id)
+        inputs = make_inputs(batches.next_batch(recipe.batch_size), recipe, tokenizer.eos_token_id)
         output = model(**inputs, use_cache=False, output_router_logits=True)
         output.loss.backward()
         if step == 1 or step % EVERY == 0:

@@ -14,7 +14,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pathmoe  # noqa: F401  registers PathMoE with the Auto classes
-from experiment.first.train import Run, final_loss
+from experiment.first.train import ExperimentRun, final_loss
 from experiment.runs import corpus_files, digest
 from pathmoe.evaluate.scoring import score
 from pathmoe.train.log import read_metrics
@@ -73,11 +73,11 @@ def score_held_out(folder: Path, corpus: Path, length: int, tokens: int) -> dict
     }
 
 
-def measure(run: Run, output: Path, corpus: dict, tokens: int | None) -> dict:
+def measure(run: ExperimentRun, output: Path, corpus: dict, tokens: int | None) -> dict:
     """What is kept of a finished run.
 
     Args:
-        run (`Run`): The run.
+        run (`ExperimentRun`): The run.
         output (`Path`): The folder of the runs.
         corpus (`dict`): The hashes of corpus and tokenizer.
         tokens (`int`, *optional*): How many held-out tokens are scored at least; `None` leaves the scoring out.

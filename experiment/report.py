@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from experiment.collapse import draw_collapse
-from experiment.first.train import Run
+from experiment.first.train import ExperimentRun
 from experiment.runs import Experiment
 from experiment.statistics import HALF_OF_THE_PAPER, TwoWay, holm, sequential, sign_flip
 from pathmoe.command import UserError
@@ -30,7 +30,7 @@ def table(head: list[str], lines: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def missing(experiment: Experiment, runs: list[Run]) -> str:
+def missing(experiment: Experiment, runs: list[ExperimentRun]) -> str:
     """A sentence that names the runs without a result."""
     names = [run.name for run in runs if experiment.read(run) is None]
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

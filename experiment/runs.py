@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from datasets import load_dataset
 
-from experiment.first.train import Run, make_run
+from experiment.first.train import ExperimentRun, make_run
 from pathmoe.command import UserError
 from pathmoe.files import write_aside
 from pathmoe.text.reader import BUILDERS
@@ -36,7 +36,7 @@ class Experiment:
     results: Path
     corpus: dict = field(default_factory=dict)
 
-    def read(self, run: Run) -> dict | None:
+    def read(self, run: ExperimentRun) -> dict | None:
         """The result of a run, if there is one.
 
         Raises:
@@ -52,7 +52,7 @@ class Experiment:
             raise UserError(f"{file} was trained on another corpus or tokenizer: name another --results folder.")
         return result
 
-    def tuning_runs(self) -> dict[str, list[Run]]:
+    def tuning_runs(self) -> dict[str, list[ExperimentRun]]:
         """For each row, the runs among which its learning rate is chosen."""
         tune = self.settings["tune"]
         return {
@@ -73,7 +73,7 @@ class Experiment:
                 chosen[row] = best["learning_rate"]
         return chosen
 
-    def primary_runs(self) -> list[Run]:
+    def primary_runs(self) -> list[ExperimentRun]:
         """The runs of the primary contrast, seed by seed; those of rows without a learning rate are left out."""
         primary, rates = self.settings["primary"], self.learning_rates()
         return [
@@ -83,7 +83,7 @@ class Experiment:
             if row in rates
         ]
 
-    def map_runs(self, extra: bool = True) -> dict[str, list[Run]]:
+    def map_runs(self, extra: bool = True) -> dict[str, list[ExperimentRun]]:
         """For each point of the map its runs; with `extra` also those that its contrast asks for."""
         points = self.settings.get("map", {}).get("points", {})
         runs = {point: self.point_runs(point, self.settings["map"]["rows"]) for point in points}
@@ -94,7 +94,7 @@ class Experiment:
                 runs[point] += self.point_runs(point, self.settings["map"]["extra_rows"])
         return runs
 
-    def point_runs(self, point: str, rows: list[str]) -> list[Run]:
+    def point_runs(self, point: str, rows: list[str]) -> list[ExperimentRun]:
         """The runs of some rows at a point of the map."""
         changes, rates = self.settings["map"]["points"][point], self.learning_rates()
         tokens = changes.get("tokens", self.settings["primary"]["tokens"])
@@ -111,7 +111,7 @@ class Experiment:
                 runs.append(make_run(settings, row, tokens, seed, rates[row], f"map-{point}-{row}-s{seed}"))
         return runs
 
-    def contrast(self, runs: list[Run], row: str = "pathb4", base: str = "indep") -> float | None:
+    def contrast(self, runs: list[ExperimentRun], row: str = "pathb4", base: str = "indep") -> float | None:
         """The mean difference of two rows over the seeds that have finished in both; `None` if there are none."""
         found = {(run.row, run.seed): self.read(run) for run in runs}
         pairs = [
@@ -129,7 +129,7 @@ def merge(base: dict, changes: dict) -> dict:
     return merged
 
 
-def digest(run: Run) -> str:
+def digest(run: ExperimentRun) -> str:
     """A hash of what a run is trained with, wherever its text lies."""
     recipe = {name: value for name, value in run.recipe.items() if name not in PLACES}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]

@@ -73,7 +73,7 @@ class Measured:
     """A run and what was measured of it.
 
     Args:
-        row, tokens, seed: As in [`experiment.first.train.Run`].
+        row, tokens, seed: As in [`experiment.first.train.ExperimentRun`].
         folder (`Path`): Where its files are.
     """
 

@@ -36,7 +36,7 @@ POLL_SECONDS = 2
 
 
 @dataclass(frozen=True)
-class Run:
+class ExperimentRun:
     """One training run of an experiment.
 
     Args:
@@ -94,16 +94,18 @@ def read_experiment(file: Path) -> dict:
     return experiment
 
 
-def make_run(experiment: dict, row: str, tokens: int, seed: int, learning_rate: float, name: str | None = None) -> Run:
+def make_run(
+    experiment: dict, row: str, tokens: int, seed: int, learning_rate: float, name: str | None = None
+) -> ExperimentRun:
     """A run of a row: the shared recipe with what the row changes."""
     shared, changes = experiment["recipe"], experiment["rows"][row]
     recipe = shared | changes | {"seed": seed, "learning_rate": learning_rate}
     recipe["model_overrides"] = shared.get("model_overrides", {}) | changes.get("model_overrides", {})
     recipe["max_steps"] = round(tokens / (recipe["batch_size"] * recipe["sequence_length"]))
-    return Run(row, tokens, seed, recipe, name or f"{row}-{tokens // 1000}k-s{seed}")
+    return ExperimentRun(row, tokens, seed, recipe, name or f"{row}-{tokens // 1000}k-s{seed}")
 
 
-def tuning_runs(experiment: dict) -> list[Run]:
+def tuning_runs(experiment: dict) -> list[ExperimentRun]:
     """The runs among which the learning rate is chosen."""
     tune = experiment["tune"]
     return [
@@ -112,7 +114,7 @@ def tuning_runs(experiment: dict) -> list[Run]:
     ]
 
 
-def comparison_runs(experiment: dict, learning_rate: float) -> list[Run]:
+def comparison_runs(experiment: dict, learning_rate: float) -> list[ExperimentRun]:
     """The runs of all stages, in order."""
     return [
         make_run(experiment, row, stage["tokens"], seed, learning_rate)
@@ -122,7 +124,7 @@ def comparison_runs(experiment: dict, learning_rate: float) -> list[Run]:
     ]
 
 
-def final_loss(folder: Path, run: Run) -> float:
+def final_loss(folder: Path, run: ExperimentRun) -> float:
     """The validation loss at the end of a run, in nats."""
     return [line["eval_loss"] for line in read_metrics(folder / run.name / "metrics.jsonl") if "eval_loss" in line][-1]
 
@@ -142,7 +144,7 @@ def make_tokenizer(experiment: dict, folder: Path) -> Path:
     return target
 
 
-class Trainer:
+class RunPool:
     """Trains runs in processes of their own.
 
     Args:
@@ -155,7 +157,7 @@ class Trainer:
         self.folder, self.tokenizer, self.jobs = folder, tokenizer, jobs
         self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
 
-    def start(self, run: Run) -> subprocess.Popen:
+    def start(self, run: ExperimentRun) -> subprocess.Popen:
         output = self.folder / run.name
         output.mkdir(exist_ok=True)
         recipe = run.recipe | {"output_dir": str(output), "tokenizer": str(self.tokenizer), "resume": "auto"}
@@ -172,12 +174,12 @@ class Trainer:
             )
 
     def train(
-        self, runs: list[Run], description: str, finished: Callable[[Run], None] = lambda run: None
-    ) -> list[Run]:
+        self, runs: list[ExperimentRun], description: str, finished: Callable[[ExperimentRun], None] = lambda run: None
+    ) -> list[ExperimentRun]:
         """Trains what is not done yet, and calls `finished` with each run as soon as it has ended well.
 
         Returns:
-            `list[Run]`: Those that failed; their `train.log` says why.
+            `list[ExperimentRun]`: Those that failed; their `train.log` says why.
         """
         waiting = [run for run in runs if not run.done(self.folder)]
         done_before = sum(run.tokens for run in runs) - sum(run.tokens for run in waiting)
@@ -218,18 +220,18 @@ class Trainer:
         return failed
 
 
-def choose_learning_rate(experiment: dict, trainer: Trainer) -> float:
+def choose_learning_rate(experiment: dict, pool: RunPool) -> float:
     """The learning rate with the lowest validation loss; OUTPUT_DIR/tuned.json has all of them.
 
     Raises:
         RecipeError: If a run failed.
     """
     runs = tuning_runs(experiment)
-    if failed := trainer.train(runs, "tune"):
+    if failed := pool.train(runs, "tune"):
         raise RecipeError(f"{', '.join(run.name for run in failed)} failed, so that no learning rate can be chosen.")
-    losses = {run.recipe["learning_rate"]: final_loss(trainer.folder, run) for run in runs}
+    losses = {run.recipe["learning_rate"]: final_loss(pool.folder, run) for run in runs}
     best = min(losses, key=losses.get)
-    (trainer.folder / "tuned.json").write_text(json.dumps({"learning_rate": best, "losses": losses}, indent=1) + "\n")
+    (pool.folder / "tuned.json").write_text(json.dumps({"learning_rate": best, "losses": losses}, indent=1) + "\n")
     return best
 
 
@@ -249,10 +251,10 @@ def main(argv: list[str] | None = None) -> int:
     experiment = read_experiment(args.config)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    trainer = Trainer(args.output_dir, make_tokenizer(experiment, args.output_dir), args.jobs)
-    rate = choose_learning_rate(experiment, trainer)
+    pool = RunPool(args.output_dir, make_tokenizer(experiment, args.output_dir), args.jobs)
+    rate = choose_learning_rate(experiment, pool)
     tqdm.write(f"learning rate {rate:g}")
-    failed = trainer.train(comparison_runs(experiment, rate), "experiment")
+    failed = pool.train(comparison_runs(experiment, rate), "experiment")
     return 1 if failed else 0
 
 

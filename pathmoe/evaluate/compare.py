@@ -62,7 +62,7 @@ class Task:
 
 
 @dataclass
-class Run:
+class EvaluationRun:
     """A run's name, its tasks, and whether its scores are bits per byte, of which fewer are better, or accuracies."""
 
     name: str
@@ -78,7 +78,7 @@ def digest(content) -> str:
     return hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()
 
 
-def read_lm_eval(folder: Path, name: str) -> Run:
+def read_lm_eval(folder: Path, name: str) -> EvaluationRun:
     """The run of an output folder of `run_lm_eval.py`; the subjects of a group are one task."""
     results = read_json(folder / "results.json", "RUN")
     tasks = {}
@@ -106,10 +106,10 @@ def read_lm_eval(folder: Path, name: str) -> Run:
                         rows.append((f"{leaf}/{sample['doc_id']}", asked, sample[metric], 1))
         items = pd.DataFrame(rows, columns=["item", "digest", "value", "weight"]).set_index("item")
         tasks[entry] = Task(settings, items)
-    return Run(name, tasks, bits=False)
+    return EvaluationRun(name, tasks, bits=False)
 
 
-def read_perplexity(file: Path, name: str) -> Run:
+def read_perplexity(file: Path, name: str) -> EvaluationRun:
     """The run of an output of `perplexity.py`: a task for each source, and one of all documents."""
     settings = read_json(file, "RUN")["settings"]
     check_whole(settings, f"{file}")
@@ -125,10 +125,10 @@ def read_perplexity(file: Path, name: str) -> Run:
     settings = {key: settings[key] for key in PERPLEXITY_SETTINGS}
     groups = items.groupby(documents["source"]) if "source" in documents else []
     tasks = {str(source): Task(settings, of_source) for source, of_source in groups}
-    return Run(name, tasks | {"total": Task(settings, items)}, bits=True)
+    return EvaluationRun(name, tasks | {"total": Task(settings, items)}, bits=True)
 
 
-def read_run(path: str | Path, name: str | None = None) -> Run:
+def read_run(path: str | Path, name: str | None = None) -> EvaluationRun:
     """Reads a run.
 
     Args:
@@ -159,7 +159,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         raise RunError(f"{path} does not hold what the evaluation writes ({reason}): evaluate again.") from error
 
 
-def check_scores(run: Run) -> None:
+def check_scores(run: EvaluationRun) -> None:
     """Raises `RunError` if the run has no tasks, or a task has no items, or a score that is not a finite number."""
     if not run.tasks:
         raise RunError(f"{run.name} holds no tasks.")
@@ -177,7 +177,7 @@ def check_scores(run: Run) -> None:
                 )
 
 
-def check_comparable(runs: list[Run]) -> None:
+def check_comparable(runs: list[EvaluationRun]) -> None:
     """Raises `RunError`, with every difference, unless all runs have asked the same of their models."""
     first, differences = runs[0], []
     for run in runs[1:]:
@@ -259,11 +259,11 @@ def holm(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def compare(runs: list[Run]) -> pd.DataFrame:
+def compare(runs: list[EvaluationRun]) -> pd.DataFrame:
     """Compares all runs with the first.
 
     Args:
-        runs (`list[Run]`): What [`read_run`] returns.
+        runs (`list[EvaluationRun]`): What [`read_run`] returns.
 
     Returns:
         `pd.DataFrame`: A row for each task and model, and for the average or total of each model: `task`, `model`,
@@ -320,7 +320,7 @@ def escape(name: str) -> str:
     return html.escape(" ".join(name.split()), quote=False).replace("|", "\\|")
 
 
-def markdown(table: pd.DataFrame, runs: list[Run]) -> str:
+def markdown(table: pd.DataFrame, runs: list[EvaluationRun]) -> str:
     """The table of [`compare`] as people read it: a row for each task, in per cent or bits per byte."""
     names = {run.name: escape(run.name) for run in runs}
     first, others = runs[0], runs[1:]
@@ -359,7 +359,7 @@ def markdown(table: pd.DataFrame, runs: list[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(table: pd.DataFrame, runs: list[Run], file: Path) -> None:
+def plot(table: pd.DataFrame, runs: list[EvaluationRun], file: Path) -> None:
     """Scores with standard errors; differences with 95 % intervals, filled where the corrected p is below 0.05."""
     tasks = list(table["task"].unique())
     scale, unit = (1, "bits per byte") if runs[0].bits else (100, "%")

@@ -126,7 +126,7 @@ def gradient_norm(model: torch.nn.Module) -> torch.Tensor:
         `torch.Tensor`: A scalar, the same on all ranks.
     """
     norms = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in by_mesh(model)]
-    return torch.linalg.vector_norm(torch.stack([whole(norm) for norm in norms]))
+    return torch.linalg.vector_norm(torch.stack([gather_full(norm) for norm in norms]))
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def clip_gradients(model: torch.nn.Module, max_norm: float, norm: float):
         torch._foreach_mul_([p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in group], scale)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, put together where it is spread over ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

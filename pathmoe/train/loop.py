@@ -60,11 +60,18 @@ from pathmoe.loading import load_model
 from pathmoe.text.batches import Batches, PackedBlocks, PackedStream, Prefetch, document_positions
 from pathmoe.text.reader import DataError, load_text, pack, read_blocks, train_tokenizer
 from pathmoe.train.checkpoints import Checkpoints, find_checkpoint, list_checkpoints, step_of
-from pathmoe.train.engine import StopOnSignal, accumulate, build_accelerator, clip_gradients, gradient_norm, whole
+from pathmoe.train.engine import (
+    StopOnSignal,
+    accumulate,
+    build_accelerator,
+    clip_gradients,
+    gather_full,
+    gradient_norm,
+)
 from pathmoe.train.final import save_final
 from pathmoe.train.inputs import find_changed_inputs, fingerprint_inputs
 from pathmoe.train.log import Log, is_spike, plot
-from pathmoe.train.output import check_inputs, hold_output, is_finished, set_aside, write_recipe
+from pathmoe.train.output import check_inputs, is_finished, lock_output_dir, set_aside, write_recipe
 from pathmoe.train.plan import plan
 from pathmoe.train.recipe import Recipe, RecipeError, Source, parse_recipe
 from pathmoe.train.routing_monitor import RoutingMonitor
@@ -443,7 +450,7 @@ def measure_peak_memory(accelerator: Accelerator) -> int:
     return max(gather_object([peak]))
 
 
-def inputs_of(tokens: torch.Tensor, recipe: Recipe, end_of_text: int) -> dict[str, torch.Tensor]:
+def make_inputs(tokens: torch.Tensor, recipe: Recipe, end_of_text: int) -> dict[str, torch.Tensor]:
     """What the model is given for a batch of packed sequences of shape `(rows, sequence_length)`."""
     if not recipe.document_mask:
         return {"input_ids": tokens, "labels": tokens}
@@ -456,7 +463,7 @@ def count_targets(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return (inputs["labels"][:, 1:] != -100).sum()
 
 
-def loss_alone(model) -> dict[str, bool]:
+def loss_only_kwargs(model) -> dict[str, bool]:
     """What makes a forward compute the loss without holding all logits: PathMoE can, unless its head is sharded."""
     return {"skip_logits": True} if getattr(model, "can_skip_logits", False) else {}
 
@@ -473,7 +480,7 @@ def evaluate(
     # Other MoE models add their balancing loss whenever they return router logits.
     unwrapped = accelerator.unwrap_model(model)
     plain = {"output_router_logits": False} if hasattr(unwrapped.config, "output_router_logits") else {}
-    plain |= loss_alone(unwrapped)
+    plain |= loss_only_kwargs(unwrapped)
     rows = recipe.micro_batch_size
     stride = rows * accelerator.num_processes
     totals = torch.zeros(2, dtype=torch.float64)
@@ -481,7 +488,7 @@ def evaluate(
     for start in tqdm(starts, desc="validate", leave=False, disable=None if accelerator.is_main_process else True):
         real = held_out[start : start + rows]
         tokens = torch.from_numpy(np.array(real if len(real) else held_out[:1], dtype=np.int64))
-        inputs = inputs_of(tokens.to(accelerator.device), recipe, end_of_text)
+        inputs = make_inputs(tokens.to(accelerator.device), recipe, end_of_text)
         total = model(**inputs, num_items_in_batch=1, use_cache=False, **plain).loss
         totals += torch.stack([total.double().cpu(), count_targets(inputs).double().cpu()]) * bool(len(real))
     total, count = accelerator.reduce(totals.to(accelerator.device, torch.float32), reduction="sum").tolist()
@@ -531,7 +538,7 @@ def train(
         Diverged: After `max_bad_steps` steps in a row whose loss or gradients were not finite.
     """
     unwrapped, counters = accelerator.unwrap_model(model), checkpoints.counters
-    config, alone = unwrapped.config, loss_alone(unwrapped)
+    config, alone = unwrapped.config, loss_only_kwargs(unwrapped)
     flops = 3 * forward_flops_per_token(config, recipe.sequence_length)
     peak = measure_matmul_peak(accelerator.device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     accumulation = recipe.batch_size // (recipe.micro_batch_size * accelerator.num_processes)
@@ -554,7 +561,7 @@ def train(
                 drawn = [tokens.pin_memory() for tokens in drawn]
             spent["data"] += time.perf_counter() - began
             micro = [
-                inputs_of(tokens.to(accelerator.device, non_blocking=True), recipe, end_of_text) for tokens in drawn
+                make_inputs(tokens.to(accelerator.device, non_blocking=True), recipe, end_of_text) for tokens in drawn
             ]
             targets = torch.stack([count_targets(inputs) for inputs in micro]).sum()
             if accelerator.num_processes > 1:
@@ -573,7 +580,7 @@ def train(
                     del output  # and with it, in most models, the logits: the largest tensor of all
                     accelerator.backward(loss)
             norm = gradient_norm(unwrapped)
-            loss, norm, stopping = agree(accelerator, loss_sum, norm, stop.signalled)
+            loss, norm, stopping = reduce_step_stats(accelerator, loss_sum, norm, stop.signalled)
             began = time.perf_counter()
             routing = monitor.measure(router_logits) if monitored else None
             spent["routing"] += time.perf_counter() - began
@@ -640,7 +647,7 @@ def train(
     return True
 
 
-def agree(
+def reduce_step_stats(
     accelerator: Accelerator, loss: torch.Tensor, norm: torch.Tensor, signalled: bool
 ) -> tuple[float, float, bool]:
     """The step's loss, its gradient norm, and whether any rank was asked to stop: one exchange and one wait a step."""
@@ -659,7 +666,7 @@ def skip_bad_step(recipe: Recipe, model, counters: dict, log: Log, step: int, lo
     bad = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not math.isfinite(whole(parameter.grad.norm()).item())
+        if parameter.grad is not None and not math.isfinite(gather_full(parameter.grad.norm()).item())
     ]
     where = (
         f"gradients of {', '.join(bad[:4])}{f' and {len(bad) - 4} more' if len(bad) > 4 else ''}" if bad else "loss"
@@ -764,7 +771,7 @@ def main(args: list[str] | None = None) -> int:
         )
     if recipe.cache_dir is not None:
         check_writable(Path(recipe.cache_dir) / "tokens", "cache_dir")
-    with hold_output(recipe, accelerator):
+    with lock_output_dir(recipe, accelerator):
         status = run(recipe, config, accelerator)
     # Free the model first: if DDP held the last reference to a process group, freeing it would join gloo's threads
     # while holding the interpreter's lock, for which such a thread may be waiting.

@@ -20,7 +20,7 @@ WRITTEN = ("final", "initial", "checkpoints", "recipe.yaml", "metrics.jsonl", "r
 
 
 @contextlib.contextmanager
-def hold_output(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
+def lock_output_dir(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
     """Creates the output folder and keeps other runs from writing to it. The lock ends with the process.
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from pathmoe.paths import adjacent_jaccard, path_counts
-from pathmoe.train.engine import whole
+from pathmoe.train.engine import gather_full
 
 
 SAMPLE = 8192  # tokens of one rank's first micro-batch: enough for shares of a percent, and quick
@@ -90,7 +90,7 @@ class RoutingMonitor:
 
 def router_gradient_norm(router: torch.nn.Module) -> float | None:
     """The 2-norm of a router's gradient; `None` where nothing is trained."""
-    gradients = [whole(parameter.grad) for parameter in router.parameters() if parameter.grad is not None]
+    gradients = [gather_full(parameter.grad) for parameter in router.parameters() if parameter.grad is not None]
     return float(f"{torch.nn.utils.get_total_norm(gradients).item():.6g}") if gradients else None
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from experiment.__main__ import main
-from experiment.first.train import Trainer
+from experiment.first.train import RunPool
 from experiment.runs import Experiment, digest, read_settings
 from pathmoe.command import UserError
 from pathmoe.files import write_text
@@ -101,7 +101,7 @@ def test_part_trains_and_measures_what_has_no_result(settings, tmp_path, monkeyp
     )
     assert result["effective_experts"]["steps"] == [2, 4, 6, 8, 10] and len(result["learning_curve"]) == 10
     assert str(tmp_path) not in json.dumps(result)
-    monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(RunPool, "train", lambda *_: pytest.fail("trained again"))
     shutil.rmtree(tmp_path / "runs" / "primary-indep-s11")
     assert main(["primary", *options]) == 0
 

@@ -93,7 +93,7 @@ WORKER = """
 import os, sys
 import torch
 from pathmoe.train.loop import build_accelerator
-from pathmoe.train.engine import whole
+from pathmoe.train.engine import gather_full
 from pathmoe.train.recipe import parse_recipe
 from pathmoe import PathMoEConfig, PathMoEForCausalLM
 
@@ -118,7 +118,7 @@ accelerator.backward(output.loss)
 single(input_ids=tokens, labels=tokens).loss.backward()
 for block, layers in enumerate(([0, 1], [2, 3], [4])):
     expected = sum(single.model.routers[str(layer)].weight.grad for layer in layers)
-    torch.testing.assert_close(whole(model.model.routers[str(block)].weight.grad), expected)
+    torch.testing.assert_close(gather_full(model.model.routers[str(block)].weight.grad), expected)
 idle = [len(logits.topk(2).indices.unique()) < 8 for logits in output.router_logits]
 assert all(idle)
 optimizer.step()
