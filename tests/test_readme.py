@@ -106,7 +106,7 @@ def test_table_of_presets_is_what_the_command_prints():
 def test_figures_are_those_of_the_files_that_the_commands_write():
     report = (ROOT / "eval" / "results" / "quickstart.md").read_text(encoding="utf-8")
     assert report.split("\n\nA sample")[0] in README
-    comparison = (ROOT / "eval" / "results" / "witness" / "comparison.md").read_text(encoding="utf-8")
+    comparison = (ROOT / "eval" / "results" / "reference" / "comparison.md").read_text(encoding="utf-8")
     assert comparison.split("\n\n")[0] in README
     for preset, result in json.loads((ROOT / "benchmarks" / "routers.json").read_text())["results"].items():
         low, high = result["quartiles"]
@@ -118,14 +118,14 @@ def test_figures_of_conversion_are_those_of_the_files_that_the_commands_write():
     for trip, moved in json.loads((results / "conversions.json").read_text(encoding="utf-8")).items():
         row = f"| {trip} | {moved['largest_logit']:.1f} | {moved['largest_logit_difference']:.1e} |"
         assert row in README
-    witness = json.loads((results / "convert_witness.json").read_text())
-    perplexity = witness["training"]["held_out_perplexity"]
+    reference = json.loads((results / "convert_reference.json").read_text())
+    perplexity = reference["training"]["held_out_perplexity"]
     for figure in (
-        f"differ by at most {witness['upcycle']['largest_logit_difference']:.1e}",
-        f"{witness['log_likelihoods']['values']} log-likelihoods differ by at most "
-        f"{witness['log_likelihoods']['largest_difference']:.1e}",
+        f"differ by at most {reference['upcycle']['largest_logit_difference']:.1e}",
+        f"{reference['log_likelihoods']['values']} log-likelihoods differ by at most "
+        f"{reference['log_likelihoods']['largest_difference']:.1e}",
         f"{perplexity['upcycled']:.2f} → {perplexity['trained']:.2f}",
-        f"logits differ by {witness['export']['largest_logit_difference_in_a_fresh_process']:.1e}",
+        f"logits differ by {reference['export']['largest_logit_difference_in_a_fresh_process']:.1e}",
     ):
         assert figure in README
     for name, measured in json.loads((results / "quantization.json").read_text())["results"].items():

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""lm-eval's scores against a scorer written by hand: on a tiny PathMoE always, on SmolLM2-135M in `make witness`."""
+"""lm-eval's scores against a scorer written by hand: on a tiny PathMoE always, on SmolLM2-135M in `make reference`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pathmoe.evaluate import run_lm_eval
 
 
-WITNESS = Path(os.environ.get("WITNESS_MODEL", "runs/witness/model"))
+REFERENCE = Path(os.environ.get("REFERENCE_MODEL", "runs/reference/model"))
 # One of each type: a last word; choices; beginnings with one common end; one-letter choices; generation with examples.
 TYPES = ["lambada_openai", "piqa", "winogrande", "mmlu_high_school_biology", "triviaqa_wikipedia_heldout"]
 # Of the first 40 items, by another program: accuracy with its standard error below.
@@ -80,25 +80,25 @@ def test_scores_of_a_tiny_model_are_those_by_hand(model, model_folder, tokenizer
 
 
 @pytest.fixture(scope="module")
-def witness():
-    if not WITNESS.is_dir():
-        pytest.fail(f"{WITNESS} is not there: python -m benchmarks.witness --output_dir {WITNESS}, or make witness")
-    return AutoModelForCausalLM.from_pretrained(WITNESS).eval(), AutoTokenizer.from_pretrained(WITNESS)
+def reference():
+    if not REFERENCE.is_dir():
+        pytest.fail(f"{REFERENCE} is not there: make reference")
+    return AutoModelForCausalLM.from_pretrained(REFERENCE).eval(), AutoTokenizer.from_pretrained(REFERENCE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TYPES)
-def test_scores_of_the_witness_are_those_by_hand(witness, tmp_path, task):
+def test_scores_of_the_reference_model_are_those_by_hand(reference, tmp_path, task):
     shots = 5 if task == "triviaqa_wikipedia_heldout" else None
-    samples, _ = evaluate(WITNESS, tmp_path, [task], limit=50, shots=shots)[task]
+    samples, _ = evaluate(REFERENCE, tmp_path, [task], limit=50, shots=shots)[task]
     assert len(samples) == 50
-    check_by_hand(*witness, samples)
+    check_by_hand(*reference, samples)
 
 
 @pytest.mark.slow
-def test_batch_size_does_not_change_the_witness(witness, tmp_path):
+def test_batch_size_does_not_change_the_reference_model(reference, tmp_path):
     tasks = ["lambada_openai", "piqa", "winogrande"]
-    one, eight = (evaluate(WITNESS, tmp_path / str(size), tasks, 25, batch_size=size) for size in (1, 8))
+    one, eight = (evaluate(REFERENCE, tmp_path / str(size), tasks, 25, batch_size=size) for size in (1, 8))
     for task in tasks:
         for first, second in zip(one[task][0], eight[task][0], strict=True):
             values = [[response[0] for response in sample["filtered_resps"]] for sample in (first, second)]
@@ -106,6 +106,6 @@ def test_batch_size_does_not_change_the_witness(witness, tmp_path):
 
 
 @pytest.mark.slow
-def test_witness_scores_what_is_known_of_it(witness, tmp_path):
-    for task, (_, result) in evaluate(WITNESS, tmp_path, list(KNOWN), limit=40).items():
+def test_reference_model_scores_what_is_known_of_it(reference, tmp_path):
+    for task, (_, result) in evaluate(REFERENCE, tmp_path, list(KNOWN), limit=40).items():
         assert abs(result["acc,none"] - KNOWN[task]) <= 2 * result["acc_stderr,none"]

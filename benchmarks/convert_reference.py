@@ -1,12 +1,13 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Takes a real dense model through conversion and back: upcycled, compared, trained further, exported.
 
-    python -m benchmarks.witness --output_dir runs/witness/model
-    python -m benchmarks.convert_witness --dense runs/witness/model --text runs/quickstart/data --output runs/witness
+    python -m benchmarks.reference_model --output_dir runs/reference/model
+    python -m benchmarks.convert_reference --dense runs/reference/model --text runs/quickstart/data \\
+        --output runs/reference
 
 Needs the packages of `configuration/data/*.txt`, 16 GB of memory and 20 GB of
 disk. What is there already is not made again. Stops where something that must be equal is not. The results go to
-`benchmarks/convert_witness.json` (`--json`).
+`benchmarks/convert_reference.json` (`--json`).
 """
 
 import argparse
