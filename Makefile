@@ -8,7 +8,7 @@
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
 # make bench   times PathMoE beside its peers, at one shape        (10 minutes on 2 cores)
-# make bench-all     the same at all shapes and sizes: the README's table (half an hour; ARGS=--resume goes on)
+# make bench-all     the same at all shapes and sizes: the table of docs/experts.md (half an hour; ARGS=--resume goes on)
 # make bench-compiled  training steps with all sides compiled too (as long again; needs a C++ compiler)
 # make bench-operators  tells where the time of a call goes, beside Qwen3-MoE
 # make bench-gpu     the same on a GPU, with larger shapes
@@ -21,6 +21,7 @@
 # make convert-reference  takes a real dense model through conversion, training and back (16 GB of memory)
 # make experiment  repeats the paper's comparison, 60M tokens    (5 to 6 hours on 2 cores; stop and go on as you like)
 # make lint          checks style
+# make docs          builds the documentation into build/site; a broken link is an error
 # Each sets up what it needs in .venv; nothing is done twice.
 
 SHELL := /bin/bash -o pipefail
@@ -45,7 +46,7 @@ LIMIT ?= 200
 
 .PHONY: demo test test-matrix reference compare path-report browser-test conformance presets bench bench-all \
 	bench-compiled bench-operators bench-gpu bench-routers bench-memory bench-paths experiment plan training-plot \
-	convert-reference faults lint clean
+	convert-reference docs faults lint clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -142,6 +143,9 @@ experiment: $(EXPERIMENT)/data/train.jsonl $(BROWN) .venv/.data
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/.dev
+	$(BIN)/python docs/build_site.py
 
 .venv/constraints.txt: constraints.txt
 	$(PYTHON) -m venv $(VENV_FLAGS) .venv
