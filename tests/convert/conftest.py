@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from convert_helpers import Place, save_inputs
 from transformers import AutoModelForCausalLM
 
 from pathmoe.text.reader import train_tokenizer
+from tests.convert_helpers import Place, save_inputs
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
-from convert_helpers import INDEX, NORM, contents, do
 
 from pathmoe import accounting
 from pathmoe.command import run_command
 from pathmoe.convert.__main__ import main
+from tests.convert_helpers import INDEX, NORM, contents, do
 
 
 UPCYCLE = "upcycle llama out --experts 4 --top-k 2"
@@ -500,7 +500,7 @@ def test_a_process_says_the_same(place, argv, damage, words):
     damage_place(place, damage)
     before = contents(place.folder)
     module, *arguments = shlex.split(argv)
-    command = [sys.executable, "-m", f"modeling_pathmoe.{module}", *arguments]
+    command = [sys.executable, "-m", f"pathmoe.{module}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     check_refusal(done.returncode, done.stderr, words)
     assert contents(place.folder) == before

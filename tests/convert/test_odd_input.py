@@ -7,11 +7,11 @@ import shlex
 import shutil
 
 import pytest
-from convert_helpers import NORM, contents
 
 from pathmoe.command import UserError
 from pathmoe.convert import checkpoint, export_checkpoint
 from pathmoe.convert.__main__ import main
+from tests.convert_helpers import NORM, contents
 
 
 @pytest.mark.parametrize("folder", ["0123abc", "0123abc/subfolder"])
