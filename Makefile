@@ -21,6 +21,7 @@
 # make convert-reference  takes a real dense model through conversion, training and back (16 GB of memory)
 # make experiment  repeats the paper's comparison, 60M tokens    (5 to 6 hours on 2 cores; stop and go on as you like)
 # make lint          checks style
+# make types         checks types
 # make docs          builds the documentation into build/site; a broken link is an error
 # Each sets up what it needs in .venv; nothing is done twice.
 
@@ -46,7 +47,7 @@ LIMIT ?= 200
 
 .PHONY: demo test test-matrix reference compare path-report browser-test conformance presets bench bench-all \
 	bench-compiled bench-operators bench-gpu bench-routers bench-memory bench-paths experiment plan training-plot \
-	convert-reference docs faults lint clean
+	convert-reference docs faults lint types clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.md
@@ -143,6 +144,9 @@ experiment: $(EXPERIMENT)/data/train.jsonl $(BROWN) .venv/.data
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/.dev
+	$(BIN)/mypy
 
 docs: .venv/.dev
 	$(BIN)/python docs/build_site.py

@@ -20,16 +20,8 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from benchmarks.bench import (
-    BATCHES,
-    Case,
-    count_flops,
-    describe_machine,
-    make_zoo,
-    run_experts,
-    seconds_of,
-    train_step,
-)
+from benchmarks.bench import count_flops, describe_machine, seconds_of
+from benchmarks.contenders import BATCHES, Case, make_zoo, run_experts, train_step
 
 
 KINDS = {

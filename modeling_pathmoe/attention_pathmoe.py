@@ -99,7 +99,7 @@ class PathMoEAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        cache = take_cache(past_key_values, cache, kwargs)
+        cache = take_cache(past_key_values, cache, kwargs)  # type: ignore[arg-type]  # at run time, a dict
         batch, sequence, _ = hidden_states.shape
         heads = (batch, sequence, -1, self.head_dim)  # -1: tensor parallelism gives each rank some of the heads
         query = rotate(self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2), *position_embeddings)

@@ -3,6 +3,7 @@
 
 import inspect
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -54,7 +55,7 @@ def take_cache(past_key_values: Cache | None, cache: Cache | None, kwargs: dict)
 class _BothCacheNames:
     """Gives the cache of an output under both names; from 5.24 on, transformers does so itself."""
 
-    if CACHE_NAME == "past_key_values":
+    if not TYPE_CHECKING and CACHE_NAME == "past_key_values":
 
         @property
         def cache(self) -> Cache | None:
@@ -78,7 +79,7 @@ class PathMoECausalLMOutputWithPast(_BothCacheNames, MoeCausalLMOutputWithPast):
             coefficient.
         aux_loss (`torch.FloatTensor`, scalar): The load-balancing loss before its coefficient, when router logits were
             requested or an auxiliary loss is being trained.
-        z_loss (`torch.FloatTensor`, scalar): The router z-loss before its coefficient, likewise.
+        z_loss (`torch.Tensor`, scalar): The router z-loss before its coefficient, likewise.
     """
 
-    z_loss: torch.FloatTensor | None = None
+    z_loss: torch.Tensor | None = None

@@ -2,7 +2,7 @@
 """PathMoE model configuration."""
 
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -118,7 +118,7 @@ class PathMoEConfig(PreTrainedConfig):
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
     }
-    base_model_ep_plan = {
+    base_model_ep_plan: ClassVar[dict[str, str]] = {  # type: ignore[assignment]  # transformers declares another
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -195,7 +195,7 @@ class PathMoEConfig(PreTrainedConfig):
         router = ROUTERS.get(self.router_type)
         if self.router_sharing == "decision" or (router is not None and router.carries_state):
             # A stage of a pipeline passes on hidden states alone, and the routing would lose its state there.
-            self.base_model_pp_plan = None
+            self.base_model_pp_plan = None  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -447,7 +447,7 @@ class PathMoEConfig(PreTrainedConfig):
 
     def validate_rope(self):
         """Refuses parameters of the rotary embedding that transformers would ignore or compute NaN with."""
-        rope = self.rope_parameters
+        rope: Any = self.rope_parameters
         known = {*RopeParameters.__annotations__, *ROPE_KEYS}
         for name in sorted(rope.keys() - known):
             raise ValueError(f"rope_parameters has the unknown key {name}={rope[name]!r}: use {sorted(known)}.")

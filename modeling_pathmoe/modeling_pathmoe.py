@@ -108,7 +108,8 @@ class PathMoESparseMoeBlock(nn.Module):
             self.config.check_grouped_mm_rows(dtype)
         inputs = (hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
         if parameter is None:
-            experts.gate_up_proj, experts.down_proj = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+            for name in ("gate_up_proj", "down_proj"):
+                setattr(experts, name, getattr(experts, name).to(dtype))
             return experts(*inputs)
         weights = {name: parameter.to(dtype) for name, parameter in experts.named_parameters()}
         return torch.func.functional_call(experts, weights, inputs)
@@ -269,7 +270,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # transformers' kwargs name position_ids a second time
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -339,7 +340,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
                 **kwargs,
             )
             hidden_states, router_state = outputs if isinstance(outputs, tuple) else (outputs, None)
-        return PathMoEModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+        return PathMoEModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})  # type: ignore[arg-type]
 
 
 class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
@@ -351,7 +352,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: PathMoEConfig):
@@ -371,7 +372,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         return not isinstance(head.weight, torch.distributed.tensor.DTensor)
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,

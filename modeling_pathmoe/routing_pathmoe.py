@@ -149,7 +149,7 @@ class PathMoERouter(nn.Module):
             return (*state, state)
         # Autocast would turn a float32 matrix product back into bfloat16.
         with no_autocast(hidden_states.device.type):
-            logits, state = self.compute_logits(hidden_states.float(), layer_idx, state)
+            logits, state = self.compute_logits(hidden_states.float(), layer_idx, state)  # type: ignore[arg-type]
             weights, indices = self.choose(logits, layer_idx)
         weights = weights.to(hidden_states.dtype)
         if self.shares_decision:

@@ -38,6 +38,6 @@ def run_command(main: Callable[[], object], interrupted: int = 130):
         sys.exit(interrupted)
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """The message of an error on one line."""
     return " ".join(str(error).split())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -329,7 +330,7 @@ def load(folder: str | Path) -> PreTrainedModel:
     Raises:
         UserError: If the folder's tensors are not exactly those of its model, or not finite.
     """
-    options = {"dtype": torch.float32, "experts_implementation": "eager", "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager", "trust_remote_code": False}
     return load_model(folder, what=str(folder), switch=None, **options)
 
 
@@ -453,7 +454,8 @@ def _write_config(folder: Path, config: PreTrainedConfig, dtype: torch.dtype):
     for name in FOREIGN_CODE:
         config.__dict__.pop(name, None)
     if isinstance(config, PathMoEConfig):
-        meta_model(config).to(config.dtype).save_pretrained(folder, state_dict={})
+        model = meta_model(config).to(config.dtype)  # type: ignore[arg-type]  # transformers wraps `to` untyped
+        model.save_pretrained(folder, state_dict={})
         return
     config.save_pretrained(folder)
     # Servers read the names that published checkpoints use; transformers 5 writes newer ones.

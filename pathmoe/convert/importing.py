@@ -4,6 +4,7 @@
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -71,7 +72,7 @@ def import_checkpoint(
     source.check_to_convert()
     gates = [gate_of(source, layer) for layer in range(config.num_hidden_layers)]
     experts = [experts_of(source, layer) for layer in range(config.num_hidden_layers)]
-    settings = {"verify": verify, "max_shard_size": max_shard_size}
+    settings: dict[str, Any] = {"verify": verify, "max_shard_size": max_shard_size}
     if all(_equal(gates[layer] for layer in layers) for layers in config.router_blocks):
         routers = [gates[layers[0]] for layers in config.router_blocks]
         return convert("import", source, dst, config, _plan(source, experts, routers), exact=True, **settings)
@@ -91,17 +92,18 @@ def import_checkpoint(
     after = perplexity(model, held_out)
 
     experts = [[of_layer[expert] for expert in order] for of_layer, order in zip(experts, orders)]
-    routers = []
-    for layers in config.router_blocks:
+
+    def fitted(layers: list[int]) -> Piece:
         weight = model.model.routers[str(layers[0])].weight.detach().to(gates[0].dtype)
         sources = tuple(f"fitted to {source}" for layer in layers for source in gates[layer].sources)
-        routers.append(Piece(tuple(weight.shape), weight.dtype, sources, lambda weight=weight: weight))
+        return Piece(tuple(weight.shape), weight.dtype, sources, lambda: weight)
+
     return convert(
         "import",
         source,
         dst,
         config,
-        _plan(source, experts, routers),
+        _plan(source, experts, [fitted(layers) for layers in config.router_blocks]),
         # The routers have been rounded to the checkpoint's dtype since.
         exact=gates[0].dtype == torch.float32,
         reference=reference,
@@ -187,7 +189,7 @@ def align(logits: list[torch.Tensor]) -> list[list[int]]:
     except ImportError as error:
         raise UserError("Aligning experts needs scipy: pip install 'pathmoe[convert]'.") from error
 
-    orders, so_far = [], 0
+    orders, so_far = [], torch.zeros(())
     for layer_logits in logits:
         probs = layer_logits.detach().softmax(dim=-1)
         probs = probs - probs.mean(dim=0)

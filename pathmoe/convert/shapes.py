@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..command import UserError
 
@@ -22,7 +22,7 @@ COUNTED = {
 }
 
 
-def meta_model(config: PreTrainedConfig) -> torch.nn.Module:
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal language model of a configuration, without memory for its tensors."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, experts_implementation="eager", trust_remote_code=False)

@@ -1,6 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Dense models to PathMoE: every expert starts as (a part of) the dense feed-forward network."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,7 +136,7 @@ def _redraw(expert: Expert, share: float, seed: tuple[int, ...]) -> Expert:
     note = f"{len(neurons)} of {width} neurons drawn anew"
     return Expert(
         *(
-            piece.map(lambda weight, dim=dim, matrix=matrix: redraw(weight, dim, matrix), note)
+            piece.map(partial(redraw, dim=dim, matrix=matrix), note)
             for matrix, (piece, dim) in enumerate(zip(expert, (0, 0, 1)))
         )
     )
@@ -148,7 +149,7 @@ def _add_noise(expert: Expert, noise: float, seed: tuple[int, ...]) -> Expert:
 
     return Expert(
         *(
-            piece.map(lambda weight, matrix=matrix: add(weight, matrix), f"noise of {noise} standard deviations")
+            piece.map(partial(add, matrix=matrix), f"noise of {noise} standard deviations")
             for matrix, piece in enumerate(expert)
         )
     )

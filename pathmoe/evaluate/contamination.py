@@ -45,7 +45,8 @@ def contamination(texts: Iterable[str], items: dict[str, list[str]], n: int = 13
     """
     words = Words()
     digests = {task: [ngram_digests(item, n, words) for item in task_items] for task, task_items in items.items()}
-    wanted = np.unique(np.concatenate([runs for task in digests.values() for runs in task] or [[]]).astype(np.uint64))
+    runs = [runs for task in digests.values() for runs in task]
+    wanted = np.unique(np.concatenate(runs or [np.empty(0)]).astype(np.uint64))
     wanted = np.append(wanted, wanted[-1:] if len(wanted) else np.uint64(0))  # what is behind the last stays in bounds
     found = np.zeros(len(wanted), dtype=bool)
     for text in tqdm(texts, desc="training text", unit="document", disable=None):

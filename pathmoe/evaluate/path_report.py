@@ -21,9 +21,11 @@ import random
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -290,7 +292,7 @@ def measure(reading: Reading, tags: list[str | None], resamples: int, seed: int)
     tagged = [i for i, tag in enumerate(tags) if tag is not None]
     if tagged:
         known.append(("part of speech", torch.tensor(tagged), labels([tags[i] for i in tagged])))
-    against = [
+    against: list[tuple[str, str, str, str, Callable, torch.Tensor, torch.Tensor]] = [
         (f"information_{label}", f"information of the path about the {label}", "mutual information in nats", "number",
          paths.mutual_information, kept, values)
         for label, kept, values in known
@@ -419,7 +421,7 @@ def perturb(model: PreTrainedModel, reading: Reading, max_tokens: int, max_lengt
     firsts = [reading.pieces[reading.piece_documents.index(document)] for document in chosen]
     pieces = [piece[: max(2, max_tokens // len(chosen))] for piece in firsts]
     others = [piece for piece, document in zip(reading.pieces, reading.piece_documents) if document not in chosen]
-    common = {"model": model, "documents": pieces, "max_length": max_length, "seed": seed}
+    common: dict[str, Any] = {"model": model, "documents": pieces, "max_length": max_length, "seed": seed}
     layers = reading.trace.model.num_layers
     spans = [*(n for n in (2, 4, 8, 16, 32) if n < layers), layers]
     curves = []

@@ -173,7 +173,7 @@ def main(args: list[str] | None = None):
         [f"| {'measure':<{width}} | value |", f"|{'-' * (width + 2)}|---|"]
         + [f"| {name:<{width}} | {value} |" for name, value in rows]
     )
-    text = f"{table}\n\nA sample:\n\n> {escape(tokenizer.decode(sample[0], skip_special_tokens=True))}\n"
+    text = f"{table}\n\nA sample:\n\n> {escape(str(tokenizer.decode(sample[0], skip_special_tokens=True)))}\n"
     write_text(options.run / "report.md", text)
     with write_aside(options.run / "report.png") as partial:
         plot(metrics, experts, partial)

@@ -5,6 +5,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -98,7 +99,7 @@ def score(
     # The longest first: windows of one length need no padding, and a lack of memory shows at once.
     rows.sort(key=lambda row: row[1] - row[3])
 
-    documents = [
+    documents: list[dict[str, Any]] = [
         {
             "text_sha": hashlib.sha256(text.encode("utf-8")).hexdigest()[:16],
             "nll": 0.0,

@@ -286,8 +286,8 @@ def _contingency(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tenso
 def _information(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float, float]:
     """I(A; B), H(A) and H(B) in nats."""
     rows, columns, counts = _contingency(first, second)
-    entropies = [_entropy(labels.bincount(counts.double())).item() for labels in (rows, columns)]
-    return max(0.0, sum(entropies) - _entropy(counts).item()), *entropies
+    of_first, of_second = (_entropy(labels.bincount(counts.double())).item() for labels in (rows, columns))
+    return max(0.0, of_first + of_second - _entropy(counts).item()), of_first, of_second
 
 
 def mutual_information(first: torch.Tensor, second: torch.Tensor) -> float:

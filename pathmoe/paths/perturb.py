@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,10 +105,10 @@ def _curve(
     model: PreTrainedModel,
     documents: list[list[int]],
     max_length: int,
-    edit: Callable[[int, object], AbstractContextManager],
+    edit: Callable[[Any, int], AbstractContextManager],
     seed: int = 0,
 ) -> PerturbationCurve:
-    """Perplexity at each value; `edit` gets the number of a document and the value."""
+    """Perplexity at each value; `edit` gets the value and the number of a document."""
     if len(documents) < 2:
         raise ValueError(f"An interval over documents needs at least 2 of them, got {len(documents)}.")
     if not values:
@@ -121,9 +123,7 @@ def _curve(
 
     perplexity, rise = [], []
     for value in values:
-        perturbed, _ = document_losses(
-            model, documents, max_length, lambda document, value=value: edit(document, value)
-        )
+        perturbed, _ = document_losses(model, documents, max_length, partial(edit, value))
         log_perturbed = (weights @ perturbed) / (weights @ count.double())
         perplexity.append(interval(log_perturbed.exp()))
         rise.append(interval((log_perturbed - log_perplexity).expm1()))
@@ -165,7 +165,7 @@ def shuffle_experts(
     if not all(0 < share <= 1 for share in shares):
         raise ValueError(f"shares={shares} must be above 0 and at most 1.")
 
-    def edit(document, value):
+    def edit(value, document):
         generator = _generator(seed, document)
         share, only = (1.0, value) if scope == "one_layer" else (value, None)
         permutations, shuffled = {}, None
@@ -217,7 +217,7 @@ def noise_router(
     if on not in ("logits", "hidden_states"):
         raise ValueError(f"on={on!r} must be 'logits' or 'hidden_states'.")
 
-    def edit(document, strength):
+    def edit(strength, document):
         generator = _generator(seed, document)
 
         def add_noise(layer_idx, values):
@@ -228,7 +228,9 @@ def noise_router(
             noise = torch.randn(values.shape, generator=generator).to(values.device)
             return (values_float + strength * scale * noise).to(values.dtype)
 
-        return edit_paths(model, **{f"edit_{on}": add_noise})
+        if on == "logits":
+            return edit_paths(model, edit_logits=add_noise)
+        return edit_paths(model, edit_hidden_states=add_noise)
 
     axis = "noise relative to the token's " + ("logits" if on == "logits" else "hidden state")
     return _curve(f"noise on {on}", axis, list(strengths), model, documents, max_length, edit, seed)
@@ -259,7 +261,7 @@ def freeze_routing(
     if min(spans, default=1) < 1:
         raise ValueError(f"spans={spans} must be at least 1.")
 
-    def edit(document, span):
+    def edit(span, document):
         decision = None
 
         def repeat(layer_idx, logits, indices):
@@ -315,7 +317,7 @@ def restrict_paths(
     paths = paths[counts.argsort(descending=True, stable=True)]
     tries = {top: _PathTrie(paths[:top], trace.model.num_experts).to(model.device) for top in tops}
 
-    def edit(document, top):
+    def edit(top, document):
         trie = tries[top]
         node = None
 

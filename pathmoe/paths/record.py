@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import wraps
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class PathTrace:
         self._pending: list[dict[str, np.ndarray]] = []
         self._pending_bytes = 0
         self._file: Path | None = None
-        self._writer = None
+        self._writer: Any = None
 
     def __getattr__(self, name: str) -> torch.Tensor:
         if name in ("experts", "weights", "probabilities", *_TOKEN_FIELDS):
@@ -427,7 +428,10 @@ class ForwardTokens:
         past (`int`): Tokens in the cache before this forward.
         real (`torch.Tensor` of shape `(batch, sequence)`, bool): Which tokens are no padding.
         starts (`torch.Tensor` of shape `(batch, sequence)`, bool): Where `position_ids` begin from 0.
+        experts (`torch.Tensor` of shape `(T, L, k)`): In a replay, the experts that its real tokens are given.
     """
+
+    experts: torch.Tensor
 
     def __init__(self, arguments: dict):
         self.input_ids = arguments.get("input_ids")
@@ -517,7 +521,8 @@ def replay_paths(model: nn.Module, trace: PathTrace, *, check_routers: bool = Tr
             "Record this model's own, or pass check_routers=False to replay it all the same, for instance if the "
             "model was trained on since.",
         )
-    done, tokens = 0, None
+    done = 0
+    tokens: ForwardTokens | None = None
 
     def on_start(decoder, args, kwargs):
         nonlocal done, tokens

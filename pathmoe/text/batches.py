@@ -24,7 +24,8 @@ class PackedBlocks:
 
     def __init__(self, blocks: np.ndarray, seed: int):
         self.blocks, self.seed, self.position = blocks, seed, 0
-        self._epoch, self._order = None, None
+        self._epoch: int | None = None
+        self._order: np.ndarray | None = None
 
     def next_block(self) -> np.ndarray:
         epoch, index = divmod(self.position, len(self.blocks))
@@ -73,7 +74,8 @@ class PackedStream:
         self.tokenizer, self.text_column, self.sequence_length = tokenizer, text_column, sequence_length
         self.seed, self.shuffle_window = seed, shuffle_window
         self._rest, self._windows, self._start = [], 0, self.dataset.state_dict()
-        self._taken, self._documents = 0, None
+        self._taken = 0
+        self._documents: Iterator[list[int]] | None = None
 
     def _read(self) -> Iterator[list[int]]:
         """Token ids of the documents that are left of this epoch."""
@@ -174,7 +176,8 @@ class Prefetch:
 
     def __init__(self, batches: Batches, depth: int = 4):
         self.batches, self.depth = batches, depth
-        self._state, self._queue = batches.state_dict(), None
+        self._state = batches.state_dict()
+        self._queue: queue.Queue | None = None
 
     def next_batch(self, rows: int) -> torch.Tensor:
         """As that of [`Batches`]; `rows` must be the same in every call."""

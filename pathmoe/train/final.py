@@ -87,11 +87,12 @@ def drop_foreign_code(folder: Path):
             file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_card(recipe: Recipe, config: PreTrainedConfig, changes: list[dict]) -> str:
-    """The model card: how to load the model, how it was trained, and the numbers that were measured."""
+def model_card(recipe: Recipe, config: PreTrainedConfig, changes: list[dict], evaluated: str = "") -> str:
+    """The model card: how to load the model, how it was trained, and the numbers that were measured; `evaluated` is a
+    table of those that were measured after training."""
     metrics = read_metrics(Path(recipe.output_dir) / "metrics.jsonl")
     trained = ([m for m in metrics if "loss" in m] or [{"tokens": 0, "loss": math.nan}])[-1]
-    evaluated = [m for m in metrics if "eval_loss" in m][-1]
+    last = [m for m in metrics if "eval_loss" in m][-1]
     count = count_parameters(config)
     ours = config.model_type == "pathmoe"
     blocks = f", router block size {config.router_block_size}" if ours else ""
@@ -120,10 +121,10 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER_OR_REPOSITORY")
 |---|---|
 | tokens trained on | {trained["tokens"]:,} |
 | training loss, last step | {trained["loss"]:.4f} |
-| validation loss | {evaluated["eval_loss"]:.4f} |
-| validation perplexity (per token) | {evaluated["eval_perplexity"]:.2f} |
+| validation loss | {last["eval_loss"]:.4f} |
+| validation perplexity (per token) | {last["eval_perplexity"]:.2f} |
 
-Trained with this recipe (`recipe.yaml`):
+{evaluated and f"{evaluated}{chr(10) * 2}"}Trained with this recipe (`recipe.yaml`):
 
 ```yaml
 {yaml.safe_dump(published(vars(recipe)), sort_keys=False).strip()}

@@ -11,6 +11,7 @@ import difflib
 import math
 import re
 import sys
+from collections.abc import Set
 from pathlib import Path
 
 import yaml
@@ -293,7 +294,7 @@ CHANGEABLE_ON_RESUME = FREE_TO_CHANGE | {
 }  # fmt: skip
 
 
-def list_changes(before: dict, now: dict, allowed: set[str] = frozenset(CHANGEABLE_ON_RESUME)) -> list[str]:
+def list_changes(before: dict, now: dict, allowed: Set[str] = frozenset(CHANGEABLE_ON_RESUME)) -> list[str]:
     """The fields of two recipes that differ and may not, each as `name: before → now`. A field that an older version
     did not know counts as its default."""
     defaults = {"model_overrides": {}} | {

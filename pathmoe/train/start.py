@@ -63,7 +63,7 @@ def count_tokens(source: PackedBlocks | PackedStream, vocab_size: int) -> np.nda
         return np.bincount(source.blocks.reshape(-1), minlength=vocab_size)
     before = source.state_dict()
     blocks = range(-(-SAMPLED_TOKENS // source.sequence_length))
-    counts = sum(np.bincount(source.next_block(), minlength=vocab_size) for _ in blocks)
+    counts = sum((np.bincount(source.next_block(), minlength=vocab_size) for _ in blocks), np.zeros(vocab_size, int))
     source.load_state_dict(before)
     return counts
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench
+from benchmarks import bench, contenders
 from benchmarks.bench_report import BESIDE, find_ours, make_table
 from pathmoe.accounting import count_parameters, forward_flops_per_token
 
@@ -26,7 +26,7 @@ def shape(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zoo(shape):
-    return bench.make_zoo(shape, "float32", "cpu")
+    return contenders.make_zoo(shape, "float32", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_run_reports_every_suite_with_its_peers(report):
         "decode": models,
         "experts": {"PathMoE", "transformers"},
         "scaling": {"PathMoE", "transformers", "Qwen3-MoE"},
-        "loss": set(bench.LOSSES),
+        "loss": set(contenders.LOSSES),
     }
     assert {c["sweep"] for c in report["comparisons"] if c["suite"] == "scaling"} == set(bench.SWEEPS)
 
@@ -96,8 +96,8 @@ def test_peers_have_the_active_flops_and_parameters_of_ours(zoo):
     flops, active = forward_flops_per_token(ours, 32), count_parameters(ours)["active"]
     routers = SHAPE["num_hidden_layers"] * SHAPE["num_experts"] * SHAPE["hidden_size"]
     for peer in bench.PEERS:
-        assert forward_flops_per_token(bench.peer_config(peer, ours), 32) == flops
-    dense = bench.peer_config("dense Qwen3", ours)
+        assert forward_flops_per_token(contenders.peer_config(peer, ours), 32) == flops
+    dense = contenders.peer_config("dense Qwen3", ours)
     assert forward_flops_per_token(dense, 32) == flops - 2 * routers
     assert count_parameters(dense)["active"] == active - count_parameters(ours)["router"]
 
@@ -125,11 +125,11 @@ def test_another_function_stops_the_comparison():
 
 
 def test_training_steps_change_no_parameter_and_share_the_moments(shape):
-    zoo = bench.Zoo(bench.load_config(shape), torch.float32, "cpu")
+    zoo = contenders.Zoo(contenders.load_config(shape), torch.float32, "cpu")
     before = {name: parameter.detach().clone() for name, parameter in zoo.parameters.items()}
-    case = bench.Case("train_step", shape, "float32", False, "step", 1, 8)
+    case = contenders.Case("train_step", shape, "float32", False, "step", 1, 8)
     for name in ("PathMoE", "Mixtral"):
-        bench.train_step(zoo, case, name, "eager").run()
+        contenders.train_step(zoo, case, name, "eager").run()
     for name, parameter in zoo.parameters.items():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name])
@@ -147,13 +147,13 @@ def test_saved_activations_of_linear_layers_are_counted_by_hand():
         return second(torch.nn.functional.silu(first(x) + first(x)))
 
     known = [*first.parameters(), *second.parameters(), x]
-    found = bench.activation_memory(bench.Contender(forward, known, forward))
+    found = bench.activation_memory(contenders.Contender(forward, known, forward))
     assert found == {"saved": 4 * (5 * 8 + 5 * 16 + 5 * 16), "held": 4 * (5 * 16 + 5 * 16)}
 
 
 def test_saved_activations_of_grouped_mm_are_counted_by_hand(zoo, shape):
-    case = bench.Case("experts", shape, "float32", False, "forward + backward", 1, 24)
-    found = bench.activation_memory(bench.run_experts(zoo, case, "PathMoE", "grouped_mm"))
+    case = contenders.Case("experts", shape, "float32", False, "forward + backward", 1, 24)
+    found = bench.activation_memory(contenders.run_experts(zoo, case, "PathMoE", "grouped_mm"))
     rows, hidden, width = 24 * 2, SHAPE["hidden_size"], SHAPE["moe_intermediate_size"]
     # Gathered states; gate and up; silu of the gate; its product with up; the output before and its weight. The few
     # integers that say where rows come from are left to the tolerance.
@@ -189,7 +189,7 @@ def test_a_compiled_comparison_follows_its_twin_with_the_backends_that_had_a_cha
 
 
 def test_token_ids_follow_zipfs_law():
-    counts = torch.bincount(bench.zipf(50, (20_000,)), minlength=50)
+    counts = torch.bincount(contenders.zipf(50, (20_000,)), minlength=50)
     assert counts[0] / counts[9] == pytest.approx(10, rel=0.2)
 
 

@@ -2,7 +2,7 @@
 import pytest
 
 from benchmarks import operators
-from benchmarks.bench import Case
+from benchmarks.contenders import Case
 
 
 @pytest.mark.parametrize(("suite", "mode"), [("experts", "forward + backward"), ("train_step", "step")])

@@ -14,7 +14,8 @@ import yaml
 
 from experiment.first import measure as measuring
 from experiment.first import report as experiment_report
-from experiment.first.report import Measured, Table
+from experiment.first.measured import Measured, SeedNoise, Table, find_repeats
+from experiment.first.tables import verdict
 from experiment.first.train import comparison_runs, main, read_experiment, tuning_runs
 from pathmoe import PathMoEForCausalLM
 from pathmoe.accounting import count_parameters
@@ -183,6 +184,7 @@ def test_the_best_run_has_its_card_filled(measured, tmp_path):
     both = [Measured(row, 1024, 0, runs / f"{row}-1k-s0") for row in ("indep-moe-lbl", "pathb4-moe")]
     best = min(both, key=lambda run: run.perplexity)
     card = (tmp_path / "best_model_card.md").read_text()
+    assert set((best.folder / "final" / "README.md").read_text().splitlines()) < set(card.splitlines())
     assert f"# {best.folder.name}\n" in card and "learning_rate: 0.01\n" in card
     assert f"| perplexity per token of held-out documents | {best.perplexity:.2f} |" in card
 
@@ -222,7 +224,7 @@ def test_information_beyond_chance_is_none_of_permuted_labels_and_all_of_equal_o
 )
 def test_a_direction_needs_its_interval_over_documents_and_over_seeds(paper, value, documents, seeds, said):
     ours = {"value": value, "low": documents[0], "high": documents[1]}
-    assert experiment_report.verdict(paper, ours, seeds) == said
+    assert verdict(paper, ours, seeds) == said
 
 
 def runs_of(folder, perplexities):
@@ -242,7 +244,7 @@ def test_what_seeds_do_is_known_from_runs_that_it_made(tmp_path):
     random = np.random.default_rng(0)
     rows, seeds, noise = random.normal(size=40), random.normal(size=5), random.normal(scale=0.03, size=(40, 5))
     made = {str(r): {s: math.exp(rows[r] + seeds[s] + noise[r, s]) for s in range(5)} for r in range(40)}
-    found = experiment_report.SeedNoise.of({1000: runs_of(tmp_path, made | {"single": {0: 100.0}})})
+    found = SeedNoise.of({1000: runs_of(tmp_path, made | {"single": {0: 100.0}})})
     assert found.freedom == 39 * 4 and found.deviation == pytest.approx(0.03, rel=0.15)
     low, high = found.interval({"value": 0.2, "seeds": [0.2] * 5})  # of the difference of two means of five
     half = 1.975 * found.deviation * math.sqrt(2 / 5)
@@ -250,7 +252,7 @@ def test_what_seeds_do_is_known_from_runs_that_it_made(tmp_path):
 
 
 def test_no_interval_over_seeds_without_a_second_one(tmp_path):
-    found = experiment_report.SeedNoise.of({1000: runs_of(tmp_path, {"indep-moe": {0: 9.0}, "pathb4-moe": {0: 8.0}})})
+    found = SeedNoise.of({1000: runs_of(tmp_path, {"indep-moe": {0: 9.0}, "pathb4-moe": {0: 8.0}})})
     assert found.freedom == 0 and found.interval({"value": -0.1, "seeds": [-0.1]}) == (-1, math.inf)
 
 
@@ -265,7 +267,7 @@ def test_runs_of_one_row_and_seed_are_compared_before_the_shorter_ones_rate_deca
         lines = [json.dumps({"step": step, "eval_loss": loss}) + "\n" for step, loss in losses.items()]
         (folder / "metrics.jsonl").write_text("".join(lines))
         tables[tokens] = Table([Measured("indep-moe", tokens, 0, folder)])
-    assert experiment_report.find_repeats(tables) == [("indep-moe", 0, 600, pytest.approx(math.expm1(0.1)))]
+    assert find_repeats(tables) == [("indep-moe", 0, 600, pytest.approx(math.expm1(0.1)))]
 
 
 def test_the_shipped_tables_come_from_the_shipped_runs(tmp_path):
