@@ -123,8 +123,9 @@ class TrainingLoop:
         state, counters = self.state, self.state.counters
         monitored = self.monitor is not None and is_due(number, self.recipe.routing_every)
         loss, router_logits = self.forward_backward(micro_batches, monitored)
-        norm = gradient_norm(self.model)
-        loss, norm, stopping = reduce_step_stats(self.accelerator, loss, norm, self.stop.signalled)
+        loss, norm, stopping = reduce_step_stats(
+            self.accelerator, loss, gradient_norm(self.model), self.stop.signalled
+        )
         with self.throughput.timed("routing"):
             routing = self.monitor.measure(router_logits) if monitored else None
         del router_logits  # before the optimizer makes its states
