@@ -129,7 +129,7 @@ class TrainingLoop:
         with self.throughput.timed("routing"):
             routing = self.monitor.measure(router_logits) if monitored else None
         del router_logits  # before the optimizer makes its states
-        step = Step(number, loss, norm, state.scheduler.get_last_lr()[0], routing, stopping)
+        step = Step(number, loss, norm, float(state.scheduler.get_last_lr()[0]), routing, stopping)
         if step.finite:
             clip_gradients(self.model, self.recipe.max_grad_norm, norm)
             state.optimizer.step()
