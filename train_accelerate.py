@@ -22,7 +22,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(75))  # the imports below take seconds
 
 from pathmoe.command import run_command
-from pathmoe.train.loop import INTERRUPTED, command
+from pathmoe.train.main import INTERRUPTED, command
 
 
 if __name__ == "__main__":

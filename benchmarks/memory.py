@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from pathmoe.train.loop import build_config
+from pathmoe.train.model import build_config
 from pathmoe.train.plan import plan_memory
 from pathmoe.train.recipe import parse_recipe
 

@@ -12,8 +12,10 @@ from tqdm.auto import tqdm
 from experiment.measure import commit, processor
 from experiment.runs import Experiment, merge
 from pathmoe.files import write_aside, write_text
+from pathmoe.train.data import build_data, make_inputs
 from pathmoe.train.engine import clip_gradients, gradient_norm
-from pathmoe.train.loop import build_config, build_data, build_model, build_optimizer, make_inputs
+from pathmoe.train.model import build_config, build_model
+from pathmoe.train.optimizer import build_optimizer
 from pathmoe.train.recipe import Recipe
 from pathmoe.train.routing_monitor import RoutingMonitor
 from pathmoe.train.start import token_frequencies

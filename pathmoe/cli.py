@@ -32,18 +32,18 @@ class Command(NamedTuple):
     interrupted: int = 130
 
 
-RESUMABLE = 75  # as in `pathmoe.train.loop`, which is not imported for this
+RESUMABLE = 75  # as in `pathmoe.train.main`, which is not imported for this
 COMMANDS = {
     "train": Command(
-        "pathmoe.train.loop", "command", "train a model from a recipe, or go on with a run that was stopped",
+        "pathmoe.train.main", "command", "train a model from a recipe, or go on with a run that was stopped",
         "--config quickstart --output_dir runs/mine --learning_rate 1e-3", "train", RESUMABLE,
     ),
     "plan": Command(
-        "pathmoe.train.loop", "command", "show how much memory a recipe takes on each GPU",
+        "pathmoe.train.main", "command", "show how much memory a recipe takes on each GPU",
         "--config paper-16b --gpus 8 64", "train", RESUMABLE,
     ),
     "plot": Command(
-        "pathmoe.train.loop", "command", "draw the curves of one or several runs",
+        "pathmoe.train.main", "command", "draw the curves of one or several runs",
         "runs/mine runs/other --output curves.png", "train", RESUMABLE,
     ),
     "eval": Command(

@@ -29,9 +29,10 @@ def launch(args, *launcher, script=(str(ROOT / "train_accelerate.py"),)):
 
 HELD = """
 import signal, sys, time
-from pathmoe.train import loop
+from pathmoe.train.log import Log
+from pathmoe.train.main import main
 
-step, write = int(sys.argv[1]), loop.Log.write
+step, write = int(sys.argv[1]), Log.write
 
 def write_and_wait(log, line, **values):
     write(log, line, **values)
@@ -39,8 +40,8 @@ def write_and_wait(log, line, **values):
     while values["step"] == step and log.accelerator.is_main_process and not stop.signalled:
         time.sleep(0.01)
 
-loop.Log.write = write_and_wait
-sys.exit(loop.main(sys.argv[2:]))
+Log.write = write_and_wait
+sys.exit(main(sys.argv[2:]))
 """
 
 

@@ -13,7 +13,8 @@ import pytest
 from pathmoe import presets
 from pathmoe.cli import COMMANDS
 from pathmoe.command import UserError
-from pathmoe.train.loop import INTERRUPTED, build_config
+from pathmoe.train.main import INTERRUPTED
+from pathmoe.train.model import build_config
 from pathmoe.train.recipe import parse_recipe
 from tests.run_helpers import ROOT
 

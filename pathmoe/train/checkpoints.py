@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pathmoe.command import UserError
 from pathmoe.train.output import follow_umask, set_aside
 from pathmoe.train.recipe import CHANGEABLE_ON_RESUME, FREE_TO_CHANGE, Recipe, RecipeError, list_changes, read_recipe
+from pathmoe.train.state import TrainState
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -151,26 +152,14 @@ class Checkpoints:
     Args:
         recipe (`Recipe`): The recipe.
         accelerator (`Accelerator`): The engine.
-        model, optimizer, scheduler: What is trained, with AdamW; as they were after `prepare`.
-        batches: Has `state_dict` and `load_state_dict`, in JSON's types.
-        counters (`dict`): What else the run remembers from step to step, in JSON's types; filled in by `load`.
+        state (`TrainState`): What is saved; `load` restores it.
         inputs (`dict[str, str]`): Fingerprints of the files that the run reads.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        accelerator: Accelerator,
-        model,
-        optimizer,
-        scheduler,
-        batches,
-        counters: dict,
-        inputs: dict[str, str],
-    ):
-        self.recipe, self.accelerator, self.model = recipe, accelerator, accelerator.unwrap_model(model)
-        self.optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.scheduler, self.batches, self.counters, self.inputs = scheduler, batches, counters, inputs
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, state: TrainState, inputs: dict[str, str]):
+        self.recipe, self.accelerator, self.state, self.inputs = recipe, accelerator, state, inputs
+        self.model = accelerator.unwrap_model(state.model)
+        self.optimizer = getattr(state.optimizer, "optimizer", state.optimizer)
         if accelerator.is_main_process:
             for unfinished in (Path(recipe.output_dir) / "checkpoints").glob("*.partial"):
                 if UNFINISHED.fullmatch(unfinished.name) and unfinished.is_dir() and not unfinished.is_symlink():
@@ -227,7 +216,7 @@ class Checkpoints:
             storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True),
             no_dist=accelerator.num_processes == 1,
         )
-        rank = {"batches": self.batches.state_dict(), "random": torch.get_rng_state().numpy().tobytes().hex()}
+        rank = {"batches": self.state.batches.state_dict(), "random": torch.get_rng_state().numpy().tobytes().hex()}
         if accelerator.device.type == "cuda":
             rank["device_random"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
         (partial / f"rank-{index}.json").write_text(json.dumps(rank))
@@ -241,10 +230,10 @@ class Checkpoints:
             state = {
                 "step": step,
                 "world_size": accelerator.num_processes,
-                "scheduler": self.scheduler.last_epoch,
-                "learning_rate": self.scheduler.get_last_lr()[0],
+                "scheduler": self.state.scheduler.last_epoch,
+                "learning_rate": self.state.scheduler.get_last_lr()[0],
                 "optimizer_steps": steps,
-                "counters": self.counters,
+                "counters": self.state.counters,
                 "inputs": self.inputs,
                 "recipe": {name: value for name, value in vars(self.recipe).items() if name not in FREE_TO_CHANGE},
             }
@@ -266,7 +255,7 @@ class Checkpoints:
         partial.rename(folder)
         sync(folder.parent)
         whole = [path for path in list_checkpoints(self.recipe) if read_manifest(path) is not None]
-        for old in whole[: -self.recipe.keep_last] if self.counters["healthy"] else []:
+        for old in whole[: -self.recipe.keep_last] if self.state.counters["healthy"] else []:
             if not (self.recipe.keep_every and step_of(old) % self.recipe.keep_every == 0):
                 # Renamed first, so that a run killed here does not leave half of it under its name.
                 shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
@@ -283,7 +272,7 @@ class Checkpoints:
         now = vars(self.recipe)
         if before and (changed := list_changes(before, now)):
             raise RecipeError(f"the checkpoint has another recipe ({', '.join(changed)}): use a new output_dir.")
-        self.counters["changes"] = self.counters["changes"] + [
+        self.state.counters["changes"] = self.state.counters["changes"] + [
             {"step": step, "field": name, "before": before[name], "after": now[name]}
             for name in sorted(CHANGEABLE_ON_RESUME - FREE_TO_CHANGE)
             if name in before and before[name] != now[name]
@@ -291,50 +280,50 @@ class Checkpoints:
 
     def load(self, folder: Path) -> int:
         """Restores everything and returns the number of steps done."""
-        state = json.loads((folder / "state.json").read_text())
+        saved = json.loads((folder / "state.json").read_text())
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        same_world = state["world_size"] == world_size
+        same_world = saved["world_size"] == world_size
         if self.recipe.streaming and not same_world:
             raise RecipeError(
-                f"{folder} was written by {state['world_size']} processes that each read a part of the stream: resume "
+                f"{folder} was written by {saved['world_size']} processes that each read a part of the stream: resume "
                 f"with as many, not {world_size}."
             )
         for name, parameter in self.model.named_parameters():
-            if name in state["optimizer_steps"]:
-                step = torch.tensor(state["optimizer_steps"][name], dtype=torch.float32)
+            if name in saved["optimizer_steps"]:
+                step = torch.tensor(saved["optimizer_steps"][name], dtype=torch.float32)
                 fused = any(group["fused"] for group in self.optimizer.param_groups)
                 self.optimizer.state[parameter] = {
                     "step": step.to(parameter.device) if fused else step,
                     **{key: torch.zeros_like(parameter) for key in MOMENTS},
                 }
         dcp.load(self._tensors(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=world_size == 1)
-        self.scheduler.last_epoch = state["scheduler"]
+        self.state.scheduler.last_epoch = saved["scheduler"]
         for group, base, factor in zip(
-            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas
+            self.optimizer.param_groups, self.state.scheduler.base_lrs, self.state.scheduler.lr_lambdas
         ):
-            group["lr"] = base * factor(state["scheduler"])
-        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-        if (rate := self.scheduler.get_last_lr()[0]) != state["learning_rate"]:
+            group["lr"] = base * factor(saved["scheduler"])
+        self.state.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        if (rate := self.state.scheduler.get_last_lr()[0]) != saved["learning_rate"]:
             self.accelerator.print(
                 f"WARNING: with this recipe (max_steps={self.recipe.max_steps}) the learning rate goes on at "
-                f"{rate:.3e}; the checkpoint was to go on at {state['learning_rate']:.3e}."
+                f"{rate:.3e}; the checkpoint was to go on at {saved['learning_rate']:.3e}."
             )
-        self.counters |= state["counters"]
-        self._note_changes(state.get("recipe", {}), state["step"])
+        self.state.counters |= saved["counters"]
+        self._note_changes(saved.get("recipe", {}), saved["step"])
         own = json.loads((folder / f"rank-{rank if same_world else 0}.json").read_text())
-        self.batches.load_state_dict(own["batches"])
+        self.state.batches.load_state_dict(own["batches"])
         if same_world:
             torch.set_rng_state(torch.frombuffer(bytearray.fromhex(own["random"]), dtype=torch.uint8))
             if "device_random" in own and self.accelerator.device.type == "cuda":
                 torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(own["device_random"]), dtype=torch.uint8))
         else:
-            torch.manual_seed(self.recipe.seed + state["step"] * world_size + rank)
+            torch.manual_seed(self.recipe.seed + saved["step"] * world_size + rank)
             self.accelerator.print(
-                f"{folder} was written by {state['world_size']} processes and goes on with {world_size}: random "
+                f"{folder} was written by {saved['world_size']} processes and goes on with {world_size}: random "
                 "numbers (dropout) and the order of sums are others from here on."
             )
         self._set_newer_aside(folder)
-        return state["step"]
+        return saved["step"]
 
 
 def sync(path: Path):

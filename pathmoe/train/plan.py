@@ -27,6 +27,7 @@ from transformers.integrations import moe
 
 from pathmoe.accounting import count_parameters
 from pathmoe.command import ArgumentParser
+from pathmoe.train.model import build_config
 from pathmoe.train.recipe import Recipe, parse_recipe
 
 
@@ -170,7 +171,7 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-def plan(args: list[str], build_config) -> str:
+def plan(args: list[str]) -> str:
     """A table of the memory per GPU, for the recipe as it is and with the options that save memory."""
     parser = ArgumentParser(prog=f"{Path(sys.argv[0]).name} plan", description=__doc__.split("\n")[0])
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64])

@@ -18,7 +18,7 @@ from experiment.first.report import Measured, Table
 from experiment.first.train import comparison_runs, main, read_experiment, tuning_runs
 from pathmoe import PathMoEForCausalLM
 from pathmoe.accounting import count_parameters
-from pathmoe.train.loop import build_config
+from pathmoe.train.model import build_config
 from pathmoe.train.recipe import Recipe, RecipeError
 from tests.run_helpers import ROOT
 

@@ -17,7 +17,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pathmoe.command import UserError
-from pathmoe.train.loop import Diverged, main
+from pathmoe.train.divergence import Diverged
+from pathmoe.train.main import main
 from tests.run_helpers import metrics
 
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from pathmoe.train.checkpoints import CheckpointError, list_checkpoints
-from pathmoe.train.loop import main
+from pathmoe.train.main import main
 from pathmoe.train.recipe import parse_recipe
 from tests.crash_recovery import run_with_kills
 from tests.run_helpers import assert_same_weights, launch, metrics
@@ -102,14 +102,15 @@ def test_full_disk_stops_the_run_and_leaves_the_old_checkpoints_whole(whole, tmp
     # No file may grow beyond 64 kB: as for a full disk, a write fails half-way.
     code = """
 import resource, signal, sys
-from pathmoe.train import loop
+from pathmoe.train.checkpoints import Checkpoints
+from pathmoe.train.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = loop.Checkpoints.save
+save = Checkpoints.save
 def limited(self, step):
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
     save(self, step)
-loop.Checkpoints.save = limited
-loop.main(sys.argv[1:])
+Checkpoints.save = limited
+main(sys.argv[1:])
 """
     process = launch([*recipe_of(whole, run), "--resume", "auto"], script=["-c", code])
     output, _ = process.communicate()

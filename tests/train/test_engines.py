@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pathmoe.train.loop import main
+from pathmoe.train.main import main
 from tests.run_helpers import accelerate_launch, held_at, metrics, start_with_accelerate, wait_for_step, weights
 
 
@@ -92,8 +92,7 @@ def test_two_processes_that_are_asked_to_stop_save_the_step_they_are_in(single, 
 WORKER = """
 import os, sys
 import torch
-from pathmoe.train.loop import build_accelerator
-from pathmoe.train.engine import gather_full
+from pathmoe.train.engine import build_accelerator, gather_full
 from pathmoe.train.recipe import parse_recipe
 from pathmoe import PathMoEConfig, PathMoEForCausalLM
 

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pathmoe.command import UserError
 from pathmoe.train.log import is_spike
-from pathmoe.train.loop import main
+from pathmoe.train.main import main
 from pathmoe.train.recipe import RecipeError
 from tests.run_helpers import metrics
 

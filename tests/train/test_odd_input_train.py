@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from pathmoe import PathMoEConfig, PathMoEForCausalLM
 from pathmoe.command import UserError, one_line
 from pathmoe.text.reader import train_tokenizer
-from pathmoe.train.loop import main
+from pathmoe.train.main import main
 
 
 TEXTS = [f"{i} plus {j} is {i + j}; " * 6 for i in range(12) for j in range(12)]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from pathmoe.accounting import count_parameters
-from pathmoe.train.loop import build_config, main
+from pathmoe.train.main import main
+from pathmoe.train.model import build_config
 from pathmoe.train.plan import plan_memory
 from pathmoe.train.recipe import parse_recipe
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from modeling_pathmoe.routing_pathmoe import LinearRouter
 from pathmoe import PathMoEForCausalLM, register_router
-from pathmoe.train.loop import main
+from pathmoe.train.main import main
 from pathmoe.train.routing_monitor import RoutingMonitor
 from tests.run_helpers import metrics
 

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import pathmoe.train.start
 from pathmoe.convert import export_checkpoint
-from pathmoe.train.loop import build_config, build_optimizer, main
+from pathmoe.train.main import main
+from pathmoe.train.model import build_config
+from pathmoe.train.optimizer import build_optimizer
 from pathmoe.train.recipe import RecipeError, parse_recipe
 from pathmoe.train.start import apply_start
 from tests.run_helpers import accelerate_launch, assert_same_weights, metrics, weights
@@ -39,7 +41,7 @@ def started(recipe, tmp_path):
 def test_first_loss_is_the_entropy_of_the_unigrams_of_the_text(recipe, tmp_path, monkeypatch, streaming):
     monkeypatch.setattr(pathmoe.train.start, "SAMPLED_TOKENS", 20_000)
     seen = []
-    monkeypatch.setattr("pathmoe.train.loop.apply_start", lambda *args: (seen.append(args[2]), apply_start(*args)))
+    monkeypatch.setattr("pathmoe.train.model.apply_start", lambda *args: (seen.append(args[2]), apply_start(*args)))
     overrides = UNTIED | {"hidden_size": 256, "num_attention_heads": 4}  # wide enough for a steady norm
     fields = START | {"streaming": streaming, "model_overrides": overrides, "learning_rate": 1e-9}
     main(recipe(tmp_path / "run", **fields, max_steps=1, eval_sequences=100))

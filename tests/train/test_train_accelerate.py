@@ -11,9 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_pathmoe.routing_pathmoe import LinearRouter
 from pathmoe import register_router
 from pathmoe.text.reader import DataError
-from pathmoe.train import loop
 from pathmoe.train.checkpoints import find_checkpoint
-from pathmoe.train.loop import INTERRUPTED, Diverged, main
+from pathmoe.train.data import build_data, load_source
+from pathmoe.train.divergence import Diverged
+from pathmoe.train.engine import build_accelerator
+from pathmoe.train.main import INTERRUPTED, main
+from pathmoe.train.model import build_config
 from pathmoe.train.recipe import RecipeError, parse_recipe
 from tests.run_helpers import ROOT, assert_same_weights, held_at, launch, metrics, wait_for_step, weights
 
@@ -54,8 +57,8 @@ def split_at(block, *, after):
 
 def test_reported_validation_loss_is_that_of_the_saved_model(trained, recipe):
     parsed = parse_recipe(recipe(trained))
-    accelerator = loop.build_accelerator(parsed)
-    _, _, held_out = loop.build_data(parsed, accelerator, 300)
+    accelerator = build_accelerator(parsed)
+    _, _, held_out = build_data(parsed, accelerator, 300)
     model = AutoModelForCausalLM.from_pretrained(trained / "final").eval()
     total = count = 0
     for block in torch.from_numpy(held_out.astype("int64")):
@@ -224,7 +227,7 @@ def test_run_is_not_overwritten_or_resumed_with_another_recipe(trained, recipe):
 def test_checkpoint_that_was_not_finished_is_not_used(trained, recipe):
     (trained / "checkpoints" / "step-00000009.partial").mkdir()
     parsed = parse_recipe([*recipe(trained), "--resume", "auto"])
-    assert find_checkpoint(parsed, loop.build_accelerator(parsed)).name == "step-00000006"
+    assert find_checkpoint(parsed, build_accelerator(parsed)).name == "step-00000006"
 
 
 def test_only_the_last_checkpoints_are_kept(recipe, tmp_path):
@@ -282,7 +285,7 @@ def test_bad_data_is_reported_before_there_is_a_model(recipe, tmp_path, monkeypa
     def no_model(*args):
         raise AssertionError("the model was built before the data was read")
 
-    monkeypatch.setattr(loop, "build_model", no_model)
+    monkeypatch.setattr("pathmoe.train.main.build_model", no_model)
     (tmp_path / "short.jsonl").write_text('{"text": "short"}\n' * 5)
     files = {"train": str(tmp_path / "short.jsonl"), "validation": str(tmp_path / "short.jsonl")}
     with pytest.raises(DataError, match="fewer than one sequence"):
@@ -304,7 +307,7 @@ def test_stream_never_trains_on_what_it_holds_out(tmp_path, world_size):
         + ["--micro_batch_size", "1", "--dataset", "json", "--streaming", "true", "--holdout_every", "5"]
         + ["--data_files", f"{{train: '{tmp_path}/*.jsonl'}}"]
     )
-    _, train, validation = loop.load_source(parsed, parsed.sources[0])
+    _, train, validation = load_source(parsed, parsed.sources[0])
     held_out = {row["text"] for row in validation}
     trained = []
     for rank in range(world_size):
@@ -322,8 +325,8 @@ def test_several_sources_are_mixed(recipe, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
     mixture = [{"dataset": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, weight in (("a", 3), ("b", 1))]
     parsed = parse_recipe(recipe(tmp_path / "run", dataset=None, mixture=mixture, holdout_every=10))
-    accelerator = loop.build_accelerator(parsed)
-    tokenizer, batches, held_out = loop.build_data(parsed, accelerator, 300)
+    accelerator = build_accelerator(parsed)
+    tokenizer, batches, held_out = build_data(parsed, accelerator, 300)
     texts = [tokenizer.decode(row) for row in batches.next_batch(40)]
     assert sum("a" in text for text in texts) == 30 and sum("b" in text for text in texts) == 10
     assert {"a", "b"} <= set("".join(tokenizer.decode(block) for block in held_out))
@@ -362,7 +365,7 @@ def test_command_line_overrides_the_recipe(recipe, tmp_path):
 @pytest.mark.parametrize("file", sorted((ROOT / "configuration" / "train").glob("*.yaml")), ids=lambda file: file.name)
 def test_shipped_recipe_is_valid_for_its_model(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    loop.build_config(parse_recipe(["--config", str(file)]))
+    build_config(parse_recipe(["--config", str(file)]))
     parse_recipe(["--config", str(file), "--max_steps", "5"])
 
 

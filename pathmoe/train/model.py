@@ -1,0 +1,201 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""The model of a recipe: its configuration, checked before anything is built, and its weights."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.distributed import DistributedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils.output_capturing import install_all_output_capturing_hooks
+
+from pathmoe import presets
+from pathmoe.loading import load_model
+from pathmoe.train.checkpoints import list_checkpoints
+from pathmoe.train.output import set_aside
+from pathmoe.train.recipe import Recipe, RecipeError
+from pathmoe.train.start import apply_start
+
+
+FIXED = {"dtype", "torch_dtype", "model_type", "architectures", "auto_map", "transformers_version"}
+
+
+MAX_LAYERS = 10_000
+
+
+def read_fields(file: Path) -> dict:
+    """The fields of a model configuration file; one that stands there twice is an error."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        names = [name for name, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} stands there twice.")
+        return dict(pairs)
+
+    fields = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    if not isinstance(fields, dict):
+        raise ValueError("the file must hold a JSON object.")
+    if (kind := fields.get("model_type", "pathmoe")) not in list(CONFIG_MAPPING):
+        raise ValueError(f"model_type={kind!r} is not known to transformers.")
+    return fields
+
+
+def check_fields(fields: dict):
+    """Refuses sizes that no machine can build, before anything is built."""
+    layers = fields.get("num_hidden_layers", 1)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers={layers} must be at most {MAX_LAYERS}.")
+
+
+def check_model(recipe: Recipe, config: PreTrainedConfig):
+    """Finds out before the text is read what would stop the model from being built.
+
+    Raises:
+        RecipeError: If an implementation is not known or the weights do not fit into the memory of the machine.
+    """
+    kwargs = {
+        name: getattr(recipe, name)
+        for name in ("attn_implementation", "experts_implementation")
+        if getattr(recipe, name) is not None
+    }
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)
+    except (ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise RecipeError(f"model={recipe.model!r} with {kwargs} cannot be built: {error}") from error
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_experts", "moe_intermediate_size")
+        said = ", ".join(f"{name}={getattr(config, name)}" for name in sizes if hasattr(config, name))
+        raise RecipeError(
+            f"model={recipe.model!r}: its weights take {size / 1e9:,.0f} GB in float32 and this machine has "
+            f"{memory / 1e9:,.0f} GB of memory ({said}): take a smaller model, or run `plan` for this one."
+        )
+
+
+def build_config(recipe: Recipe) -> PreTrainedConfig:
+    """Reads the model configuration that the recipe names and applies its overrides.
+
+    Raises:
+        RecipeError: If there is none, or if it is wrong.
+    """
+    if recipe.model.endswith(".json") and not presets.find(recipe.model).is_file():
+        raise RecipeError(f"model={recipe.model!r}: there is no such file.")
+    try:
+        if recipe.model.endswith(".json"):
+            fields = read_fields(presets.find(recipe.model)) | recipe.model_overrides
+            check_fields(fields)
+            config = AutoConfig.for_model(fields.pop("model_type", "pathmoe"), **fields)
+        else:
+            check_fields(recipe.model_overrides)
+            config = AutoConfig.from_pretrained(recipe.model, **recipe.model_overrides)
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RecipeError(f"model={recipe.model!r}: {error.__cause__ or error}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise RecipeError(f"model={recipe.model!r}: model_type={config.model_type!r} is not a causal language model.")
+    known = set(type(config)().to_dict()) | set(type(config).attribute_map) | {"model_type", "architectures"}
+    if fixed := FIXED & set(recipe.model_overrides):
+        raise RecipeError(f"model_overrides has {sorted(fixed)}, which cannot be overridden: see precision and model.")
+    if unknown := set(recipe.model_overrides) - known:
+        raise RecipeError(f"model_overrides has {sorted(unknown)}, no fields of a {config.model_type} configuration.")
+    if recipe.model.endswith(".json") and (unknown := set(fields) - known):
+        raise RecipeError(
+            f"model={recipe.model!r} has {sorted(unknown)}, no fields of a {config.model_type} configuration."
+        )
+    if recipe.sequence_length > config.max_position_embeddings:
+        raise RecipeError(
+            f"sequence_length={recipe.sequence_length} exceeds the model's max_position_embeddings="
+            f"{config.max_position_embeddings}: shorten it or override that field."
+        )
+    return config
+
+
+def build_model(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    frequencies: np.ndarray | None = None,
+) -> PreTrainedModel:
+    """Builds a new model from the seed, or loads the checkpoint to go on from. `frequencies` is for `apply_start`.
+
+    With expert parallelism each rank loads its shards alone, which takes a checkpoint: a new model is first written to
+    OUTPUT_DIR/initial by the main process, which has it whole in its memory for that time.
+    """
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    kwargs = {"dtype": torch.float32}
+    for name in ("attn_implementation", "experts_implementation"):
+        if getattr(recipe, name) is not None:
+            kwargs[name] = getattr(recipe, name)
+    set_seed(recipe.seed)
+    new, source = recipe.model.endswith(".json"), recipe.model
+    if recipe.ep_size > 1:
+        kwargs["distributed_config"] = DistributedConfig(
+            fsdp_size=accelerator.num_processes,
+            ep_size=recipe.ep_size,
+            fsdp_mixed_precision=recipe.precision == "bf16",
+        )
+        if new:
+            source = Path(recipe.output_dir) / "initial"
+            if accelerator.is_main_process:
+                if os.path.lexists(source) and not list_checkpoints(recipe):
+                    accelerator.print(f"{source} was there before and is kept as {set_aside(source)}.")
+                initial = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                apply_start(recipe, initial, frequencies)
+                initial.save_pretrained(source)
+            accelerator.wait_for_everyone()
+            set_seed(recipe.seed)
+    if new and recipe.ep_size == 1:
+        model = AutoModelForCausalLM.from_config(config, **kwargs)
+        apply_start(recipe, model, frequencies)
+    else:
+        model = load_model(
+            source,
+            what=f"model={recipe.model!r}",
+            allow_missing=recipe.initialize_missing,
+            switch="initialize_missing=true",
+            config=config,
+            **kwargs,
+        )
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.compile:
+        if recipe.routing_every:
+            install_all_output_capturing_hooks(model.base_model)  # a compiled forward cannot
+        model.compile()
+    return model
+
+
+@torch.no_grad()
+def find_experts_dtype(model, accelerator: Accelerator) -> str:
+    """The dtype in which the experts compute, seen in a forward of a few tokens: a kernel can ignore autocast, and
+    then runs float32 weights in float32, slowly and without a word. `"none"` for a model without experts."""
+    seen = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, args: seen.append((args[0].dtype, module.down_proj.dtype)))
+        for name, module in model.named_modules()
+        if name.endswith("experts") and hasattr(module, "down_proj")
+    ]
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device=accelerator.device), use_cache=False)
+    model.train()
+    for handle in handles:
+        handle.remove()
+    return " and ".join(sorted({str(dtype).removeprefix("torch.") for pair in seen for dtype in pair})) or "none"

@@ -1,0 +1,48 @@
+# Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
+"""The optimizer of a recipe and its schedule."""
+
+from collections import defaultdict
+
+import torch
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
+
+from pathmoe.train.recipe import Recipe
+from pathmoe.train.start import parameters_of_start
+
+
+def build_optimizer(recipe: Recipe, model: torch.nn.Module):
+    """AdamW in which matrices decay and vectors do not, and its schedule."""
+    groups, keeps_start = defaultdict(list), parameters_of_start(recipe, model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = recipe.router_learning_rate_scale if "routers." in name else 1.0
+            groups[parameter.ndim >= 2 and id(parameter) not in keeps_start, scale].append(parameter)
+    groups = [
+        {
+            "params": groups[key],
+            "weight_decay": recipe.weight_decay if key[0] else 0.0,
+            "lr": recipe.learning_rate * key[1],
+        }
+        for key in sorted(groups, reverse=True)
+    ]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=recipe.learning_rate,
+        betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.epsilon,
+        fused=recipe.ep_size == 1,  # no kernel takes parameters of several device meshes at once
+        foreach=False if recipe.ep_size > 1 else None,
+    )
+    if recipe.schedule == "cosine":
+        scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, recipe.steps("warmup_steps"), recipe.max_steps, min_lr_rate=recipe.min_lr_ratio
+        )
+    else:
+        scheduler = get_wsd_schedule(
+            optimizer,
+            recipe.steps("warmup_steps"),
+            recipe.steps("decay_steps"),
+            num_training_steps=recipe.max_steps,
+            min_lr_ratio=recipe.min_lr_ratio,
+        )
+    return optimizer, scheduler
