@@ -90,7 +90,8 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int, fresh:
     weights = [source.weight for source in recipe.sources]
     rank, world_size, length = accelerator.process_index, accelerator.num_processes, recipe.sequence_length
     cache = Path(recipe.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "pathmoe")
-    held_out, sources = [], []
+    held_out: list[np.ndarray] = []
+    sources: list[PackedBlocks | PackedStream] = []
     for number, (source, train, validation) in enumerate(texts):
         share = max(1, round(recipe.eval_sequences * source.weight / sum(weights)))
         if recipe.streaming:

@@ -128,7 +128,8 @@ class TrainingLoop:
         with self.throughput.timed("routing"):
             routing = self.monitor.measure(router_logits) if monitored else None
         del router_logits  # before the optimizer makes its states
-        step = Step(number, loss, norm, state.scheduler.get_last_lr()[0], routing, stopping)
+        lr = float(state.scheduler.get_last_lr()[0])
+        step = Step(number, loss, norm, lr, routing, stopping)
         if step.finite:
             clip_gradients(self.model, self.recipe.max_grad_norm, norm)
             state.optimizer.step()
