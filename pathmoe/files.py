@@ -18,8 +18,7 @@ from .command import UserError, one_line
 def write_aside(path: str | Path) -> Iterator[Path]:
     """Yields a temporary file beside `path`, which replaces `path` when the block ends and is removed if it fails.
 
-    The file has the permissions that the umask gives, whatever the writer sets (safetensors creates files that only
-    their owner can read).
+    The file has the permissions that the umask gives, whatever the writer sets.
 
     Args:
         path (`str` or `Path`): The file to write. Its folder is created.
@@ -34,7 +33,7 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         partial = folder / path.name
         yield partial
         if partial.is_file():
-            partial.chmod(0o666 & ~current_umask())
+            follow_umask([partial])
         os.replace(partial, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -59,9 +58,7 @@ def write_folder_aside(path: str | Path) -> Iterator[Path]:
         partial = outer / path.name
         partial.mkdir(parents=True)  # in here: a signal may come as soon as the folder is there
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~current_umask())
+        follow_umask([file for file in partial.rglob("*") if file.is_file()])
         partial.rename(path)
         created.clear()
     finally:
@@ -173,6 +170,12 @@ def holds(path: Path, mark: str) -> bool:
     """Whether a file that is not empty holds a text."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(mark.encode()) >= 0
+
+
+def follow_umask(files: list[Path]):
+    """Gives files the permissions that the umask asks for; safetensors makes them readable by their owner alone."""
+    for file in files:
+        file.chmod(0o666 & ~current_umask())
 
 
 def current_umask() -> int:

@@ -22,7 +22,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pathmoe.command import UserError
-from pathmoe.train.output import follow_umask, set_aside
+from pathmoe.files import follow_umask
+from pathmoe.train.output import set_aside
 from pathmoe.train.recipe import CHANGEABLE_ON_RESUME, FREE_TO_CHANGE, Recipe, RecipeError, list_changes, read_recipe
 from pathmoe.train.state import TrainState
 

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from pathmoe.accounting import count_parameters
+from pathmoe.files import follow_umask
 from pathmoe.train.log import read_metrics
-from pathmoe.train.output import follow_umask, set_aside
+from pathmoe.train.output import set_aside
 from pathmoe.train.recipe import Recipe, published
 
 

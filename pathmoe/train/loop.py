@@ -123,13 +123,13 @@ class TrainingLoop:
         state, counters = self.state, self.state.counters
         monitored = self.monitor is not None and is_due(number, self.recipe.routing_every)
         loss, router_logits = self.forward_backward(micro_batches, monitored)
-        loss, norm, stopping = reduce_step_stats(
-            self.accelerator, loss, gradient_norm(self.model), self.stop.signalled
-        )
+        norm = gradient_norm(self.model)
+        loss, norm, stopping = reduce_step_stats(self.accelerator, loss, norm, self.stop.signalled)
         with self.throughput.timed("routing"):
             routing = self.monitor.measure(router_logits) if monitored else None
         del router_logits  # before the optimizer makes its states
-        step = Step(number, loss, norm, float(state.scheduler.get_last_lr()[0]), routing, stopping)
+        lr = float(state.scheduler.get_last_lr()[0])
+        step = Step(number, loss, norm, lr, routing, stopping)
         if step.finite:
             clip_gradients(self.model, self.recipe.max_grad_norm, norm)
             state.optimizer.step()

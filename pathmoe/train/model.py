@@ -5,7 +5,6 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -140,7 +139,7 @@ def build_model(
     """
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
-    kwargs: dict[str, Any] = {"dtype": torch.float32}
+    kwargs: dict = {"dtype": torch.float32}
     for name in ("attn_implementation", "experts_implementation"):
         if getattr(recipe, name) is not None:
             kwargs[name] = getattr(recipe, name)

@@ -11,7 +11,7 @@ import yaml
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from pathmoe.files import current_umask, write_text
+from pathmoe.files import write_text
 from pathmoe.train.recipe import FREE_TO_CHANGE, Recipe, RecipeError, list_changes, published, read_recipe
 
 
@@ -145,9 +145,3 @@ def set_aside(path: Path) -> Path:
     while os.path.lexists(target := path.with_name(f"{path.name}.set-aside-{number}")):
         number += 1
     return path.rename(target)
-
-
-def follow_umask(files: list[Path]):
-    """Gives files the permissions that the umask asks for; safetensors makes them readable by their owner alone."""
-    for file in files:
-        file.chmod(0o666 & ~current_umask())

@@ -70,7 +70,8 @@ class Throughput:
         self.flops_per_token = 3 * forward_flops_per_token(config, recipe.sequence_length)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self.peak = measure_matmul_peak(accelerator.device, dtype) * accelerator.num_processes
-        self.steps, self._spent, self._start = 0, defaultdict(float), time.perf_counter()
+        self.steps, self._start = 0, time.perf_counter()
+        self._spent: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -93,5 +94,6 @@ class Throughput:
         tokens_per_s = self.tokens_per_step * self.steps / seconds
         shares = {f"{name}_share": self._spent[name] / seconds for name in ("data", "log", "routing")}
         speed = Speed(seconds / self.steps, tokens_per_s, tokens_per_s * self.flops_per_token / self.peak, shares)
-        self.steps, self._spent, self._start = 0, defaultdict(float), now
+        self.steps, self._start = 0, now
+        self._spent.clear()
         return speed
