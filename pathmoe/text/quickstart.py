@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pathmoe import presets
+from pathmoe.files import write_text
 
 
 DOCUMENT_LENGTH = 4000
@@ -62,15 +63,12 @@ def main(args: list[str] | None = None):
     if (folder / "train.jsonl").exists():
         print(f"{folder} is there already.")
         return
-    folder.mkdir(parents=True, exist_ok=True)
     splits = {"validation": [], "train": []}
     for index, document in enumerate(documents()):
         splits["train" if index % VALIDATION_EVERY else "validation"].append(json.dumps(document, ensure_ascii=False))
     for split, lines in splits.items():
-        # The training file is renamed last, so that it stands for both.
-        partial = folder / f"{split}.jsonl.partial"
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.rename(folder / f"{split}.jsonl")
+        # The training file is written last, so that it stands for both.
+        write_text(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
         print(f"{folder / split}.jsonl: {len(lines)} documents")
 
 
