@@ -213,11 +213,11 @@ $(TWIN)/qwen3_moe/config.json: $(TWIN)/final/config.json
 	$(BIN)/python -m pathmoe.convert export $(TWIN)/final $(@D) --to qwen3_moe
 	touch $@
 
-$(PATHS)/report.html: $(RUN)/final/config.json $(TWIN)/final/config.json $(BROWN) pathmoe/evaluate/path_report.py pathmoe/evaluate/path_report.html
+$(PATHS)/report.html: $(RUN)/final/config.json $(TWIN)/final/config.json $(BROWN) $(wildcard pathmoe/evaluate/path_*)
 	$(BIN)/python eval/path_report.py --model $(RUN)/final --model $(TWIN)/final \
 		--data $(RUN)/data/validation.jsonl $(BROWN) --output $(@D)
 
-$(PATHS)/qwen3_moe/report.html: $(TWIN)/qwen3_moe/config.json $(BROWN) pathmoe/evaluate/path_report.py pathmoe/evaluate/path_report.html
+$(PATHS)/qwen3_moe/report.html: $(TWIN)/qwen3_moe/config.json $(BROWN) $(wildcard pathmoe/evaluate/path_*)
 	$(BIN)/python eval/path_report.py --model $(TWIN)/qwen3_moe \
 		--data $(RUN)/data/validation.jsonl $(BROWN) --output $(@D)
 

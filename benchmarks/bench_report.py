@@ -3,6 +3,8 @@
 
 from pathlib import Path
 
+from pathmoe.files import write_aside
+
 
 # These do not compete: the dense model has no experts, and of the bounds one has none that compute, the other none to
 # choose.
@@ -172,5 +174,6 @@ def plot_scaling(report: dict, file: Path):
             axes.legend(fontsize=7)
         axes_of_dtype[0].set_ylabel("microseconds per token")
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    with write_aside(file) as partial:
+        figure.savefig(partial, dpi=110)
     pyplot.close(figure)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3
 from pathmoe import PathMoEConfig
 from pathmoe.convert import export_checkpoint, import_checkpoint, upcycle
 from pathmoe.convert.checkpoint import difference, load, logits_of, sample_tokens
+from pathmoe.files import write_text
 
 
 SIZES = {
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None):
         row = results[name]
         print(f"| {name} | {row['largest_logit']:.1f} | {row['largest_logit_difference']:.1e} |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pathmoe.files import write_text
+
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("pathmoe_offline_piqa", "pathmoe_offline_arc_easy")
@@ -141,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     if args.gguf_converter:
         result["gguf"] = to_gguf(mixtral, out / "mixtral.gguf", args.gguf_converter)
-    args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_text(args.json, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     return result
 

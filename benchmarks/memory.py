@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from pathmoe.files import write_text
 from pathmoe.train.model import build_config
 from pathmoe.train.plan import plan_memory
 from pathmoe.train.recipe import parse_recipe
@@ -97,7 +98,7 @@ def main():
             tqdm.write(f"{engine} x {ranks} {shown}: planned {planned / 1e9:.2f}, measured {found / 1e9:.2f} GB, "
                        f"ratio {planned / found:.2f}")  # fmt: skip
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_text(options.json, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.bench import count_flops, describe_machine, seconds_of
 from benchmarks.contenders import BATCHES, Case, make_zoo, run_experts, train_step
+from pathmoe.files import write_text
 
 
 KINDS = {
@@ -94,7 +95,7 @@ def main(args: list[str] | None = None):
         measured = measure(case, name, backend, options.calls)
         report["results"].append({"suite": suite, "shape": shape, "dtype": dtype, "model": name, **measured})
         if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_text(options.json, json.dumps(report, indent=1) + "\n")
     print(make_table(report))
 
 

@@ -22,6 +22,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from pathmoe import PathMoEConfig, PathMoEForCausalLM, record_paths
+from pathmoe.files import write_text
 from pathmoe.paths import (
     adjacent_jaccard,
     cluster_purity,
@@ -176,7 +177,7 @@ def main(args: list[str] | None = None):
             "measure_seconds": seconds,
             "record_overhead": overheads,
         }
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 import pathmoe  # noqa: F401  registers PathMoE with the Auto classes
 from pathmoe.evaluate.perplexity import load_documents
 from pathmoe.evaluate.scoring import perplexity
+from pathmoe.files import write_text
 
 
 SCHEMES = {"bfloat16": None, "int8": Int8WeightOnlyConfig(version=2), "float8": Float8WeightOnlyConfig()}
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None):
             results[f"{scheme} {implementation}"] = result
             print(scheme, implementation, result, flush=True)
     report = {"versions": {name: version(name) for name in ("torch", "torchao", "transformers")}, "results": results}
-    args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(args.json, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import transformers
 from tqdm.auto import tqdm
 
 from pathmoe import PathMoEConfig, PathMoEForCausalLM, update_selection_bias
+from pathmoe.files import write_text
+from pathmoe.markdown import markdown_table
 
 
 ROOT = Path(__file__).parents[1]
@@ -73,20 +75,20 @@ def main(args: list[str] | None = None):
     for _ in tqdm(range(options.rounds), desc="rounds", disable=None):
         for preset in random.sample(PRESETS, len(PRESETS)):
             times[preset].append(step(*models[preset], ids))
-    results = {}
-    print(f"| preset | tokens/s | relative to {REFERENCE} | quartiles |\n|---|--:|--:|--:|")
+    results, rows = {}, []
     for preset in PRESETS:
         ratios = [reference / own for reference, own in zip(times[REFERENCE], times[preset])]
         low, middle, high = statistics.quantiles(ratios, n=4)
         speed = options.tokens / statistics.median(times[preset])
         results[preset] = {"tokens_per_s": speed, "relative": middle, "quartiles": [low, high]}
-        print(f"| {preset} | {speed:,.0f} | {middle:.3f} | {low:.3f} to {high:.3f} |")
+        rows.append([preset, f"{speed:,.0f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}"])
+    print(markdown_table(["preset", "tokens/s", f"relative to {REFERENCE}", "quartiles"], rows))
     if options.json:
         machine = {"device": options.device, "processor": platform.processor(), "threads": torch.get_num_threads()}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         settings = {key: value for key, value in vars(options).items() if key != "json"}
         report = {"machine": machine, "versions": versions, "settings": settings, "results": results}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_text(options.json, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

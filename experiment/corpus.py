@@ -25,11 +25,14 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pathmoe.files import write_aside
+from pathmoe.markdown import markdown_table
 from pathmoe.text.ngrams import Words, are_among, ngram_digests
 from pathmoe.text.quickstart import VALIDATION_EVERY, split_document
 
@@ -338,27 +341,20 @@ def split(found: list[dict]) -> tuple[dict[str, list[dict]], dict[str, dict[str,
 
 
 def write(splits: dict[str, list[dict]], folder: Path):
-    """Writes both files; the training file is renamed last, so that it stands for both."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partials = {name: folder / f"{name}.jsonl.partial" for name in ("validation", "train")}
-    try:
-        for name, partial in partials.items():
+    """Writes both files; the training file is put in its place last, so that it stands for both."""
+    with ExitStack() as stack:
+        for name in ("train", "validation"):
+            partial = stack.enter_context(write_aside(folder / f"{name}.jsonl"))
             with partial.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in splits[name])
-        for name, partial in partials.items():
-            partial.rename(folder / f"{name}.jsonl")
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
 
 
 def table(counts: dict[str, dict[str, int]]) -> str:
     """The counts as Markdown, in millions of characters."""
     columns = ["found", "short", "repeated", "shared", "train", "validation"]
     rows = {**counts, "all": {column: sum(row[column] for row in counts.values()) for column in columns}}
-    lines = [f"| millions of characters | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
-    lines += [f"| {name} | {' | '.join(f'{row[c] / 1e6:.2f}' for c in columns)} |" for name, row in rows.items()]
-    return "\n".join(lines)
+    lines = [[name, *(f"{row[column] / 1e6:.2f}" for column in columns)] for name, row in rows.items()]
+    return markdown_table(["millions of characters", *columns], lines)
 
 
 def main(args: list[str] | None = None):

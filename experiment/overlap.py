@@ -21,6 +21,7 @@ from pathmoe.evaluate.inputs import check_sources, keep_texts
 from pathmoe.evaluate.perplexity import load_documents
 from pathmoe.evaluate.run_lm_eval import SUITES
 from pathmoe.files import write_text
+from pathmoe.markdown import markdown_table
 from pathmoe.text.ngrams import Words, are_among, ngram_digests
 
 
@@ -52,16 +53,13 @@ def shared_runs(train: list[str], validation: list[str], sources: list[str], n: 
 
 
 def table(report: dict, n: int) -> str:
-    lines = [
-        f"| validation | documents | share a run of {n} words | runs | shared with training | most in one document |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    head = ["validation", "documents", f"share a run of {n} words", "runs", "shared with training"]
+    rows = []
     for source, row in report.items():
-        lines.append(
-            f"| {escape(str(source))} | {row['documents']:,} | {row['hit']:,} | {row['runs']:,} | "
-            f"{row['shared'] / max(1, row['runs']):.2%} | {row['largest']:.1%} |"
-        )
-    return "\n".join(lines) + "\n"
+        counts = (f"{row[name]:,}" for name in ("documents", "hit", "runs"))
+        shares = (f"{row['shared'] / max(1, row['runs']):.2%}", f"{row['largest']:.1%}")
+        rows.append([escape(str(source)), *counts, *shares])
+    return markdown_table([*head, "most in one document"], rows) + "\n"
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import matplotlib
 import numpy as np
@@ -13,6 +14,7 @@ from experiment.runs import Experiment
 from experiment.statistics import HALF_OF_THE_PAPER, TwoWay, holm, sequential, sign_flip
 from pathmoe.command import UserError
 from pathmoe.files import write_aside, write_text
+from pathmoe.markdown import markdown_table
 
 
 matplotlib.use("Agg")
@@ -21,13 +23,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 ROW, BASE = "pathb4", "indep-lbl"
 SECONDARY = ("indep", "indep-bias", "rand")
+table = partial(markdown_table, gap=" ")
 LEAST_EXPERTS, MOST_NOISE, LEAST_LOSS = 12, 0.01, 0.02  # the gates
-
-
-def table(head: list[str], lines: list[list]) -> str:
-    """A Markdown table."""
-    rows = [head, ["---"] + ["--:"] * (len(head) - 1), *lines]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
 def missing(experiment: Experiment, runs: list[ExperimentRun]) -> str:

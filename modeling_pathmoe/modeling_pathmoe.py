@@ -371,6 +371,41 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             return False
         return not isinstance(head.weight, torch.distributed.tensor.DTensor)
 
+    def _check_skip_logits(self, skip_logits: bool, labels: torch.LongTensor | None):
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits=True leaves the loss alone, but labels is None: pass labels.")
+        if skip_logits and not self.can_skip_logits:
+            raise ValueError(
+                f"skip_logits=True needs a plain, whole lm_head, but it is a {type(self.lm_head).__name__} that is "
+                "sharded, offloaded or wrapped: leave skip_logits out."
+            )
+
+    def _router_losses(
+        self,
+        router_logits: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        count_load: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The load-balancing loss and the z-loss; `count_load` adds to the load that moves the selection bias."""
+        mask = token_mask(attention_mask, sequence_length=hidden_states.shape[1])
+        aux_loss = load_balancing_loss(router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask)
+        if count_load and self.config.router_bias_update_rate:
+            for layer, of_layer in zip(self.model.layers, router_logits):
+                self.model.routers[str(layer.router_block)].count_load(of_layer, layer.router_layer, mask)
+        return aux_loss, router_z_loss(router_logits, mask)
+
+    def _weigh_router_losses(
+        self, aux_loss, z_loss, labels, num_items_in_batch=None, shift_labels=None, **kwargs
+    ) -> torch.Tensor:
+        """What is added to the cross-entropy: that of a micro-batch counts by its share of the step's targets, and so
+        does this."""
+        loss = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
+        if num_items_in_batch is None:
+            return loss
+        targets = labels[..., 1:] if shift_labels is None else shift_labels
+        return loss * (targets != -100).sum().to(loss.device) / num_items_in_batch
+
     @can_return_tuple
     def forward(  # type: ignore[misc]
         self,
@@ -410,16 +445,9 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             ValueError: If auxiliary losses are needed and `attention_mask` is not two-dimensional, if `skip_logits` is
                 given without `labels` or where `can_skip_logits` is false, or as [`PathMoEModel.forward`].
         """
-        if skip_logits and labels is None:
-            raise ValueError("skip_logits=True leaves the loss alone, but labels is None: pass labels.")
-        if skip_logits and not self.can_skip_logits:
-            raise ValueError(
-                f"skip_logits=True needs a plain, whole lm_head, but it is a {type(self.lm_head).__name__} that is "
-                "sharded, offloaded or wrapped: leave skip_logits out."
-            )
+        self._check_skip_logits(skip_logits, labels)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        lb_coef, z_coef = self.config.router_aux_loss_coef, self.config.router_z_loss_coef
         balance = self.training and labels is not None and self.config.trains_router_balance
 
         outputs: PathMoEModelOutputWithPast = self.model(
@@ -434,8 +462,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        logits = loss = aux_loss = z_loss = None
+        hidden_states, logits, loss, aux_loss, z_loss = outputs.last_hidden_state, None, None, None, None
         if skip_logits:
             loss = linear_cross_entropy(hidden_states, self.lm_head.weight, labels, **kwargs)
         else:
@@ -446,21 +473,9 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         # Without labels nobody asked for a loss, and a server's mask may not say which tokens are padding.
         mask_is_known = attention_mask is None or getattr(attention_mask, "ndim", None) == 2
         if outputs.router_logits is not None and (mask_is_known or labels is not None):
-            mask = token_mask(attention_mask, sequence_length=hidden_states.shape[1])
-            aux_loss = load_balancing_loss(
-                outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask
-            )
-            z_loss = router_z_loss(outputs.router_logits, mask)
-            if balance and self.config.router_bias_update_rate:
-                for layer, logits in zip(self.model.layers, outputs.router_logits):
-                    self.model.routers[str(layer.router_block)].count_load(logits, layer.router_layer, mask)
-        if balance and (lb_coef or z_coef):
-            router_loss = lb_coef * aux_loss + z_coef * z_loss
-            if (num_items_in_batch := kwargs.get("num_items_in_batch")) is not None:
-                # The cross-entropy of a micro-batch counts by its share of the step's targets. So does this loss.
-                targets = labels[..., 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
-                router_loss = router_loss * (targets != -100).sum().to(router_loss.device) / num_items_in_batch
-            loss = loss + router_loss.to(loss.device)
+            aux_loss, z_loss = self._router_losses(outputs.router_logits, attention_mask, hidden_states, balance)
+        if balance and (self.config.router_aux_loss_coef or self.config.router_z_loss_coef):
+            loss = loss + self._weigh_router_losses(aux_loss, z_loss, labels, **kwargs).to(loss.device)
 
         return PathMoECausalLMOutputWithPast(
             loss=loss,

@@ -17,6 +17,7 @@ from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
 
 from .command import ArgumentParser, UserError, one_line, run_command
 from .files import read_json
+from .markdown import markdown_table
 
 
 def _build_on_meta(config: PreTrainedConfig) -> torch.nn.Module:
@@ -38,15 +39,19 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
     return _count_parameters(_build_on_meta(config))
 
 
+def active_parameters(sizes: dict[str, int], config: PreTrainedConfig) -> int:
+    """Those of a model's tensors, by name, that one token meets: k of E experts, and everything else whole."""
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    active = experts * config.num_experts_per_tok // config.num_experts if experts else 0
+    return sum(sizes.values()) - experts + active
+
+
 def _count_parameters(model: torch.nn.Module) -> dict[str, int]:
     config = model.config
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    active_experts = experts * config.num_experts_per_tok // config.num_experts if experts else 0
-    total = sum(sizes.values())
     return {
-        "total": total,
-        "active": total - experts + active_experts,
+        "total": sum(sizes.values()),
+        "active": active_parameters(sizes, config),
         "router": sum(size for name, size in sizes.items() if ".routers." in name),
         "embedding": model.get_input_embeddings().weight.numel(),
     }
@@ -107,18 +112,16 @@ def main(argv: list[str] | None = None):
     )
     parser.add_argument("files", metavar="FILE", nargs="+", help="config.json of a PathMoE")
     configs = {file: read_config(file) for file in parser.parse_args(argv).files}
-    print("| configuration | total | active | routers | MFLOP per token | total, relative | FLOP, relative |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
-    first = None
+    first, rows = None, []
     for file, config in configs.items():
         count = count_parameters(config)
         flops = forward_flops_per_token(config, config.max_position_embeddings)
         first = first or (count["total"], flops)
-        print(
-            f"| {Path(file).stem} | {count['total']:,} | {count['active']:,} | {count['router']:,} "
-            f"| {flops / 1e6:,.1f} "
-            f"| {count['total'] / first[0] - 1:+.3%} | {flops / first[1] - 1:+.3%} |"
-        )
+        counts = (f"{count[name]:,}" for name in ("total", "active", "router"))
+        relative = (f"{count['total'] / first[0] - 1:+.3%}", f"{flops / first[1] - 1:+.3%}")
+        rows.append([Path(file).stem, *counts, f"{flops / 1e6:,.1f}", *relative])
+    head = ["configuration", "total", "active", "routers", "MFLOP per token", "total, relative", "FLOP, relative"]
+    print(markdown_table(head, rows))
 
 
 if __name__ == "__main__":

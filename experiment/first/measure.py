@@ -27,8 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import pathmoe  # noqa: F401  registers PathMoE with the Auto classes
 from experiment.first.train import comparison_runs, read_experiment
 from pathmoe import paths
-from pathmoe.evaluate.path_report import encode, measure, perturb, read_documents, read_text, tags_of
+from pathmoe.evaluate.path_figures import measure, perturb
+from pathmoe.evaluate.path_reading import encode, read_documents, read_text, tags_of
 from pathmoe.evaluate.scoring import score, summarize
+from pathmoe.files import write_text
 
 
 MAX_LENGTH = 256  # what the runs were trained on
@@ -98,9 +100,7 @@ def measure_run(folder: Path, options: argparse.Namespace) -> None:
             "stream": measure_stream(model, reading.pieces),
             "perturbations": perturb(model, reading, options.perturbed_tokens, MAX_LENGTH, SEED),
         }
-    partial = folder / "measures.partial"
-    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    partial.rename(folder / "measures.json")
+    write_text(folder / "measures.json", json.dumps(result) + "\n")
 
 
 def evaluate_tasks(folder: Path, items: int) -> None:

@@ -24,6 +24,7 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
+from pathmoe.files import write_text
 from pathmoe.text.reader import load_text, train_tokenizer
 from pathmoe.train.log import read_metrics
 from pathmoe.train.recipe import FREE_TO_CHANGE, Recipe, RecipeError, list_changes, published, read_recipe
@@ -163,7 +164,7 @@ class RunPool:
         recipe = run.recipe | {"output_dir": str(output), "tokenizer": str(self.tokenizer), "resume": "auto"}
         Recipe(**recipe)
         file = self.folder / f"{run.name}.yaml"
-        file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        write_text(file, yaml.safe_dump(recipe, sort_keys=False))
         with (output / "train.log").open("a") as log:
             return subprocess.Popen(
                 [sys.executable, SCRIPT, "--config", file],
@@ -231,7 +232,7 @@ def choose_learning_rate(experiment: dict, pool: RunPool) -> float:
         raise RecipeError(f"{', '.join(run.name for run in failed)} failed, so that no learning rate can be chosen.")
     losses = {run.recipe["learning_rate"]: final_loss(pool.folder, run) for run in runs}
     best = min(losses, key=losses.get)
-    (pool.folder / "tuned.json").write_text(json.dumps({"learning_rate": best, "losses": losses}, indent=1) + "\n")
+    write_text(pool.folder / "tuned.json", json.dumps({"learning_rate": best, "losses": losses}, indent=1) + "\n")
     return best
 
 

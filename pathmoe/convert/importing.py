@@ -10,6 +10,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
+
 from ..command import UserError
 from .checkpoint import EXACT, Checkpoint, Piece, check_request, convert, difference, load, logits_of, sample_tokens
 from .layouts import Expert, experts_of, fuse, gate_of, import_config, refuse_misfits
@@ -82,9 +84,23 @@ def import_checkpoint(
             f"block_size={block_size}: the layers of a block have different routers, so one must be fitted: give a "
             "text that is like the model's use (--text FILE). block_size=1 needs none and is exact."
         )
-    fit, held_out = read_windows(source, text, num_tokens)
+    return _import_fitted(source, dst, config, gates, experts, read_windows(source, text, num_tokens), settings)
+
+
+def _import_fitted(
+    source: Checkpoint,
+    dst: str | Path,
+    config: PathMoEConfig,
+    gates: list[Piece],
+    experts: list[list[Expert]],
+    windows: tuple[torch.Tensor, torch.Tensor],
+    settings: dict[str, Any],
+) -> dict:
+    """As [`import_checkpoint`], with a router for each block that is fitted on the first windows and measured on the
+    others."""
+    fit, held_out = windows
     with tempfile.TemporaryDirectory() as folder:
-        import_checkpoint(src, Path(folder) / "independent", 1, **settings)
+        import_checkpoint(source.folder, Path(folder) / "independent", 1, **settings)
         model = load(Path(folder) / "independent")
     before = perplexity(model, held_out)
     orders, measured = share_routers(model, config.router_blocks, fit, held_out)

@@ -8,6 +8,7 @@ import torch
 
 from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
 
+from ..accounting import active_parameters
 from ..command import UserError
 from ..files import read_json
 from .checkpoint import Checkpoint
@@ -33,21 +34,17 @@ def inspect_checkpoint(src: str | Path) -> dict:
     if known:
         source.check_fit()
     sizes = {name: torch.Size(shape).numel() for name, shape in source.shapes.items()}
-    total = sum(sizes.values())
-    experts = sum(size for name, size in sizes.items() if ".experts." in name)
     result = {
         "model_type": config.model_type,
-        "parameters": total,
-        "active": total,
+        "parameters": sum(sizes.values()),
+        "active": active_parameters(sizes, config),
         "routers": sum(size for name, size in sizes.items() if ".routers." in name or ".gate.weight" in name),
         "bytes": sum(sizes[name] * dtype.itemsize for name, dtype in source.dtypes.items()),
         "dtypes": dict(Counter(str(dtype).removeprefix("torch.") for dtype in source.dtypes.values())),
         "layers": config.num_hidden_layers,
     }
-    if experts:
-        top_k = config.num_experts_per_tok
-        result["active"] = total - experts + experts * top_k // config.num_experts
-        result |= {"experts": config.num_experts, "top_k": top_k}
+    if any(".experts." in name for name in sizes):
+        result |= {"experts": config.num_experts, "top_k": config.num_experts_per_tok}
     if isinstance(config, PathMoEConfig):
         result |= {name: getattr(config, name) for name in ("router_type", "router_sharing")}
         result["blocks"] = config.router_blocks

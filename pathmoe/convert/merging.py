@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
 
@@ -157,16 +158,7 @@ def prune_experts(
     before = perplexity(model, held_out)
     del model
 
-    kept, choices_kept = [], []
-    survives = torch.ones(len(trace.experts), dtype=torch.bool)
-    for layers in config.router_blocks:
-        chosen = trace.experts[:, layers].long()
-        uses = chosen.flatten().bincount(minlength=config.num_experts)
-        keep = uses.argsort(descending=True, stable=True)[:num_experts].sort().values
-        kept.append(keep.tolist())
-        choices_kept.append((uses[keep].sum() / uses.sum()).item())
-        survives &= torch.isin(chosen[:, :, 0], keep).all(dim=1)
-
+    kept, choices_kept, survives = _most_used(trace.experts, config, num_experts)
     target = PathMoEConfig.from_dict(config.to_dict())
     target.num_experts = num_experts
     if config.router_type == "cosine":
@@ -195,6 +187,23 @@ def prune_experts(
         choices_kept=choices_kept,
         paths_kept=survives.float().mean().item(),
     )
+
+
+def _most_used(
+    experts: torch.Tensor, config: PreTrainedConfig, num_experts: int
+) -> tuple[list[list[int]], list[float], torch.Tensor]:
+    """The experts of each block that `experts` (T, L, k) use most, the share of the choices that fell on them, and the
+    tokens (T,) whose whole path is left."""
+    kept, choices_kept = [], []
+    survives = torch.ones(len(experts), dtype=torch.bool)
+    for layers in config.router_blocks:
+        chosen = experts[:, layers].long()
+        uses = chosen.flatten().bincount(minlength=config.num_experts)
+        keep = uses.argsort(descending=True, stable=True)[:num_experts].sort().values
+        kept.append(keep.tolist())
+        choices_kept.append((uses[keep].sum() / uses.sum()).item())
+        survives &= torch.isin(chosen[:, :, 0], keep).all(dim=1)
+    return kept, choices_kept, survives
 
 
 def _keep(piece: Piece, dim: int | None, experts: list[int]) -> Piece:

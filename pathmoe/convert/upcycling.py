@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
+
 from ..command import UserError
 from .checkpoint import Checkpoint, Piece, check_request, convert
 from .layouts import DENSE, Expert, fuse, import_config, refuse_misfits
@@ -80,10 +82,26 @@ def upcycle(
         router_block_size=block_size,
     )
     source.check_to_convert()
+    return convert(
+        "upcycle",
+        source,
+        dst,
+        config,
+        _plan(source, config, noise, drop, granularity, seed),
+        exact=not (noise or drop),
+        verify=verify,
+        max_shard_size=max_shard_size,
+        options={"noise": noise, "drop": drop, "granularity": granularity, "seed": seed},
+    )
+
+
+def _plan(
+    source: Checkpoint, config: PathMoEConfig, noise: float, drop: float, granularity: int, seed: int
+) -> dict[str, Piece]:
     plan = source.unchanged()
     for layer in range(config.num_hidden_layers):
         experts = []
-        for index in range(num_experts):
+        for index in range(config.num_experts):
             expert = _slice(source, layer, index % granularity, granularity)
             generator_seed = (seed, layer, index)
             if drop:
@@ -94,17 +112,7 @@ def upcycle(
         plan |= fuse(experts, layer)
     for block in range(len(config.router_blocks)):
         plan[f"model.routers.{block}.weight"] = _new_router(config, block, granularity, seed, experts[0].gate.dtype)
-    return convert(
-        "upcycle",
-        source,
-        dst,
-        config,
-        plan,
-        exact=not (noise or drop),
-        verify=verify,
-        max_shard_size=max_shard_size,
-        options={"noise": noise, "drop": drop, "granularity": granularity, "seed": seed},
-    )
+    return plan
 
 
 def _slice(source: Checkpoint, layer: int, part: int, parts: int) -> Expert:

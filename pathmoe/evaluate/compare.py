@@ -36,6 +36,8 @@ from pathmoe.files import check_writable, write_aside, write_text
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
+from pathmoe.markdown import markdown_table
+
 
 FLIPS = 9999
 MARK = "PathMoE eval/compare.py"  # in the picture, which may replace an earlier one
@@ -328,7 +330,7 @@ def markdown(table: pd.DataFrame, runs: list[EvaluationRun]) -> str:
     head = ["task", "items", *(f"{names[run.name]} ({unit})" for run in runs)]
     for run in others:
         head += [f"{names[run.name]} − {names[first.name]} [95 %]", "p (Holm)", "win / tie / loss"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    rows = []
     cells = table.set_index(["task", "model"])
     for task in table["task"].unique():
         line = [escape(task), f"{cells.loc[(task, first.name), 'items']:,}"]
@@ -341,7 +343,8 @@ def markdown(table: pd.DataFrame, runs: list[EvaluationRun]) -> str:
             line.append(f"{scale * cell['difference']:+.{digits}f} [{low}, {high}]")
             line.append(f"{cell['p']:.2g} ({cell['p_holm']:.2g})")
             line.append(" / ".join(str(int(cell[count])) for count in ("win", "tie", "loss")))
-        lines.append("| " + " | ".join(line) + " |")
+        rows.append(line)
+    lines = [markdown_table(head, rows)]
     sign = -1 if first.bits else 1
     for run in others:
         of_run = table[(table["model"] == run.name) & (table["task"] != first.summary)]

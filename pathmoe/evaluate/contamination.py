@@ -24,6 +24,7 @@ from pathmoe.evaluate.offline_tasks import PREFIX, package_folder, write_tasks
 from pathmoe.evaluate.perplexity import load_documents
 from pathmoe.evaluate.run_lm_eval import SUITES
 from pathmoe.files import check_writable, write_text
+from pathmoe.markdown import markdown_table
 from pathmoe.text.ngrams import WORD, Words, ngram_digests
 
 
@@ -134,14 +135,13 @@ def check_report(output: Path, *data: str | Path):
 
 
 def markdown(report: dict, n: int) -> str:
-    lines = [f"| task | items | of {n} words or more | hit | share | such as |", "|---|--:|--:|--:|--:|---|"]
+    rows = []
     for task, row in report.items():
         example = f"“{row['examples'][0]['words']}”" if row["examples"] else ""
-        lines.append(
-            f"| {task} | {row['items']:,} | {row['items'] - row['short']:,} | {row['hit']:,} | {row['share']:.2%} | "
-            f"{example} |"
-        )
-    return "\n".join(lines) + "\n"
+        counts = (f"{number:,}" for number in (row["items"], row["items"] - row["short"], row["hit"]))
+        rows.append([task, *counts, f"{row['share']:.2%}", example])
+    head = ["task", "items", f"of {n} words or more", "hit", "share", "such as"]
+    return markdown_table(head, rows, left=(0, 5)) + "\n"
 
 
 def main(argv: list[str] | None = None) -> dict:

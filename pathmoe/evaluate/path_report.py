@@ -16,20 +16,13 @@ for measures that a bootstrap would change as it repeats documents: those of dis
 
 import argparse
 import json
-import math
 import random
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pathmoe import paths
 from pathmoe.command import ArgumentParser, UserError, run_command
@@ -37,405 +30,22 @@ from pathmoe.evaluate.inputs import (
     add_device_arguments,
     check_device_arguments,
     check_model_folder,
-    check_sources,
     explained,
-    keep_texts,
     load_config,
-    load_file,
     load_tokenizer,
 )
+from pathmoe.evaluate.path_figures import curves, first_choices, frequent_paths, measure, perturb
+from pathmoe.evaluate.path_reading import DOCUMENT_TOKENS, Reading, encode, read_documents, read_text, tags_of
 from pathmoe.evaluate.prefetch import AHEAD, prefetch_estimate
 from pathmoe.files import check_writable, write_text
 from pathmoe.loading import load_model
-from pathmoe.paths import PathTrace, record_paths
 from pathmoe.paths.hooks import Routing
+from pathmoe.paths.measure import jaccard_chance
 
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-COVERED = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
-PATHS_SHOWN = 20
-# Of a document that has as many, at least so many tokens are read, and perturbed: few of many documents tell more.
-DOCUMENT_TOKENS = 512
-PERTURBED_TOKENS = 256
 MAX_LENGTH = 1024
-FLOW_KEPT = 0.0005  # share of the tokens
 TOKENS_SHOWN = 600
-CONTEXT = 45  # characters on each side of an example
-
-
-@dataclass
-class Reading:
-    """What a model made of the text: T tokens of some documents, read piece by piece.
-
-    Attributes:
-        documents (`list[dict]`): Rows of the data.
-        pieces (`list[list[int]]`): Token ids; no piece crosses a document.
-        piece_documents (`list[int]`): Index of the document that each piece is of.
-        offsets (`list[tuple[int, int]]` of length T): The characters of each token in its document's text.
-        trace (`PathTrace`): The paths of the T tokens, with probabilities.
-    """
-
-    documents: list[dict]
-    pieces: list[list[int]]
-    piece_documents: list[int]
-    offsets: list[tuple[int, int]]
-    trace: PathTrace
-
-    def __post_init__(self):
-        self.experts = self.trace.experts.long()
-        lengths = torch.tensor([len(piece) for piece in self.pieces])
-        self.document_ids = torch.tensor(self.piece_documents).repeat_interleave(lengths)
-        # Where several tokens make up a character, the first one has it.
-        self.texts, last, taken = [], None, 0
-        for document, (start, end) in zip(self.document_ids.tolist(), self.offsets):
-            taken = taken if document == last else 0
-            self.texts.append(self.documents[document]["text"][max(start, taken) : end])
-            last, taken = document, max(end, taken)
-
-
-def read_documents(files: list[Path]) -> list[list[dict]]:
-    """The rows of each file that hold text.
-
-    Raises:
-        UserError: If a file cannot be read, has no column `text`, no text, or tags that do not fit its words.
-    """
-    result = []
-    for file in files:
-        rows = load_file(file)
-        if "text" not in rows.column_names:
-            raise UserError(f"--data {file} has no column 'text', only {', '.join(rows.column_names)}.")
-        rows, _ = keep_texts(rows, "text", f"--data {file}")
-        if "source" in rows.column_names:
-            check_sources(rows["source"], "source", f"--data {file}")
-        rows = [row for row in rows if row["text"].strip()]
-        if not rows:
-            raise UserError(f"--data {file} holds no text: all its rows are empty.")
-        for row in rows:
-            check_tags(row, file)
-        result.append([row | {"source": file.stem if row.get("source") is None else row["source"]} for row in rows])
-    return result
-
-
-def check_tags(row: dict, file: Path):
-    """Refuses gold tags without a place for each in the text."""
-    if row.get("tags") is None:
-        return
-    columns = [row.get(column) for column in ("starts", "ends", "tags")]
-    where = f"--data {file}: in the row that begins {row['text'][:40]!r},"
-    if not all(isinstance(values, list) for values in columns) or len({len(values) for values in columns}) > 1:
-        raise UserError(f"{where} starts, ends and tags must be lists of one length, with a value for each word.")
-    if not all(isinstance(value, kind) for values, kind in zip(columns, (int, int, str)) for value in values):
-        raise UserError(f"{where} starts and ends must be whole numbers, and tags texts.")
-    if not all(0 <= start <= end <= len(row["text"]) for start, end, _ in zip(*columns)):
-        raise UserError(f"{where} a word starts or ends outside the text's {len(row['text'])} characters.")
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, documents: list[dict], max_tokens: int, each: int
-) -> list[tuple[dict, list[int], list[tuple[int, int]]]]:
-    """The first tokens of some documents, at most `each` of each: `(document, token ids, offsets)` of those reached.
-
-    Raises:
-        UserError: If the tokenizer is not a fast one.
-    """
-    if not tokenizer.is_fast:
-        raise UserError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed.")
-    result = []
-    for document in documents:
-        if max_tokens == 0:
-            break
-        encoded = tokenizer(document["text"], return_offsets_mapping=True, verbose=False)
-        ids, offsets = (encoded[key][: min(each, max_tokens)] for key in ("input_ids", "offset_mapping"))
-        max_tokens -= len(ids)
-        result.append((document, ids, offsets))
-    return result
-
-
-@torch.no_grad()
-def record(model: PreTrainedModel, pieces: list[list[int]], probabilities: bool = False) -> PathTrace:
-    """The paths of the tokens of some pieces, which are run one by one."""
-    with record_paths(model, probabilities=probabilities) as trace:
-        for piece in tqdm(pieces, desc="paths", disable=None):
-            model(torch.tensor([piece], device=model.device), use_cache=False)
-    return trace
-
-
-def read_text(model: PreTrainedModel, encoded: list[tuple], max_length: int) -> Reading:
-    """Runs the model over documents, in pieces of `max_length` tokens at most, and records their paths."""
-    documents, pieces, piece_documents, all_offsets = [], [], [], []
-    for document, ids, offsets in encoded:
-        cut = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-        pieces += cut
-        piece_documents += [len(documents)] * len(cut)
-        all_offsets += offsets
-        documents.append(document)
-    return Reading(documents, pieces, piece_documents, all_offsets, record(model, pieces, probabilities=True))
-
-
-def align_tags(offsets: list[tuple[int, int]], document: dict) -> list[str | None]:
-    """The gold tag of the word that each token belongs to.
-
-    A token belongs to the word that holds its first character that is not white space; so all sub-words of a word have
-    its tag, and a token that spans two words has the first one's.
-
-    Args:
-        offsets (`list[tuple[int, int]]`): The characters of each token, end exclusive.
-        document (`dict`): `text`, and of each word `starts`, `ends` and `tags`.
-
-    Returns:
-        `list[str | None]`: `None` where a token is special, white space, or in no word.
-    """
-    text, tag_at = document["text"], {}
-    for start, end, tag in zip(document["starts"], document["ends"], document["tags"]):
-        tag_at.update(dict.fromkeys(range(start, end), tag))
-    tags = []
-    for start, end in offsets:
-        start += len(text[start:end]) - len(text[start:end].lstrip())
-        tags.append(tag_at.get(start) if start < end else None)
-    return tags
-
-
-def tags_of(reading: Reading) -> list[str | None]:
-    """The gold tag of each token, or `None` where there is none."""
-    tags = []
-    for number, document in enumerate(reading.documents):
-        offsets = [reading.offsets[i] for i in (reading.document_ids == number).nonzero()[:, 0].tolist()]
-        tags += align_tags(offsets, document) if document.get("tags") is not None else [None] * len(offsets)
-    return tags
-
-
-def labels(values: list) -> torch.Tensor:
-    """Numbers the distinct values 0, 1, …: `(T,)`."""
-    numbers = {}
-    return torch.tensor([numbers.setdefault(value, len(numbers)) for value in values])
-
-
-def permuted(experts: torch.Tensor, seed: int) -> torch.Tensor:
-    """The choices of each layer shuffled over the tokens: every layer keeps its load, and paths fall apart."""
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = [layer[torch.randperm(len(layer), generator=generator)] for layer in experts.unbind(dim=1)]
-    return torch.stack(shuffled, dim=1)
-
-
-def path_ranks(experts: torch.Tensor) -> torch.Tensor:
-    """Place of each token's path among the paths in order of frequency, from 0: `(T,)`."""
-    ids = paths.path_ids(experts)
-    return ids.bincount().argsort(descending=True, stable=True).argsort()[ids]
-
-
-def coverage(ranks: torch.Tensor, top: int) -> float:
-    """The share of tokens on the `top` most frequent paths.
-
-    Of all tokens this is `path_coverage`. In a bootstrap, the most frequent paths stay those of all tokens: a
-    resample's own would cover more of it, as it repeats documents.
-    """
-    return (ranks < top).double().mean().item()
-
-
-def measure(reading: Reading, tags: list[str | None], resamples: int, seed: int) -> list[dict]:
-    """The table of measures: `key`, `name`, `note`, `unit`, `value`, the interval's `low` and `high`, and `baseline`.
-
-    The baseline is the same measure after permutation: of each layer's choices, which leaves the load as it is, or of
-    the labels. A resample repeats documents, which changes how many paths there are and how much they tell: the
-    intervals of such measures are by jackknife, all others by bootstrap. Tags of a single document give none.
-    """
-    experts, shape = reading.experts, reading.trace.model
-    shuffled, undecided = permuted(experts, seed), math.log(shape.num_experts)
-
-    def load(measure_load, experts):
-        return measure_load(paths.expert_load(experts, shape.num_experts)).mean().item()
-
-    def row(key, name, note, unit, interval, baseline=None):
-        names = ("key", "name", "note", "unit", "value", "baseline", "low", "high")
-        return dict(zip(names, (key, name, note, unit, interval.estimate, baseline, interval.low, interval.high)))
-
-    bootstrap = partial(paths.bootstrap, resamples=resamples, seed=seed)
-    jackknife = partial(paths.jackknife, seed=seed)
-
-    rows = []
-    possible = f"of {shape.num_experts}^{shape.num_layers} possible ones, taken by {len(experts):,} tokens"
-    both = (experts, shuffled)
-    for key, name, note, unit, function, interval, (real, chance) in (
-        ("distinct_paths", "distinct paths", possible, "count", paths.distinct_paths, jackknife, both),
-        ("perplexity", "perplexity of the paths", "how many equally frequent paths would be as spread", "count",
-         paths.path_perplexity, jackknife, both),
-        ("coverage_10", "tokens on the 10 most frequent paths", "", "share", partial(coverage, top=10), bootstrap,
-         (path_ranks(experts), path_ranks(shuffled))),
-        ("agreement", "agreement of neighbouring layers", "Jaccard similarity of a token's expert sets", "number",
-         paths.adjacent_jaccard, bootstrap, both),
-        ("load_variation", "variation of the load", "standard deviation over mean of the experts' loads, per layer",
-         "number", partial(load, paths.load_variation), bootstrap, (experts, None)),
-        ("load_entropy", "entropy of the load", "over that of an even load, per layer", "share",
-         lambda e: load(paths.load_entropy, e) / undecided, bootstrap, (experts, None)),
-    ):  # fmt: skip
-        baseline = None if chance is None else function(chance)
-        rows.append(row(key, name, note, unit, interval(function, reading.document_ids, real), baseline))
-    # A mean over tokens: in a resample it is that of the documents' means, by their tokens.
-    probabilities = reading.trace.probabilities
-    of_documents = torch.stack(
-        [
-            paths.routing_entropy(probabilities[reading.document_ids == document]).mean() / undecided
-            for document in range(len(reading.documents))
-        ]
-    )
-    entropy = bootstrap(lambda x: x.mean().item(), reading.document_ids, of_documents[reading.document_ids])
-    note = "of a token's router probabilities, over that of an undecided router, per layer"
-    rows.append(row("routing_entropy", "routing entropy", note, "share", entropy))
-
-    everything = torch.arange(len(experts))
-    sources = [document["source"] for document in reading.documents]
-    known = [
-        ("token", everything, reading.trace.token_ids.long()),
-        ("position", everything, reading.trace.positions.long()),
-        ("source", everything, labels(sources)[reading.document_ids]),
-    ]
-    tagged = [i for i, tag in enumerate(tags) if tag is not None]
-    if tagged:
-        known.append(("part of speech", torch.tensor(tagged), labels([tags[i] for i in tagged])))
-    against: list[tuple[str, str, str, str, Callable, torch.Tensor, torch.Tensor]] = [
-        (f"information_{label}", f"information of the path about the {label}", "mutual information in nats", "number",
-         paths.mutual_information, kept, values)
-        for label, kept, values in known
-        if len(values.unique()) > 1
-    ]  # fmt: skip
-    if tagged:
-        against += [
-            ("nmi", "paths and parts of speech, NMI", "normalized mutual information", "number",
-             paths.normalized_mutual_information, *known[-1][1:]),
-            ("purity", "purity of the paths", "tokens that have the main part of speech of their path", "share",
-             paths.cluster_purity, *known[-1][1:]),
-        ]  # fmt: skip
-    ids = paths.path_ids(experts)
-    for key, name, note, unit, function, kept, values in against:
-        baseline = paths.permutation_baseline(function, ids[kept], values, permutations=5, seed=seed).estimate
-        if len((of := reading.document_ids[kept]).unique()) > 1:
-            interval = jackknife(function, of, ids[kept], values)
-        else:  # tags of one document
-            interval = paths.Interval(function(ids[kept], values), None, None)
-        rows.append(row(key, name, note, unit, interval, baseline))
-    return rows
-
-
-def log_likelihood_ratio(together: int, first: int, second: int, total: int) -> float:
-    """Dunning's G² (1993) of two events that are seen `first` and `second` times, both of it `together` times."""
-    observed = [together, first - together, second - together, total - first - second + together]
-    expected = [a * b / total for a in (first, total - first) for b in (second, total - second)]
-    return 2 * sum(o * math.log(o / e) for o, e in zip(observed, expected) if o)
-
-
-def frequent_paths(reading: Reading, tags: list[str | None]) -> list[dict]:
-    """The most frequent paths, and what they carry.
-
-    Returns:
-        `list[dict]`: `path`, `tokens` (how many), `share`, `tags` (`[tag, share]`, largest first; of the tokens that
-        have one), `typical` (`[token, count]`, the highest log-likelihood ratio first, more frequent on the path than
-        elsewhere) and `examples` (`[before, token, after]`).
-    """
-    ids, words = paths.path_ids(reading.experts), [text.strip() or text for text in reading.texts]
-    totals, documents = Counter(words), reading.document_ids.tolist()
-    result = []
-    for number in ids.bincount().argsort(descending=True, stable=True)[:PATHS_SHOWN].tolist():
-        members = (ids == number).nonzero()[:, 0].tolist()
-        here = Counter(words[i] for i in members)
-        scores = {
-            word: log_likelihood_ratio(count, len(members), totals[word], len(words))
-            for word, count in here.items()
-            if count * len(words) > len(members) * totals[word]
-        }
-        typical = sorted(scores, key=scores.get, reverse=True)[:8]
-        examples = []
-        for word in typical[:3]:
-            seen = [i for i in members if words[i] == word]
-            i = seen[len(seen) // 2]
-            text, (start, end) = reading.documents[documents[i]]["text"], reading.offsets[i]
-            before, after = text[:start][-CONTEXT:].partition(" ")[2], text[end:][:CONTEXT].rpartition(" ")[0]
-            examples.append([" ".join(part.split("\n")) for part in (before, text[start:end], after)])
-        classes = Counter(tags[i] for i in members if tags[i] is not None)
-        result.append(
-            {
-                "path": reading.experts[members[0], :, 0].tolist(),
-                "tokens": len(members),
-                "share": len(members) / len(words),
-                "tags": [[tag, count / classes.total()] for tag, count in classes.most_common()],
-                "typical": [[word, here[word]] for word in typical],
-                "examples": examples,
-            }
-        )
-    return result
-
-
-def curves(reading: Reading, resamples: int, seed: int) -> dict:
-    """How many tokens the most frequent paths cover, and how many keep an expert: points with intervals."""
-    experts, shuffled = reading.experts, permuted(reading.experts, seed)
-
-    def points(key, places, function, real, chance):
-        for place in places:
-            interval = paths.bootstrap(
-                lambda values, place=place: function(values, place),
-                reading.document_ids,
-                real,
-                resamples=resamples,
-                seed=seed,
-            )
-            yield {
-                key: place,
-                "share": interval.estimate,
-                "low": interval.low,
-                "high": interval.high,
-                "baseline": function(chance, place),
-            }
-
-    ranks, shuffled_ranks = path_ranks(experts), path_ranks(shuffled)
-    tops = [top for top in COVERED if top <= paths.distinct_paths(experts)]
-    runs = range(1, experts.shape[1] + 1)
-    return {
-        "coverage": list(points("paths", tops, coverage, ranks, shuffled_ranks)),
-        "engagement": list(points("layers", runs, paths.sustained_engagement, experts, shuffled)),
-    }
-
-
-def first_choices(experts: torch.Tensor, num_experts: int) -> dict:
-    """Shares of the tokens by first choice: `first_choice` (L, E), and `flow`, L - 1 lists of `[from, to, share]`."""
-    top1, tokens = experts[:, :, 0], len(experts)
-    flow = []
-    for here, there in zip(top1.unbind(dim=1), top1[:, 1:].unbind(dim=1)):
-        cells, counts = (here * num_experts + there).unique(return_counts=True)
-        shares = zip(cells.tolist(), (counts / tokens).tolist())
-        flow.append([[*divmod(cell, num_experts), share] for cell, share in shares if share >= FLOW_KEPT])
-    return {
-        "first_choice": [(layer.bincount(minlength=num_experts) / tokens).tolist() for layer in top1.unbind(dim=1)],
-        "flow": flow,
-    }
-
-
-def perturb(model: PreTrainedModel, reading: Reading, max_tokens: int, max_length: int, seed: int) -> dict:
-    """Perplexity under every perturbation, on the first piece of each of some documents, at most half of them.
-
-    Returns:
-        `dict`: `tokens` and `documents` (how many are perturbed), and `curves`: `title`, `note` and a
-        `PerturbationCurve` each. The most frequent paths are those of the other documents.
-    """
-    order = torch.randperm(len(reading.documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    order = [i for i in order if (reading.document_ids == i).sum() > 1]  # a single token predicts nothing
-    chosen = order[: max(2, min(len(order) // 2, max_tokens // PERTURBED_TOKENS))]
-    firsts = [reading.pieces[reading.piece_documents.index(document)] for document in chosen]
-    pieces = [piece[: max(2, max_tokens // len(chosen))] for piece in firsts]
-    others = [piece for piece, document in zip(reading.pieces, reading.piece_documents) if document not in chosen]
-    common: dict[str, Any] = {"model": model, "documents": pieces, "max_length": max_length, "seed": seed}
-    layers = reading.trace.model.num_layers
-    spans = [*(n for n in (2, 4, 8, 16, 32) if n < layers), layers]
-    curves = []
-    for title, note, function, settings in (
-        ("Experts shuffled, each layer its own way", "", paths.shuffle_experts, {"scope": "each_layer"}),
-        ("Experts shuffled, all layers the same way", "", paths.shuffle_experts, {"scope": "same"}),
-        ("Experts shuffled in one layer only", "", paths.shuffle_experts, {"scope": "one_layer"}),
-        ("Noise on the router's logits", "", paths.noise_router, {"on": "logits"}),
-        ("Noise on the router's input", "", paths.noise_router, {"on": "hidden_states"}),
-        ("Routing frozen", "of so many layers only the first one decides", paths.freeze_routing, {"spans": spans}),
-        ("Most frequent paths only", "of other documents", paths.restrict_paths, {"trace": record(model, others)}),
-    ):
-        curves.append({"title": title, "note": note, **asdict(function(**common, **settings))})
-    return {"tokens": sum(len(piece) for piece in pieces), "documents": len(pieces), "curves": curves}
 
 
 def analyse(model: PreTrainedModel, name: str, reading: Reading, max_length: int, options: argparse.Namespace) -> dict:
@@ -461,7 +71,7 @@ def analyse(model: PreTrainedModel, name: str, reading: Reading, max_length: int
         "load": load.tolist(),
         "load_variation": paths.load_variation(load).tolist(),
         "jaccard": paths.jaccard_matrix(experts).tolist(),
-        "jaccard_chance": shape.top_k / (2 * shape.num_experts - shape.top_k),
+        "jaccard_chance": jaccard_chance(shape.num_experts, shape.top_k),
         "paths": frequent_paths(reading, tags),
         "text": [
             {"token": reading.texts[i], "path": experts[i, :, 0].tolist(), "experts": experts[i].tolist()}

@@ -93,6 +93,23 @@ def reuse_distances(experts: np.ndarray, num_experts: int) -> np.ndarray:
     return distances
 
 
+def look_ahead_in_all(
+    model: PreTrainedModel, pieces: list[list[int]], ahead: list[int]
+) -> tuple[torch.Tensor, dict[int, torch.Tensor], int]:
+    """[`look_ahead`] in all pieces, one after another."""
+    recorded, named = [], {distance: [] for distance in ahead}
+    for piece in tqdm(pieces, desc="look ahead", disable=None):
+        experts, predictions, num_experts = look_ahead(model, torch.tensor(piece), ahead)
+        if experts.shape[1] <= ahead[-1]:
+            raise ValueError(
+                f"ahead={ahead[-1]} needs more than {ahead[-1]} routed layers, the model has {experts.shape[1]}."
+            )
+        recorded.append(experts)
+        for distance, prediction in predictions.items():
+            named[distance].append(prediction)
+    return torch.cat(recorded), {distance: torch.cat(found) for distance, found in named.items()}, num_experts
+
+
 def prefetch_estimate(
     model: PreTrainedModel,
     pieces: list[list[int]],
@@ -129,19 +146,7 @@ def prefetch_estimate(
     first_layer = ahead[-1]
     if not any(len(piece) > 1 for piece in pieces):
         raise ValueError("No sequence has two tokens: nothing can be predicted from the one before.")
-    recorded, named = [], {distance: [] for distance in ahead}
-    for piece in tqdm(pieces, desc="look ahead", disable=None):
-        experts, predictions, num_experts = look_ahead(model, torch.tensor(piece), ahead)
-        if experts.shape[1] <= first_layer:
-            raise ValueError(
-                f"ahead={first_layer} needs more than {first_layer} routed layers, the model has {experts.shape[1]}."
-            )
-        recorded.append(experts)
-        for distance, prediction in predictions.items():
-            named[distance].append(prediction)
-    experts = torch.cat(recorded)
-    named = {distance: torch.cat(predictions) for distance, predictions in named.items()}
-
+    experts, named, num_experts = look_ahead_in_all(model, pieces, ahead)
     lengths = torch.tensor([len(piece) for piece in pieces])
     documents = torch.arange(len(pieces)) if document_ids is None else torch.tensor(document_ids)
     documents = documents.repeat_interleave(lengths)
@@ -150,15 +155,8 @@ def prefetch_estimate(
     load = torch.stack([layer.reshape(-1).bincount(minlength=num_experts) for layer in experts.unbind(dim=1)])
     by_load = load.argsort(dim=-1, descending=True, stable=True)
 
-    candidates = [
-        (
-            f"its router, {n} layer{'s' * (n > 1)} ahead",
-            "on what the router of the earlier layer was given",
-            n,
-            named[n],
-        )
-        for n in ahead
-    ]
+    given = "on what the router of the earlier layer was given"
+    candidates = [(f"its router, {n} layer{'s' * (n > 1)} ahead", given, n, named[n]) for n in ahead]
     candidates += [
         ("the layer before", "the experts of the same numbers, which mean the same where routers are shared", 1,
          experts.roll(1, dims=1)),

@@ -23,6 +23,7 @@ from pathmoe.evaluate.run_lm_eval import load_results
 from pathmoe.files import check_writable, write_aside, write_text
 from pathmoe.loading import load_model
 from pathmoe.paths import adjacent_jaccard, path_counts, path_coverage, record_paths
+from pathmoe.paths.measure import jaccard_chance
 
 
 matplotlib.use("Agg")
@@ -58,7 +59,7 @@ def trace_paths(model, tokenizer, text: Path, max_tokens: int):
 
 def path_rows(experts: torch.Tensor, config) -> list[tuple[str, str]]:
     tokens, layers, k = experts.shape
-    chance = k / (2 * config.num_experts - k)
+    chance = jaccard_chance(config.num_experts, k)
     return [
         (f"distinct paths of {tokens:,} tokens", f"{len(path_counts(experts)):,} of {config.num_experts}^{layers}"),
         (f"tokens on the {TOP} most frequent paths", f"{path_coverage(experts, TOP):.1%}"),

@@ -33,6 +33,44 @@ def sliding_windows(length: int, max_length: int, stride: int) -> Iterator[tuple
 
 
 @torch.no_grad()
+def resolve_windows(model: PreTrainedModel, max_length: int | None, stride: int | None) -> tuple[int, int]:
+    """The length and the stride of [`score`], with their defaults.
+
+    Raises:
+        ValueError: If they do not fit the model or each other.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    max_length = longest if max_length is None else max_length
+    if max_length is None:
+        raise ValueError("The model's config states no max_position_embeddings: give max_length.")
+    stride = max(1, max_length // 2) if stride is None else stride
+    if max_length < 1 or (longest is not None and max_length > longest):
+        raise ValueError(f"max_length={max_length} must be from 1 to the model's max_position_embeddings={longest}.")
+    if not 1 <= stride <= max_length:
+        raise ValueError(f"stride={stride} must be from 1 to max_length={max_length}, or tokens would be left out.")
+    return max_length, stride
+
+
+def refuse_foreign_tokens(model: PreTrainedModel, encoded: list[list[int]]):
+    """Refuses token ids that the model does not have, as those of another model's tokenizer."""
+    largest, embeddings = max(max(ids, default=0) for ids in encoded), model.get_input_embeddings().num_embeddings
+    if largest >= embeddings:
+        raise ValueError(
+            f"The tokenizer gives token {largest} to a model of {embeddings}: it belongs to another model."
+        )
+
+
+def unscored(text: str, ids: list[int]) -> dict[str, Any]:
+    """The entry of a document before its tokens are scored."""
+    return {
+        "text_sha": hashlib.sha256(text.encode("utf-8")).hexdigest()[:16],
+        "nll": 0.0,
+        "tokens": max(0, len(ids) - 1),
+        "words": len(re.split(r"\s+", text)) if text else 0,
+        "bytes": len(text.encode("utf-8")),
+    }
+
+
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,15 +103,7 @@ def score(
         ValueError: If a length does not fit the model or the others, the tokenizer is another model's, there is no
             text, or no token can be scored.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
-    max_length = longest if max_length is None else max_length
-    if max_length is None:
-        raise ValueError("The model's config states no max_position_embeddings: give max_length.")
-    stride = max(1, max_length // 2) if stride is None else stride
-    if max_length < 1 or (longest is not None and max_length > longest):
-        raise ValueError(f"max_length={max_length} must be from 1 to the model's max_position_embeddings={longest}.")
-    if not 1 <= stride <= max_length:
-        raise ValueError(f"stride={stride} must be from 1 to max_length={max_length}, or tokens would be left out.")
+    max_length, stride = resolve_windows(model, max_length, stride)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if not texts:
@@ -91,24 +121,11 @@ def score(
     ]
     if not rows:
         raise ValueError("No token can be scored: the documents have one token each and the tokenizer no BOS or EOS.")
-    largest, embeddings = max(max(ids, default=0) for ids in encoded), model.get_input_embeddings().num_embeddings
-    if largest >= embeddings:
-        raise ValueError(
-            f"The tokenizer gives token {largest} to a model of {embeddings}: it belongs to another model."
-        )
+    refuse_foreign_tokens(model, encoded)
     # The longest first: windows of one length need no padding, and a lack of memory shows at once.
     rows.sort(key=lambda row: row[1] - row[3])
 
-    documents: list[dict[str, Any]] = [
-        {
-            "text_sha": hashlib.sha256(text.encode("utf-8")).hexdigest()[:16],
-            "nll": 0.0,
-            "tokens": max(0, len(ids) - 1),
-            "words": len(re.split(r"\s+", text)) if text else 0,
-            "bytes": len(text.encode("utf-8")),
-        }
-        for text, ids in zip(texts, encoded)
-    ]
+    documents = [unscored(text, ids) for text, ids in zip(texts, encoded)]
     was_training = model.training
     model.eval()
     for start_row in tqdm(range(0, len(rows), batch_size), desc="perplexity", unit="batch"):

@@ -217,7 +217,7 @@ def _mean_jaccard(first: np.ndarray, second: np.ndarray, k: int) -> float:
 def jaccard_matrix(experts: torch.Tensor) -> torch.Tensor:
     """Agreement of each pair of layers: the mean over tokens of |A ∩ B| / |A ∪ B| of the token's two expert sets.
 
-    Two sets of k experts out of E that are drawn at random have about k / (2E - k).
+    By chance it is about [`jaccard_chance`].
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices; k different ones in each layer.
@@ -234,6 +234,11 @@ def jaccard_matrix(experts: torch.Tensor) -> torch.Tensor:
         for j in range(i):
             matrix[i, j] = matrix[j, i] = _mean_jaccard(sets[i], sets[j], experts.shape[-1])
     return matrix
+
+
+def jaccard_chance(num_experts: int, top_k: int) -> float:
+    """About the agreement of two sets of `top_k` experts that are drawn at random: k / (2E - k)."""
+    return top_k / (2 * num_experts - top_k)
 
 
 def adjacent_jaccard(experts: torch.Tensor) -> float:

@@ -294,7 +294,7 @@ def record_paths(
     ```
     """
     routing, trace = Routing(model), PathTrace(memory_limit)
-    layers, tokens, offsets, prompt_offsets = {}, None, None, None
+    layers, tokens, offsets = {}, None, None
     # Where in a router's output is what was asked for. Nothing else is kept until the forward ends.
     places = {"experts": 2} | ({"weights": 1} if weights else {}) | ({"probabilities": 0} if probabilities else {})
 
@@ -310,8 +310,8 @@ def record_paths(
         nonlocal tokens, offsets
         layers.clear()
         tokens = ForwardTokens(routing.arguments(args, kwargs))
-        if prompt_offsets is not None:
-            offsets = _offsets_of_prompt(prompt_offsets, tokens)
+        if prompt_offsets:
+            offsets = _offsets_of_prompt(prompt_offsets[0], tokens)
         if offsets is not None and len(offsets) != tokens.real.numel():
             raise ValueError(f"offset_mapping has {len(offsets)} tokens, but input_ids has {tokens.real.numel()}.")
 
@@ -339,30 +339,41 @@ def record_paths(
     handles += [router.register_forward_hook(on_route, with_kwargs=True) for router in routing.routers]
     handles.append(routing.decoder.register_forward_pre_hook(on_start, with_kwargs=True))
     handles.append(routing.decoder.register_forward_hook(on_forward))
-    own_generate = vars(model).get("generate")
-    if generate := getattr(model, "generate", None):
-
-        @wraps(generate)
-        def generate_with_offsets(*args, offset_mapping=None, **kwargs):
-            nonlocal prompt_offsets
-            if offset_mapping is not None:
-                prompt_offsets = _check_prompt_offsets(offset_mapping, args, kwargs)
-            try:
-                return generate(*args, **kwargs)
-            finally:
-                prompt_offsets = None
-
-        model.generate = generate_with_offsets
     try:
-        yield trace
+        with _generate_with_offsets(model) as prompt_offsets:
+            yield trace
     finally:
         for handle in handles:
             handle.remove()
+        trace._convert()
+
+
+@contextmanager
+def _generate_with_offsets(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Lets the model's `generate` take `offset_mapping`; yields a list that holds it while `generate` runs."""
+    own_generate, generate = vars(model).get("generate"), getattr(model, "generate", None)
+    held: list[torch.Tensor] = []
+    if generate is None:
+        yield held
+        return
+
+    @wraps(generate)
+    def generate_with_offsets(*args, offset_mapping=None, **kwargs):
+        if offset_mapping is not None:
+            held[:] = [_check_prompt_offsets(offset_mapping, args, kwargs)]
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            held.clear()
+
+    model.generate = generate_with_offsets
+    try:
+        yield held
+    finally:
         if own_generate is not None:
             model.generate = own_generate
-        elif generate:
+        else:
             del model.generate
-        trace._convert()
 
 
 def _check_prompt_offsets(offset_mapping, args: tuple, kwargs: dict) -> torch.Tensor:

@@ -17,6 +17,8 @@ import re
 import tarfile
 from pathlib import Path
 
+from pathmoe.files import write_text
+
 
 CHECKSUM = Path(__file__).with_name("brown.txt")
 
@@ -149,8 +151,7 @@ def main(args: list[str] | None = None):
     parser.add_argument("--sections", nargs="+", help="sections, or starts of their names; all when unset")
     options = parser.parse_args(args)
     documents = read_archive(options.archive, options.sections)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+    write_text(options.output, "".join(json.dumps(document) + "\n" for document in documents))
     print(f"{options.output}: {len(documents)} documents, {sum(len(d['tags']) for d in documents):,} tagged words")
 
 

@@ -63,7 +63,6 @@ def main(args: list[str] | None = None):
     if (folder / "train.jsonl").exists():
         print(f"{folder} is there already.")
         return
-    folder.mkdir(parents=True, exist_ok=True)
     splits = {"validation": [], "train": []}
     for index, document in enumerate(documents()):
         splits["train" if index % VALIDATION_EVERY else "validation"].append(json.dumps(document, ensure_ascii=False))

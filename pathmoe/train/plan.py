@@ -27,6 +27,7 @@ from transformers.integrations import moe
 
 from pathmoe.accounting import count_parameters
 from pathmoe.command import ArgumentParser
+from pathmoe.markdown import markdown_table
 from pathmoe.train.model import build_config
 from pathmoe.train.recipe import Recipe, parse_recipe
 
@@ -180,15 +181,9 @@ def plan(args: list[str]) -> str:
     recipe = parse_recipe(rest)
     config = build_config(recipe)
     count = count_parameters(config)
-    lines = [
-        f"{count['total']:,} parameters, {recipe.micro_batch_size} x {recipe.sequence_length:,} tokens in a "
-        f"micro-batch, {recipe.precision}. GB per GPU; a twentieth is left to the allocator and the libraries.",
-        "",
-        "| GPUs | engine | checkpointing | states | gathered | working | total | "
-        + " | ".join(f"fits {size:g} GB" for size in options.memory)
-        + " |",
-        "|--:|---|---|--:|--:|--:|--:|" + "---|" * len(options.memory),
-    ]
+    head = ["GPUs", "engine", "checkpointing", "states", "gathered", "working", "total"]
+    head += [f"fits {size:g} GB" for size in options.memory]
+    rows = []
     expert_sizes = sorted({1, 8, recipe.ep_size})
     for gpus in options.gpus:
         for ep_size in expert_sizes:
@@ -201,5 +196,9 @@ def plan(args: list[str]) -> str:
                 cells += [f"{part / GB:.1f}" for part in (memory.states, memory.gathered, memory.working)]
                 cells += [f"{memory.total / GB:.1f}"]
                 cells += ["yes" if memory.total < 0.95 * size * GB else "no" for size in options.memory]
-                lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+                rows.append(cells)
+    return (
+        f"{count['total']:,} parameters, {recipe.micro_batch_size} x {recipe.sequence_length:,} tokens in a "
+        f"micro-batch, {recipe.precision}. GB per GPU; a twentieth is left to the allocator and the libraries.\n\n"
+        + markdown_table(head, rows, left=(1, 2, *range(7, len(head))))
+    )

@@ -23,7 +23,8 @@ from transformers import (
 
 from pathmoe.command import UserError
 from pathmoe.evaluate import path_report as script
-from pathmoe.evaluate.path_report import align_tags, encode, log_likelihood_ratio, path_ranks, permuted, read_text
+from pathmoe.evaluate.path_figures import coverage, log_likelihood_ratio, path_ranks, permuted
+from pathmoe.evaluate.path_reading import align_tags, encode, read_text
 from pathmoe.paths import jaccard_matrix, path_coverage, record_paths, routing_entropy
 from pathmoe.text.brown import tagged_document
 
@@ -133,7 +134,7 @@ def test_log_likelihood_ratio_is_that_of_scipy(a, b, c, d):
 
 @pytest.mark.parametrize("top", [1, 10, 100])
 def test_coverage_by_ranks_is_path_coverage(reading, top):
-    assert script.coverage(path_ranks(reading.experts), top) == pytest.approx(path_coverage(reading.experts, top))
+    assert coverage(path_ranks(reading.experts), top) == pytest.approx(path_coverage(reading.experts, top))
 
 
 def test_permutation_keeps_every_layers_choices_and_breaks_paths(reading):

@@ -279,6 +279,12 @@ def test_selection_bias_decides_who_is_chosen_and_not_how_much(tiny_config):
     assert not (router(tokens, 0)[2][:, 0] == 5).all()
 
 
+def test_counting_the_load_leaves_the_logits_of_the_vocabulary(tiny_config):
+    model, ids = build(tiny_config, router_bias_update_rate=0.01), torch.randint(0, 64, (2, 9))
+    expected = model.eval()(ids).logits
+    torch.testing.assert_close(model.train()(ids, labels=ids).logits, expected)
+
+
 def test_bias_update_follows_the_load_of_the_whole_step_without_padding(tiny_config):
     model = build(tiny_config, router_bias_update_rate=0.01).train()
     ids = torch.randint(0, 99, (4, 6))
