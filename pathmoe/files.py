@@ -25,19 +25,26 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         path (`str` or `Path`): The file to write. Its folder is created.
 
     Raises:
-        OSError: If the folder cannot be created or written.
+        OSError: If the folder cannot be created or written; it names `path`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent))
+    path, created, folder = Path(path), [], None
     try:
+        make_parents(path, created)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent))
         partial = folder / path.name
         yield partial
         if partial.is_file():
             partial.chmod(0o666 & ~current_umask())
         os.replace(partial, path)
+        created.clear()
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or ".partial" in str(error.filename)):
+            error.filename, error.filename2 = str(path), None  # the user has never heard of the temporary file
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        remove_empty(created)
 
 
 @contextmanager
@@ -73,7 +80,7 @@ def make_parents(path: Path, created: list[Path]):
     """Creates the parents of `path` and appends those that were not there to `created`."""
     for folder in reversed(path.parents):
         if not folder.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # another process may be as fast
             created.append(folder)
 
 

@@ -35,7 +35,7 @@ from pathmoe.evaluate.inputs import (
     load_tokenizer,
 )
 from pathmoe.evaluate.scoring import score, summarize
-from pathmoe.files import check_writable, write_text
+from pathmoe.files import check_writable, write_aside
 from pathmoe.loading import load_model
 
 
@@ -180,10 +180,10 @@ def main(argv: list[str] | None = None) -> dict:
         "settings": settings | {"dtype": str(model.dtype)},
     }
     text = json.dumps(explained(result), indent=2, allow_nan=False) + "\n"
-    write_text(
-        args.output.with_suffix(".jsonl"), "".join(json.dumps(line, allow_nan=False) + "\n" for line in documents)
-    )
-    write_text(args.output, text)
+    lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in documents)
+    with write_aside(args.output) as whole, write_aside(args.output.with_suffix(".jsonl")) as items:
+        whole.write_text(text, encoding="utf-8")
+        items.write_text(lines, encoding="utf-8")
     print(text, end="")
     return result
 

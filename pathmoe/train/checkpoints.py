@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from pathmoe.command import UserError
 from pathmoe.train.output import follow_umask, set_aside
 from pathmoe.train.recipe import CHANGEABLE_ON_RESUME, FREE_TO_CHANGE, Recipe, RecipeError, list_changes, read_recipe
 
+
+# It is said of every run on one process, which is not mistaken.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -106,6 +110,8 @@ def find_fault(folder: Path, accelerator: Accelerator) -> str | None:
             return f"{folder / name} is truncated: {found[name][0]:,} of {size:,} bytes"
         if found[name] != [size, checksum]:
             return f"{folder / name} is damaged: its checksum is another"
+    if (step := json.loads((folder / "state.json").read_text())["step"]) != step_of(folder):
+        return f"{folder} holds the checkpoint of step {step}: someone has renamed it"
     return None
 
 
@@ -267,6 +273,8 @@ class Checkpoints:
         sync(folder.parent)
         whole = [path for path in list_checkpoints(self.recipe) if read_manifest(path) is not None]
         for old in whole[: -self.recipe.keep_last] if self.counters["healthy"] else []:
+            if {path.name for path in old.iterdir()} - {"manifest.json", *read_manifest(old)}:
+                continue  # someone keeps files of their own in it
             if not (self.recipe.keep_every and step_of(old) % self.recipe.keep_every == 0):
                 # Renamed first, so that a run killed here does not leave half of it under its name.
                 shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))

@@ -70,7 +70,7 @@ from pathmoe.train.engine import (
 )
 from pathmoe.train.final import save_final
 from pathmoe.train.inputs import find_changed_inputs, fingerprint_inputs
-from pathmoe.train.log import Log, is_spike, plot
+from pathmoe.train.log import Log, is_spike, plot, read_metrics
 from pathmoe.train.output import check_inputs, is_finished, lock_output_dir, set_aside, write_recipe
 from pathmoe.train.plan import plan
 from pathmoe.train.recipe import Recipe, RecipeError, Source, parse_recipe
@@ -177,10 +177,19 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int, fresh:
         with accelerator.main_process_first():
             sources.append(PackedBlocks(pack(train, tokenizer, source.text_column, length, cache), recipe.seed))
             blocks = pack(validation, tokenizer, source.text_column, length, cache)
+        if source.validation_split is not None and np.array_equal(blocks[:1], sources[-1].blocks[:1]):
+            warn_of_same_text(source)
         # Spread over the whole text, whose parts may follow one another.
         held_out.append(blocks[np.linspace(0, len(blocks) - 1, min(len(blocks), share)).round().astype(int)])
     batches = Batches(sources, weights, rank, world_size, split=recipe.streaming)
     return tokenizer, Prefetch(batches) if recipe.streaming else batches, np.concatenate(held_out)
+
+
+def warn_of_same_text(source: Source):
+    tqdm.write(
+        f"WARNING: validation_split={source.validation_split!r} of dataset={source.dataset!r} is what is trained on: "
+        "the validation loss will be too low."
+    )
 
 
 def hold_out_stream(recipe: Recipe, file: Path, validation, tokenizer, source: Source, share: int):
@@ -226,10 +235,7 @@ def load_source(recipe: Recipe, source: Source):
     train = load(source.train_split)
     if source.validation_split is not None:
         if find_paths(source, source.train_split) & find_paths(source, source.validation_split):
-            tqdm.write(
-                f"WARNING: validation_split={source.validation_split!r} of dataset={source.dataset!r} is read from "
-                "what is trained on: the validation loss will be too low."
-            )
+            warn_of_same_text(source)
         return source, train, load(source.validation_split)
     column, every = source.text_column, recipe.holdout_every
     validation = train.filter(lambda row: is_held_out(row[column], every))
@@ -788,7 +794,10 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
     if is_finished(recipe, checkpoint, 0 if checkpoint is None else step_of(checkpoint)):
         accelerator.print(f"{output / 'final'} is done: max_steps={recipe.max_steps}.")
         return 0
-    changed = [] if checkpoint is None else find_changed_inputs(recipe, checkpoint)
+    changed = []
+    if checkpoint is not None:
+        read_metrics(output / "metrics.jsonl")  # damaged ones are found before anything is written
+        changed = find_changed_inputs(recipe, checkpoint)
     model = None
     if not recipe.model.endswith(".json"):  # what is wrong with a checkpoint is found before the text is read
         model = build_model(recipe, config, build_tokenizer(recipe, [], config.vocab_size, accelerator), accelerator)

@@ -4,6 +4,7 @@
 import contextlib
 import glob
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def lock_output_dir(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
         return
     output = Path(recipe.output_dir)
     try:
-        created = not output.exists()
+        created, locked_first = not output.exists(), not (output / "run.lock").exists()
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / "run.lock", timeout=0).acquire()
     except Timeout:
@@ -43,14 +44,16 @@ def lock_output_dir(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
         raise RecipeError(
             f"output_dir={recipe.output_dir!r} cannot be written: {error.strerror}. Choose another folder."
         ) from error
-    try:
-        with lock:
+    with lock:
+        try:
             yield
-    except BaseException:
-        if created and [path.name for path in output.iterdir()] == ["run.lock"]:
-            (output / "run.lock").unlink()
-            output.rmdir()
-        raise
+        except BaseException:
+            # A run that has not begun leaves nothing: its recipe is the first that it writes for good.
+            if locked_first and not (output / "recipe.yaml").exists():
+                (output / "run.lock").unlink()
+            if created and {path.name for path in output.iterdir()} <= {"tokenizer"}:
+                shutil.rmtree(output)
+            raise
 
 
 def check_inputs(recipe: Recipe):

@@ -275,11 +275,39 @@ def test_what_the_trainer_did_not_write_is_left_alone(trained, recipe, tmp_path)
         (checkpoints / name / "mine").write_text(name)
     (checkpoints / "step-123").write_text("mine")
     (run / "final" / "notes.txt").write_text("mine")
+    card, edited = run / "final" / "README.md", "# A card that someone has edited for days"
     assert main([*recipe(run, max_steps=3, checkpoint_every=1), "--resume", "auto"]) == 0
-    for name in ("step-00000002-best1", "step-99999999.bak1", "best.partial"):
+    assert main([*recipe(run, max_steps=5, checkpoint_every=1), "--resume", "auto"]) == 0
+    for name in ("step-00000002-best1", "step-99999999.bak1", "best.partial", "step-00000002/notes"):
         assert (checkpoints / name / "mine").read_text() == name
     assert (checkpoints / "step-123").read_text() == "mine"
     assert (run / "final.set-aside-1" / "notes.txt").read_text() == "mine"
+    assert not (run / "final.set-aside-2").exists() and not (checkpoints / "step-00000001").exists()
+    card.write_text(edited)
+    os.utime(card, (time := card.stat().st_mtime + 60, time))
+    assert main([*recipe(run, max_steps=6, checkpoint_every=1), "--resume", "auto"]) == 0
+    assert (run / "final.set-aside-2" / "README.md").read_text() == edited
+
+
+def test_renamed_checkpoint_is_not_taken_for_another_step(trained, recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "checkpoints" / "step-00000002").rename(run / "checkpoints" / "step-00000009")
+    assert main([*recipe(run, max_steps=3), "--resume", "auto"]) == 0
+    assert "step-00000009 holds the checkpoint of step 2" in capsys.readouterr().out
+    assert list(metrics(run)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("end", [b"hello\n", b"\xff\xfe"], ids=str)
+def test_damaged_metrics_are_found_before_anything_is_written(trained, recipe, tmp_path, end):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(end)
+    before = contents(run)
+    with pytest.raises(UserError, match="metrics.jsonl line .* is damaged"):
+        main([*recipe(run, max_steps=3), "--resume", "auto"])
+    assert contents(run) == before
 
 
 def changed_text(folder):
