@@ -23,6 +23,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pathmoe.command import UserError
+from pathmoe.text.reader import DataError
 from pathmoe.train.output import follow_umask, set_aside
 from pathmoe.train.recipe import CHANGEABLE_ON_RESUME, FREE_TO_CHANGE, Recipe, RecipeError, list_changes, read_recipe
 
@@ -214,6 +215,28 @@ class Checkpoints:
                 f"{folder} could not be written ({faults[0]}). The checkpoints before it are whole: see to the disk, "
                 "then --resume auto goes on from the newest."
             )
+
+    def draw_step(self, step: int, accumulation: int) -> list[torch.Tensor]:
+        """Draws the micro-batches of a step. If a stream breaks, the steps before are saved, on one process.
+
+        Raises:
+            DataError: If the text cannot be read on; the message names the place and the checkpoint.
+        """
+        rows, streaming = self.recipe.micro_batch_size, self.recipe.streaming
+        before = self.batches.state_dict() if streaming else None
+        try:
+            return [self.batches.next_batch(rows) for _ in range(accumulation)]
+        except DataError as error:
+            # Other processes would wait for this one in the middle of their step.
+            if not streaming or self.accelerator.num_processes > 1 or step == 1:
+                raise
+            self.batches.load_state_dict(before)
+            folder = Path(self.recipe.output_dir) / "checkpoints" / f"step-{step - 1:08d}"
+            if not folder.exists():
+                self.save(step - 1)
+            raise DataError(
+                f"{error} {folder} holds the run up to there: mend the text, then --resume auto."
+            ) from error
 
     def _attempt(self, write) -> tuple[list[str], list]:
         """Runs `write` on all ranks. Returns what went wrong on any of them, and what they returned."""

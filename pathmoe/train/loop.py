@@ -562,7 +562,7 @@ def train(
     with StopOnSignal() as stop:
         for step in bar:
             began = time.perf_counter()
-            drawn = [batches.next_batch(recipe.micro_batch_size) for _ in range(accumulation)]
+            drawn = checkpoints.draw_step(step, accumulation)
             if accelerator.device.type == "cuda":
                 drawn = [tokens.pin_memory() for tokens in drawn]
             spent["data"] += time.perf_counter() - began

@@ -407,6 +407,31 @@ def test_damaged_manifest_is_named(trained, recipe, tmp_path, capsys, manifest):
     assert "step-00000002/manifest.json is damaged" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["row", "gz"])
+def test_stream_that_breaks_in_training_leaves_a_checkpoint(trained, recipe, tmp_path, kind):
+    lines = [GOOD % number for number in range(300)]
+    text, validation = tmp_path / ("text.jsonl.gz" if kind == "gz" else "text.jsonl"), tmp_path / "validation.jsonl"
+    whole = gzip.compress(b"".join(lines), mtime=0) if kind == "gz" else b"".join(lines)
+    text.write_bytes(whole[: len(whole) // 4] if kind == "gz" else whole.replace(lines[60], b'{"text": null}\n'))
+    validation.write_bytes(b"".join(lines[::10]))
+    fields = {
+        "dataset": "json", "data_files": {"train": str(text), "validation": str(validation)}, "max_steps": 20,
+        "validation_split": "validation", "streaming": True, "max_bad_rows": 0, "shuffle_window": 1,
+        "micro_batch_size": 4, "tokenizer": str(trained / "tokenizer"),
+    }  # fmt: skip
+    with pytest.raises(UserError, match=f"{text.name}.*step-[0-9]* holds the run up to there"):
+        main(recipe(tmp_path / "run", **fields))
+    done = list(metrics(tmp_path / "run"))
+    assert done and done[-1] < 20
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done[-1]:08d}"]
+    text.write_bytes(whole)
+    assert main([*recipe(tmp_path / "run", **fields, resume="auto", accept_changed_inputs=True)]) == 0
+    assert main(recipe(tmp_path / "at-once", **fields)) == 0
+    resumed, at_once = metrics(tmp_path / "run"), metrics(tmp_path / "at-once")
+    assert list(resumed) == list(at_once) == list(range(1, 21))
+    assert resumed == pytest.approx(at_once, rel=1e-4)
+
+
 def test_diverged_run_goes_on_from_an_older_checkpoint_with_a_lower_rate(recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
     args = recipe(run, max_steps=6, checkpoint_every=1, keep_last=3, max_grad_norm=1e9, max_bad_steps=3)
