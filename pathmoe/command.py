@@ -19,6 +19,13 @@ class UserError(ValueError):
 class ArgumentParser(argparse.ArgumentParser):
     """A command line whose mistakes end the process with one line on stderr, as argparse does, without the usage."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        if "" in args:  # as a path it would stand for the working directory
+            place = args.index("")
+            self.error(f"{args[place - 1] if place else 'the first argument'} is followed by nothing: give a value.")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         self.exit(2, f"error: {' '.join(message.split())}\n")
 

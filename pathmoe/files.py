@@ -39,7 +39,8 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         created.clear()
     except OSError as error:
         if error.errno is not None and (error.filename is None or ".partial" in str(error.filename)):
-            error.filename, error.filename2 = str(path), None  # the user has never heard of the temporary file
+            # The user has never heard of the temporary file.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         if folder is not None:

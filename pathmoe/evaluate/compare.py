@@ -132,7 +132,7 @@ def read_perplexity(file: Path, name: str) -> EvaluationRun:
     settings = result["settings"]
     check_whole(settings, f"{file}")
     documents = pd.read_json(file.with_suffix(".jsonl"), lines=True, dtype={"text_sha": str})
-    check_same_evaluation(file.with_suffix(".jsonl"), documents["nll"].sum(), file, result["nll"])
+    check_same_evaluation(file.with_suffix(".jsonl"), documents["nll"].sum(skipna=False), file, result["nll"])
     documents = documents[documents["bytes"] > 0]
     items = pd.DataFrame(
         {

@@ -14,6 +14,7 @@ total and for each value of `--source_column`, `out.jsonl` has a line for each d
 import argparse
 import json
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             f"--stride {args.stride} must be at most --max_length {args.max_length}: tokens would be left out."
         )
     for file, mark in ((args.output, '"bits_per_byte"'), (args.output.with_suffix(".jsonl"), '"text_sha"')):
-        if file.resolve() == Path(args.data).resolve():
+        if os.path.realpath(file) == os.path.realpath(args.data):
             raise UserError(f"--output {args.output} would overwrite the data, {file}: choose another name.")
         check_writable(file, "--output", mark)
     check_device_arguments(args)

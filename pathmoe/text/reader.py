@@ -31,6 +31,7 @@ BUILDERS = {
     ".csv": "csv", ".arrow": "arrow",
 }  # fmt: skip
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PEEKED = 1000  # rows of a stream, among which one must hold more than blanks
 PROBLEM = "pathmoe_problem"  # column that says where a row without text stands and what is wrong with it
 
 
@@ -295,6 +296,8 @@ def leave_out_bad_rows(data: Dataset | IterableDataset, source: str, column: str
         try:
             if next(iter(data), None) is None:
                 raise DataError(f"no row of dataset={source!r} holds text: {next(iter(rows.seen))}.")
+            if not any(row[column] and not row[column].isspace() for row in data.take(PEEKED)):
+                raise DataError(f"dataset={source!r}: the first rows of the stream hold only blanks in {column!r}.")
         finally:
             rows.seen.clear()
         return data

@@ -131,7 +131,7 @@ def find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:
             raise RecipeError(f"output_dir={recipe.output_dir!r} holds a run: pass --resume auto, or another folder.")
         return None
     if recipe.resume != "auto":
-        checkpoints = [path for path in checkpoints if path.resolve() == Path(recipe.resume).resolve()]
+        checkpoints = [path for path in checkpoints if os.path.realpath(path) == os.path.realpath(recipe.resume)]
         if not checkpoints:
             raise RecipeError(f"resume={recipe.resume!r} is no checkpoint of {output / 'checkpoints'}: use 'auto'.")
     if before is not None:

@@ -32,7 +32,10 @@ def save_final(
     folder = Path(recipe.output_dir) / "final"
     partial = folder.with_name(".final.partial")
     if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)
+        if (partial / "config.json").is_file():  # which a run that was killed has written first
+            shutil.rmtree(partial)
+        else:
+            set_aside(partial)
     accelerator.wait_for_everyone()
     unwrapped = accelerator.unwrap_model(model)
     if recipe.ep_size > 1:

@@ -3,7 +3,6 @@
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from pathmoe.command import ArgumentParser
-from pathmoe.files import check_writable, write_aside
+from pathmoe.files import check_writable, write_aside, write_text
 from pathmoe.train.recipe import Recipe, RecipeError
 
 
@@ -54,9 +53,7 @@ class Log:
         self.accelerator, self.file = accelerator, Path(recipe.output_dir) / "metrics.jsonl"
         if accelerator.is_main_process:
             kept = [line for line in read_metrics(self.file) if line["step"] <= first_step] if first_step else []
-            partial = self.file.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(partial, self.file)
+            write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
         if recipe.tracker is not None:
             accelerator.init_trackers("pathmoe", config={k: str(v) for k, v in vars(recipe).items()})
 

@@ -51,7 +51,8 @@ def lock_output_dir(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
             # A run that has not begun leaves nothing: its recipe is the first that it writes for good.
             if locked_first and not (output / "recipe.yaml").exists():
                 (output / "run.lock").unlink()
-            if created and {path.name for path in output.iterdir()} <= {"tokenizer"}:
+            made = {path.name for path in output.glob("validation-*.npy")} | {"tokenizer"}
+            if created and {path.name for path in output.iterdir()} <= made:
                 shutil.rmtree(output)
             raise
 
@@ -60,13 +61,16 @@ def check_inputs(recipe: Recipe):
     """Refuses a run that would overwrite what it reads, under whatever name or link.
 
     Raises:
-        RecipeError: If an input lies in a file or folder that the run writes.
+        RecipeError: If an input lies in a file or folder that the run writes, or a folder is where it writes a file.
     """
     output = Path(recipe.output_dir)
-    written = {(output / name).resolve(): output / name for name in WRITTEN}
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        if (output / name).is_dir():
+            raise RecipeError(f"{output / name} is a folder: move it away, or choose another output_dir.")
+    written = {Path(os.path.realpath(output / name)): output / name for name in WRITTEN}
     for field, value in list_inputs(recipe):
         for file in [value, *glob.glob(value, recursive=True)]:
-            path = Path(file).resolve()
+            path = Path(os.path.realpath(file))  # `resolve` fails at links that lead back to themselves
             for target, name in written.items():
                 if path == target or target in path.parents:
                     raise RecipeError(

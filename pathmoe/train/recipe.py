@@ -351,6 +351,8 @@ def parse_recipe(args: list[str]) -> Recipe:
     for name, value in zip(args[::2], args[1::2]):
         if not name.startswith("--"):
             raise RecipeError(f"expected --field value, got {name!r}.")
+        if value.startswith("--"):
+            raise RecipeError(f"{name} has no value: {value} follows it. Write --field value.")
         name = name[2:].replace("-", "_")
         if name in given:
             raise RecipeError(f"--{name} is given twice.")

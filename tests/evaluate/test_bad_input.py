@@ -201,7 +201,7 @@ def test_data_that_cannot_be_read_is_refused(command, place, name, content, mess
         (options("--batch_size", "0"), "--batch_size 0 must be at least 1"),
         (options("--limit", "-1"), "--limit -1 must be at least 1"),
         (options("--source_column", "where"), "has no column 'where'"),
-        (options("--text_column", ""), "has no column ''"),
+        (options("--text_column", ""), "--text_column is followed by nothing"),
         (
             lambda p: (p.give("a.jsonl", '{"text": "a", "of": ["b"]}\n'), options("--source_column", "of")(p)),
             "column 'of' holds ['b'], which is neither text nor a number",

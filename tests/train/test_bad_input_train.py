@@ -275,6 +275,8 @@ def test_what_the_trainer_did_not_write_is_left_alone(trained, recipe, tmp_path)
         (checkpoints / name / "mine").write_text(name)
     (checkpoints / "step-123").write_text("mine")
     (run / "final" / "notes.txt").write_text("mine")
+    (run / ".final.partial").mkdir()
+    (run / ".final.partial" / "notes.txt").write_text("mine")
     card, edited = run / "final" / "README.md", "# A card that someone has edited for days"
     assert main([*recipe(run, max_steps=3, checkpoint_every=1), "--resume", "auto"]) == 0
     assert main([*recipe(run, max_steps=5, checkpoint_every=1), "--resume", "auto"]) == 0
@@ -282,6 +284,7 @@ def test_what_the_trainer_did_not_write_is_left_alone(trained, recipe, tmp_path)
         assert (checkpoints / name / "mine").read_text() == name
     assert (checkpoints / "step-123").read_text() == "mine"
     assert (run / "final.set-aside-1" / "notes.txt").read_text() == "mine"
+    assert (run / ".final.partial.set-aside-1" / "notes.txt").read_text() == "mine"
     assert not (run / "final.set-aside-2").exists() and not (checkpoints / "step-00000001").exists()
     card.write_text(edited)
     os.utime(card, (time := card.stat().st_mtime + 60, time))

@@ -210,6 +210,7 @@ def test_wrong_field_is_refused(place, fields, complaint):
 
 # Arguments of the command line, and what the line must name.
 ARGUMENTS = [
+    (["--output_dir", "--resume"], "--output_dir has no value: --resume follows it"),
     (["--max_steps"], "max_steps"),
     (["max_steps", "3"], "max_steps"),
     (["--max_steps", "3.5"], "max_steps"),
@@ -431,6 +432,13 @@ FILES = {
         {},
         "--resume auto",
     ),
+    "text a link to itself": (
+        lambda p: ((p / "text.jsonl").unlink(), (p / "text.jsonl").symlink_to("text.jsonl")),
+        {},
+        "text.jsonl",
+    ),
+    "recipe.yaml a folder": (lambda p: (p / "run" / "recipe.yaml").mkdir(parents=True), {}, "recipe.yaml is a folder"),
+    "stream of blanks": (damage("text.jsonl", to_lines([" "] * 99).encode()), {"streaming": True}, "only blanks"),
     "text of blanks": (damage("text.jsonl", to_lines([" \n"] * 200).encode()), {}, "no row of dataset='text.jsonl'"),
     "too little text for a tokenizer": (
         damage("text.jsonl", to_lines(["a", "b", "c", "d"]).encode()),
