@@ -372,8 +372,8 @@ def main(args: list[str] | None = None):
     if (options.output_dir / "train.jsonl").exists():
         print(f"{options.output_dir} is there already.")
         return
-    for split in ("train", "validation"):
-        check_writable(options.output_dir / f"{split}.jsonl", "--output_dir", '"source": "')
+    for name in ("train", "validation"):
+        check_writable(options.output_dir / f"{name}.jsonl", "--output_dir", '"source": "')
     packages = [package for package in listed_packages() if package.source in options.sources]
     try:
         archives = [fetch(package, options.cache_dir) for package in packages]

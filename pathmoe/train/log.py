@@ -28,6 +28,8 @@ def read_metrics(file: Path) -> list[dict]:
     Raises:
         RecipeError: If a line is not one of metrics.
     """
+    if file.exists() and not file.is_file():
+        raise RecipeError(f"{file} is not a file: move it away.")
     metrics, lines = [], file.read_bytes().split(b"\n") if file.exists() else [b""]
     if lines[-1] and not lines[-1].startswith(b"{"):
         raise RecipeError(f"{file} line {len(lines)} is damaged: remove the line.")

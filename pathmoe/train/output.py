@@ -65,8 +65,8 @@ def check_inputs(recipe: Recipe):
     """
     output = Path(recipe.output_dir)
     for name in ("recipe.yaml", "metrics.jsonl"):
-        if (output / name).is_dir():
-            raise RecipeError(f"{output / name} is a folder: move it away, or choose another output_dir.")
+        if (output / name).exists() and not (output / name).is_file():
+            raise RecipeError(f"{output / name} is not a file: move it away, or choose another output_dir.")
     written = {Path(os.path.realpath(output / name)): output / name for name in WRITTEN}
     for field, value in list_inputs(recipe):
         for file in [value, *glob.glob(value, recursive=True)]:

@@ -437,7 +437,16 @@ FILES = {
         {},
         "text.jsonl",
     ),
-    "recipe.yaml a folder": (lambda p: (p / "run" / "recipe.yaml").mkdir(parents=True), {}, "recipe.yaml is a folder"),
+    "recipe.yaml a folder": (
+        lambda p: (p / "run" / "recipe.yaml").mkdir(parents=True),
+        {},
+        "recipe.yaml is not a file",
+    ),
+    "metrics.jsonl a pipe": (
+        lambda p: ((p / "run").mkdir(), os.mkfifo(p / "run" / "metrics.jsonl")),
+        {},
+        "is not a file",
+    ),
     "stream of blanks": (damage("text.jsonl", to_lines([" "] * 99).encode()), {"streaming": True}, "only blanks"),
     "text of blanks": (damage("text.jsonl", to_lines([" \n"] * 200).encode()), {}, "no row of dataset='text.jsonl'"),
     "too little text for a tokenizer": (
