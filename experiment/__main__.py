@@ -27,18 +27,33 @@ from experiment.collapse import collapse
 from experiment.first.train import ExperimentRun, RunPool, make_tokenizer
 from experiment.measure import HELD_OUT_TOKENS, measure
 from experiment.report import report
-from experiment.runs import PARTS, Experiment, hash_file, place_corpus, read_settings
-from pathmoe.command import UserError, run_command
-from pathmoe.files import write_text
+from experiment.runs import PARTS, Experiment, corpus_files, hash_file, place_corpus, read_settings
+from pathmoe.command import ArgumentParser, UserError, run_command
+from pathmoe.files import check_writable, write_text
 from pathmoe.train.recipe import RecipeError
 
 
 HERE = Path(__file__).parent
 
 
-def prepare(options: argparse.Namespace) -> Experiment:
-    """Reads the settings, places the corpus and trains the tokenizer unless it is there."""
-    settings = read_settings(options.config)
+def check_options(options: argparse.Namespace, settings: dict):
+    """Refuses what would stop a part from being run, before anything is written.
+
+    Raises:
+        UserError: With the option and its value.
+    """
+    for option in ("jobs", "held_out_tokens"):
+        if getattr(options, option) < 1:
+            raise UserError(f"--{option} {getattr(options, option)} must be at least 1.")
+    model = Path(settings["recipe"]["model"])
+    if not model.is_file():
+        raise UserError(f"--config {options.config}: model={str(model)!r} is not here: run in the repository's root.")
+    corpus_files(options.corpus or options.output / "corpus")
+    check_writable(options.output / "corpus.json", "--output")
+
+
+def prepare(options: argparse.Namespace, settings: dict) -> Experiment:
+    """Places the corpus and trains the tokenizer unless it is there."""
     sources = {point["source"] for point in settings.get("map", {}).get("points", {}).values() if "source" in point}
     wanted = sources if options.part == "map" else set()
     builder, files, hashes = place_corpus(options.corpus, options.output, wanted)
@@ -85,7 +100,7 @@ def train(experiment: Experiment, part: str, jobs: int, tokens: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one part. Returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m experiment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=[*PARTS, "collapse", "report"])
@@ -98,13 +113,16 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     options.output = options.output or Path("runs/replication") / options.config.stem
     options.results = options.results or HERE / "results" / options.config.stem
+    settings = read_settings(options.config)
+    check_writable(options.results / "report.md", "--results", "# Results so far")
     if options.part == "report":
-        print(report(Experiment(read_settings(options.config), options.output, options.results)))
+        print(report(Experiment(settings, options.output, options.results)))
         return 0
+    check_options(options, settings)
     options.output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(options.output / "experiment.lock", timeout=0):
-            experiment = prepare(options)
+            experiment = prepare(options, settings)
             if options.part == "collapse":
                 return collapse(experiment)
             return train(experiment, options.part, options.jobs, options.held_out_tokens)

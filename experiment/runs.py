@@ -11,7 +11,7 @@ from datasets import load_dataset
 
 from experiment.first.train import ExperimentRun, make_run
 from pathmoe.command import UserError
-from pathmoe.files import write_aside
+from pathmoe.files import read_json, write_aside
 from pathmoe.text.reader import BUILDERS
 
 
@@ -45,7 +45,9 @@ class Experiment:
         file = self.results / f"{run.name}.json"
         if not file.is_file():
             return None
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_json(file)
+        if missing := {"settings", "corpus"} - set(result):
+            raise UserError(f"{file} lacks {', '.join(sorted(missing))}: it is not the result of a run. Remove it.")
         if result["settings"] != digest(run):
             raise UserError(f"{file} was trained with other settings than it would be now: remove it or restore them.")
         if self.corpus and result["corpus"] != self.corpus:
@@ -145,7 +147,7 @@ def read_settings(file: Path) -> dict:
         raise UserError(f"--config {file}: there is no such file.")
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {file} is not valid YAML: {error}") from error
     needed = {"recipe", "rows", "tune", "primary"}
     if missing := needed - set(settings if isinstance(settings, dict) else ()):
@@ -182,15 +184,20 @@ def place_corpus(corpus: Path | None, output: Path, sources: set[str]) -> tuple[
     """
     folder = output / "corpus"
     if corpus is not None:
+        named = corpus_files(corpus)[1].values()
         folder.mkdir(parents=True, exist_ok=True)
-        for file in corpus_files(corpus)[1].values():
+        for file in named:
             link = folder / Path(file).name
+            if link.exists() and link.samefile(file):
+                continue
+            if link.exists() and not link.is_symlink():
+                raise UserError(f"{link} is a file of its own, not a link to a corpus: name another --output.")
             link.unlink(missing_ok=True)
             link.symlink_to(Path(file).resolve())
     builder, files = corpus_files(folder)
     hashes = {split: hash_file(Path(file)) for split, file in files.items()}
     known = output / "corpus.json"
-    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != hashes:
+    if known.exists() and read_json(known) != hashes:
         raise UserError(f"the corpus in {folder} is not the one that {output} was begun with: name another --output.")
     with write_aside(known) as partial:
         partial.write_text(json.dumps(hashes), encoding="utf-8")

@@ -2,9 +2,14 @@
 """How a command of this project ends: with one clear line for a mistake of the user, and a traceback for ours."""
 
 import argparse
+import errno
 import signal
 import sys
 from collections.abc import Callable
+
+
+# What a disk refuses: full, over quota, read-only, broken.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
 class UserError(ValueError):
@@ -13,6 +18,13 @@ class UserError(ValueError):
 
 class ArgumentParser(argparse.ArgumentParser):
     """A command line whose mistakes end the process with one line on stderr, as argparse does, without the usage."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        if "" in args:  # as a path it would stand for the working directory
+            place = args.index("")
+            self.error(f"{args[place - 1] if place else 'the first argument'} is followed by nothing: give a value.")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"error: {' '.join(message.split())}\n")
@@ -32,6 +44,12 @@ def run_command(main: Callable[[], object], interrupted: int = 130):
         sys.exit(status if isinstance(status, int) else 0)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename} cannot be read or written: " if error.filename else ""
+        print(f"error: {where}{error.strerror}. See to the disk, or choose another place.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

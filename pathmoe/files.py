@@ -24,19 +24,27 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         path (`str` or `Path`): The file to write. Its folder is created.
 
     Raises:
-        OSError: If the folder cannot be created or written.
+        OSError: If the folder cannot be created or written; it names `path`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent))
+    path, created, folder = Path(path), [], None
     try:
+        make_parents(path, created)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent))
         partial = folder / path.name
         yield partial
         if partial.is_file():
             follow_umask([partial])
         os.replace(partial, path)
+        created.clear()
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or ".partial" in str(error.filename)):
+            # The user has never heard of the temporary file.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        remove_empty(created)
 
 
 @contextmanager
@@ -70,7 +78,7 @@ def make_parents(path: Path, created: list[Path]):
     """Creates the parents of `path` and appends those that were not there to `created`."""
     for folder in reversed(path.parents):
         if not folder.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # another process may be as fast
             created.append(folder)
 
 

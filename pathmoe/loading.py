@@ -26,6 +26,7 @@ SIZES = (
     "max_position_embeddings",
 )  # fmt: skip
 LARGEST_SIZE = 2**31 - 1
+LARGEST = 1e18  # the square of a weight must be finite in float32
 
 
 def load_config(folder: str | Path) -> PreTrainedConfig:
@@ -166,3 +167,5 @@ def check_finite(model: torch.nn.Module, what: str):
         values = values.float() if tensor.element_size() == 1 else values  # isfinite does not take float8
         if not torch.isfinite(values).all():
             raise UserError(f"{what}: {name} holds values that are not finite: the checkpoint is damaged or diverged.")
+        if values.numel() and max(-values.min().item(), values.max().item()) > LARGEST:
+            raise UserError(f"{what}: {name} holds values above {LARGEST:.0e}, whose squares overflow: it is damaged.")

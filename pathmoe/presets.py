@@ -11,7 +11,7 @@ A recipe and a model go by their bare names: `pathmoe train --config quickstart 
 import argparse
 from pathlib import Path
 
-from .command import UserError
+from .command import ArgumentParser, UserError
 
 
 ROOM = "configuration"
@@ -63,7 +63,7 @@ def names() -> dict[str, Path]:
 
 def main(args: list[str] | None = None):
     """Lists or prints the shipped files."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="pathmoe presets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to print, such as train/quickstart")

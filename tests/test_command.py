@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from pathmoe.command import UserError
-from pathmoe.files import check_writable, write_text
+from pathmoe.files import check_writable, write_aside, write_text
 
 
 @pytest.mark.parametrize(
@@ -15,8 +15,14 @@ from pathmoe.files import check_writable, write_text
         ("lambda: None", 0, ""),
         ("lambda: {'a': 1}", 0, ""),
         ("lambda: (_ for _ in ()).throw(UserError('two\\n lines'))", 2, "error: two lines\n"),
+        (
+            "lambda: (_ for _ in ()).throw(OSError(28, 'No space left on device', 'a'))",
+            2,
+            "error: a cannot be read or written: No space left on device. See to the disk, or choose another place.\n",
+        ),
         ("lambda: (_ for _ in ()).throw(KeyboardInterrupt)", 130, "interrupted\n"),
         ("lambda: ArgumentParser().parse_args(['--no'])", 2, "error: unrecognized arguments: --no\n"),
+        ("lambda: ArgumentParser().parse_args(['--a', ''])", 2, "error: --a is followed by nothing: give a value.\n"),
         ("lambda: ArgumentParser().error('two\\n lines')", 2, "error: two lines\n"),
     ],
 )
@@ -42,3 +48,10 @@ def test_a_place_that_cannot_be_written_is_named_and_left_as_it_was(tmp_path, na
     with pytest.raises(UserError, match=f"^--output {tmp_path / name}"):
         check_writable(tmp_path / name, "--output")
     assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
+def test_a_failed_write_names_the_file_and_leaves_no_folder(tmp_path):
+    with pytest.raises(OSError, match="out.json") as failed, write_aside(tmp_path / "new" / "out.json") as partial:
+        raise OSError(28, "No space left on device", str(partial))
+    assert failed.value.filename == str(tmp_path / "new" / "out.json")
+    assert not list(tmp_path.iterdir())

@@ -57,6 +57,8 @@ def average_checkpoints(
     Raises:
         UserError: If the sources do not fit each other.
     """
+    if len(sources) < 2:
+        raise UserError(f"sources={[str(source) for source in sources]}: an average needs at least two checkpoints.")
     weights = weights or [1 / len(sources)] * len(sources)
     if len(weights) != len(sources) or not all(map(math.isfinite, weights)) or abs(sum(weights) - 1) > 1e-6:
         raise UserError(f"weights={weights} must be {len(sources)} finite numbers, one a source, that sum to 1.")

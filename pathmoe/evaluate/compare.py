@@ -101,21 +101,40 @@ def read_lm_eval(folder: Path, name: str) -> EvaluationRun:
                 f"metric of {leaf}": metric,
                 "limit": result["settings"]["limit"],
             }
-            with (folder / "tasks" / f"{leaf}.jsonl").open(encoding="utf-8") as lines:
+            values, file = [], folder / "tasks" / f"{leaf}.jsonl"
+            with file.open(encoding="utf-8") as lines:
                 for sample in map(json.loads, lines):
                     if sample["filter"] == filtered:
                         asked = digest([sample["arguments"], sample["target"]])
                         rows.append((f"{leaf}/{sample['doc_id']}", asked, sample[metric], 1))
+                        values.append(sample[metric])
+            if values:
+                check_same_evaluation(file, sum(values) / len(values), file.with_suffix(".json"), scored[1])
         items = pd.DataFrame(rows, columns=["item", "digest", "value", "weight"]).set_index("item")
         tasks[entry] = Task(settings, items)
     return EvaluationRun(name, tasks, bits=False)
 
 
+def check_same_evaluation(items: Path, of_items: float, result: Path, stated: float):
+    """Refuses items whose score is not the one that the result states: one of the files is of another evaluation.
+
+    Raises:
+        RunError: With both files and both scores.
+    """
+    if math.isfinite(of_items) and not math.isclose(of_items, stated, rel_tol=1e-6, abs_tol=1e-9):
+        raise RunError(
+            f"{items} gives {of_items:.6g} where {result} states {stated:.6g}: they are of different evaluations. "
+            "Evaluate again."
+        )
+
+
 def read_perplexity(file: Path, name: str) -> EvaluationRun:
     """The run of an output of `perplexity.py`: a task for each source, and one of all documents."""
-    settings = read_json(file, "RUN")["settings"]
+    result = read_json(file, "RUN")
+    settings = result["settings"]
     check_whole(settings, f"{file}")
     documents = pd.read_json(file.with_suffix(".jsonl"), lines=True, dtype={"text_sha": str})
+    check_same_evaluation(file.with_suffix(".jsonl"), documents["nll"].sum(skipna=False), file, result["nll"])
     documents = documents[documents["bytes"] > 0]
     items = pd.DataFrame(
         {

@@ -9,6 +9,7 @@ words of it, in lower case and without punctuation. Items of fewer than N words 
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Iterable
 from itertools import islice
@@ -129,7 +130,7 @@ def check_report(output: Path, *data: str | Path):
     if output.suffix != ".json":
         raise UserError(f"--output {output} must end in .json.")
     for file, mark in ((output, '"hit_items"'), (output.with_suffix(".md"), "| task | items | of ")):
-        if file.resolve() in {Path(name).resolve() for name in data}:
+        if os.path.realpath(file) in set(map(os.path.realpath, data)):
             raise UserError(f"--output {output} would overwrite the data, {file}: choose another name.")
         check_writable(file, "--output", mark)
 

@@ -165,6 +165,9 @@ def load_config(source: str, option: str = "--model", **options) -> PreTrainedCo
     model_type = None
     if Path(source).is_dir():
         model_type = read_json(Path(source) / "config.json", option).get("model_type")
+        for file in sorted(Path(source).glob("*.safetensors")):
+            if not file.is_file():
+                raise UserError(f"{option}: {file} is not a file, or a link to none: download the checkpoint again.")
         for file in sorted(Path(source).glob("*.index.json")):
             shards = read_json(file, option).get("weight_map")
             if not isinstance(shards, dict):

@@ -14,6 +14,7 @@ total and for each value of `--source_column`, `out.jsonl` has a line for each d
 import argparse
 import json
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from pathmoe.evaluate.inputs import (
     load_tokenizer,
 )
 from pathmoe.evaluate.scoring import score, summarize
-from pathmoe.files import check_writable, write_text
+from pathmoe.files import check_writable, write_aside
 from pathmoe.loading import load_model
 
 
@@ -112,7 +113,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             f"--stride {args.stride} must be at most --max_length {args.max_length}: tokens would be left out."
         )
     for file, mark in ((args.output, '"bits_per_byte"'), (args.output.with_suffix(".jsonl"), '"text_sha"')):
-        if file.resolve() == Path(args.data).resolve():
+        if os.path.realpath(file) == os.path.realpath(args.data):
             raise UserError(f"--output {args.output} would overwrite the data, {file}: choose another name.")
         check_writable(file, "--output", mark)
     check_device_arguments(args)
@@ -180,10 +181,10 @@ def main(argv: list[str] | None = None) -> dict:
         "settings": settings | {"dtype": str(model.dtype)},
     }
     text = json.dumps(explained(result), indent=2, allow_nan=False) + "\n"
-    write_text(
-        args.output.with_suffix(".jsonl"), "".join(json.dumps(line, allow_nan=False) + "\n" for line in documents)
-    )
-    write_text(args.output, text)
+    lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in documents)
+    with write_aside(args.output) as whole, write_aside(args.output.with_suffix(".jsonl")) as items:
+        whole.write_text(text, encoding="utf-8")
+        items.write_text(lines, encoding="utf-8")
     print(text, end="")
     return result
 

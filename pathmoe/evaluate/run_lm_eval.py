@@ -211,6 +211,8 @@ def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace):
     for option, name in (("--model", args.model), ("--tokenizer", args.tokenizer)):
         if name and (Path(name).is_absolute() or name[0] == "." or name.count("/") > 1) and not Path(name).is_dir():
             parser.error(f"{option} {name}: there is no such folder.")
+    if Path(args.model).is_dir() and args.revision != "main":
+        parser.error(f"--revision {args.revision} is for models of the Hub, but --model {args.model} is a folder.")
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     config = load_config(args.model, **options)
     source = (args.tokenizer, "--tokenizer") if args.tokenizer else (args.model, "--model")

@@ -108,8 +108,8 @@ def score(
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if not texts:
         raise ValueError("There is no document.")
-    if not any(texts):
-        raise ValueError(f"All {len(texts)} documents are empty.")
+    if not any(text and not text.isspace() for text in texts):
+        raise ValueError(f"All {len(texts)} documents are empty or blank.")
 
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     encoded = [

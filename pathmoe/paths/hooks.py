@@ -179,11 +179,13 @@ def _loaded(module: nn.Module) -> AbstractContextManager:
 
 
 def check_indices(what: str, indices: torch.Tensor, shape: tuple[int, ...], num_experts: int):
-    """Refuses expert indices of another shape than `shape`, or that name no expert.
+    """Refuses expert indices that are not integers, of another shape than `shape`, or that name no expert.
 
     Raises:
         ValueError: That begins with `what`.
     """
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"{what} has dtype {indices.dtype}, where integers are needed.")
     if indices.shape != shape:
         raise ValueError(f"{what} has shape {tuple(indices.shape)}, where {tuple(shape)} is needed.")
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < num_experts:

@@ -99,9 +99,12 @@ class PathTrace:
         self._convert()
         if self._file is not None:
             pa = _pyarrow()
-            with pa.memory_map(str(self._file)) as source, pa.ipc.open_stream(source) as reader:
-                for batch in reader:
-                    yield {name: _to_numpy(batch[name], name, self.model) for name in batch.schema.names}
+            try:
+                with pa.memory_map(str(self._file)) as source, pa.ipc.open_stream(source) as reader:
+                    for batch in reader:
+                        yield {name: _to_numpy(batch[name], name, self.model) for name in batch.schema.names}
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{self._file} is truncated or damaged: {error}") from error
         yield from self._pending
 
     def _hold(self, values: dict[str, torch.Tensor], tokens: "ForwardTokens", offsets: torch.Tensor | None):

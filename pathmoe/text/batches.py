@@ -184,9 +184,10 @@ class Prefetch:
         if self._queue is None:
             self._queue = queue.Queue(self.depth)
             threading.Thread(target=self._draw, args=(rows,), daemon=True).start()
-        batch, self._state = self._queue.get()
+        batch, state = self._queue.get()
         if isinstance(batch, Exception):
             raise batch
+        self._state = state
         return batch
 
     def _draw(self, rows: int):
@@ -194,16 +195,16 @@ class Prefetch:
             while True:
                 self._queue.put((self.batches.next_batch(rows), self.batches.state_dict()))
         except Exception as error:  # raised again where the batch is asked for
-            self._queue.put((error, self._state))
+            self._queue.put((error, None))
 
     def state_dict(self) -> dict:
         """The state after the last batch that was handed out, not after the last that was drawn."""
         return self._state
 
     def load_state_dict(self, state: dict):
-        """Only before the first batch."""
+        """Only before the first batch, or after one could not be drawn."""
         self.batches.load_state_dict(state)
-        self._state = state
+        self._state, self._queue = state, None
 
 
 def document_positions(tokens: torch.Tensor, end_of_text: int) -> torch.Tensor:

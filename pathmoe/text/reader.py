@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pathmoe.command import UserError
+from pathmoe.files import write_aside
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -30,6 +31,7 @@ BUILDERS = {
     ".csv": "csv", ".arrow": "arrow",
 }  # fmt: skip
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PEEKED = 1000  # rows of a stream, among which one must hold more than blanks
 PROBLEM = "pathmoe_problem"  # column that says where a row without text stands and what is wrong with it
 
 
@@ -294,6 +296,8 @@ def leave_out_bad_rows(data: Dataset | IterableDataset, source: str, column: str
         try:
             if next(iter(data), None) is None:
                 raise DataError(f"no row of dataset={source!r} holds text: {next(iter(rows.seen))}.")
+            if not any(row[column] and not row[column].isspace() for row in data.take(PEEKED)):
+                raise DataError(f"dataset={source!r}: the first rows of the stream hold only blanks in {column!r}.")
         finally:
             rows.seen.clear()
         return data
@@ -312,6 +316,10 @@ def leave_out_bad_rows(data: Dataset | IterableDataset, source: str, column: str
         check_bad_rows(source, problems, problems[min(limit, len(problems) - 1)], limit)
         tqdm.write(f"WARNING: skipped {len(problems)} rows without text of {source}, the first: {problems[0]}.")
         data = data.filter(has_text, input_columns=[column])
+    if not any(text and not text.isspace() for text in data[column]):
+        raise DataError(
+            f"no row of dataset={source!r} holds text: column {column!r} is blank in all {len(data)} rows."
+        )
     return data.select_columns([column])
 
 
@@ -397,9 +405,11 @@ def pack(
                     f"the text has {len(tokens)} tokens, fewer than one sequence of sequence_length="
                     f"{sequence_length}: give more text or shorten the sequence."
                 )
-            partial = file.with_suffix(".partial.npy")
-            np.save(partial, tokens[: blocks * sequence_length].reshape(blocks, sequence_length))
-            partial.rename(file)
+            try:
+                with write_aside(file) as partial:
+                    np.save(partial, tokens[: blocks * sequence_length].reshape(blocks, sequence_length))
+            except OSError as error:  # NumPy's own, of a full disk, has no number
+                raise DataError(f"{file} cannot be written: {error}. Choose another cache_dir.") from error
     return read_blocks(file, sequence_length)
 
 

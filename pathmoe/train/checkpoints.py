@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 
@@ -23,10 +24,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pathmoe.command import UserError
 from pathmoe.files import follow_umask
+from pathmoe.text.reader import DataError
 from pathmoe.train.output import set_aside
 from pathmoe.train.recipe import CHANGEABLE_ON_RESUME, FREE_TO_CHANGE, Recipe, RecipeError, list_changes, read_recipe
 from pathmoe.train.state import TrainState
 
+
+# It is said of every run on one process, which is not mistaken.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -108,6 +113,8 @@ def find_fault(folder: Path, accelerator: Accelerator) -> str | None:
             return f"{folder / name} is truncated: {found[name][0]:,} of {size:,} bytes"
         if found[name] != [size, checksum]:
             return f"{folder / name} is damaged: its checksum is another"
+    if (step := json.loads((folder / "state.json").read_text())["step"]) != step_of(folder):
+        return f"{folder} holds the checkpoint of step {step}: someone has renamed it"
     return None
 
 
@@ -126,7 +133,7 @@ def find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:
             raise RecipeError(f"output_dir={recipe.output_dir!r} holds a run: pass --resume auto, or another folder.")
         return None
     if recipe.resume != "auto":
-        checkpoints = [path for path in checkpoints if path.resolve() == Path(recipe.resume).resolve()]
+        checkpoints = [path for path in checkpoints if os.path.realpath(path) == os.path.realpath(recipe.resume)]
         if not checkpoints:
             raise RecipeError(f"resume={recipe.resume!r} is no checkpoint of {output / 'checkpoints'}: use 'auto'.")
     if before is not None:
@@ -199,6 +206,28 @@ class Checkpoints:
                 "then --resume auto goes on from the newest."
             )
 
+    def draw_step(self, step: int, accumulation: int) -> list[torch.Tensor]:
+        """Draws the micro-batches of a step. If a stream breaks, the steps before are saved, on one process.
+
+        Raises:
+            DataError: If the text cannot be read on; the message names the place and the checkpoint.
+        """
+        rows, streaming = self.recipe.micro_batch_size, self.recipe.streaming
+        before = self.state.batches.state_dict() if streaming else None
+        try:
+            return [self.state.batches.next_batch(rows) for _ in range(accumulation)]
+        except DataError as error:
+            # Other processes would wait for this one in the middle of their step.
+            if not streaming or self.accelerator.num_processes > 1 or step == 1:
+                raise
+            self.state.batches.load_state_dict(before)
+            folder = Path(self.recipe.output_dir) / "checkpoints" / f"step-{step - 1:08d}"
+            if not folder.exists():
+                self.save(step - 1)
+            raise DataError(
+                f"{error} {folder} holds the run up to there: mend the text, then --resume auto."
+            ) from error
+
     def _attempt(self, write) -> tuple[list[str], list]:
         """Runs `write` on all ranks. Returns what went wrong on any of them, and what they returned."""
         fault = result = None
@@ -257,6 +286,8 @@ class Checkpoints:
         sync(folder.parent)
         whole = [path for path in list_checkpoints(self.recipe) if read_manifest(path) is not None]
         for old in whole[: -self.recipe.keep_last] if self.state.counters["healthy"] else []:
+            if {path.name for path in old.iterdir()} - {"manifest.json", *read_manifest(old)}:
+                continue  # someone keeps files of their own in it
             if not (self.recipe.keep_every and step_of(old) % self.recipe.keep_every == 0):
                 # Renamed first, so that a run killed here does not leave half of it under its name.
                 shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))

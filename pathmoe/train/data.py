@@ -108,12 +108,22 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int, fresh:
             )
             continue
         with accelerator.main_process_first():
-            sources.append(PackedBlocks(pack(train, tokenizer, source.text_column, length, cache), recipe.seed))
+            trained_on = pack(train, tokenizer, source.text_column, length, cache)
             blocks = pack(validation, tokenizer, source.text_column, length, cache)
+        sources.append(PackedBlocks(trained_on, recipe.seed))
+        if source.validation_split is not None and np.array_equal(blocks[:1], trained_on[:1]):
+            warn_of_same_text(source)
         # Spread over the whole text, whose parts may follow one another.
         held_out.append(blocks[np.linspace(0, len(blocks) - 1, min(len(blocks), share)).round().astype(int)])
     batches = Batches(sources, weights, rank, world_size, split=recipe.streaming)
     return tokenizer, Prefetch(batches) if recipe.streaming else batches, np.concatenate(held_out)
+
+
+def warn_of_same_text(source: Source):
+    tqdm.write(
+        f"WARNING: validation_split={source.validation_split!r} of dataset={source.dataset!r} is what is trained on: "
+        "the validation loss will be too low."
+    )
 
 
 def hold_out_stream(recipe: Recipe, file: Path, validation, tokenizer, source: Source, share: int):
@@ -159,10 +169,7 @@ def load_source(recipe: Recipe, source: Source):
     train = load(source.train_split)
     if source.validation_split is not None:
         if find_paths(source, source.train_split) & find_paths(source, source.validation_split):
-            tqdm.write(
-                f"WARNING: validation_split={source.validation_split!r} of dataset={source.dataset!r} is read from "
-                "what is trained on: the validation loss will be too low."
-            )
+            warn_of_same_text(source)
         return source, train, load(source.validation_split)
     column, every = source.text_column, recipe.holdout_every
     validation = train.filter(lambda row: is_held_out(row[column], every))

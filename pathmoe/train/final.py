@@ -33,7 +33,10 @@ def save_final(
     folder = Path(recipe.output_dir) / "final"
     partial = folder.with_name(".final.partial")
     if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)
+        if (partial / "config.json").is_file():  # which a run that was killed has written first
+            shutil.rmtree(partial)
+        else:
+            set_aside(partial)
     accelerator.wait_for_everyone()
     unwrapped = accelerator.unwrap_model(model)
     if recipe.ep_size > 1:
@@ -58,12 +61,19 @@ def save_final(
 
 
 def replace_final(folder: Path, partial: Path):
-    """Puts the new result in the place of the one before. An old folder that also holds files of the user is kept."""
+    """Puts the new result in the place of the one before. An old folder in which the user has
+    edited or added files is kept."""
     if not folder.exists():
         partial.rename(folder)
         return
     written = {file.name for file in partial.iterdir()}
-    foreign = [file for file in folder.iterdir() if file.name not in written and ".safetensors" not in file.name]
+    # `save_final` writes the card right after recipe.yaml, and everything else before it.
+    saved = (folder / "recipe.yaml").stat().st_mtime if (folder / "recipe.yaml").exists() else 0
+    foreign = [
+        file
+        for file in folder.iterdir()
+        if file.stat().st_mtime > saved + 2 or (file.name not in written and ".safetensors" not in file.name)
+    ]
     old = set_aside(folder)
     partial.rename(folder)
     if not foreign:

@@ -28,8 +28,12 @@ def read_metrics(file: Path) -> list[dict]:
     Raises:
         RecipeError: If a line is not one of metrics.
     """
-    metrics = []
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.exists() else [], 1):
+    if file.exists() and not file.is_file():
+        raise RecipeError(f"{file} is not a file: move it away.")
+    metrics, lines = [], file.read_bytes().split(b"\n") if file.exists() else [b""]
+    if lines[-1] and not lines[-1].startswith(b"{"):
+        raise RecipeError(f"{file} line {len(lines)} is damaged: remove the line.")
+    for number, line in enumerate(lines[:-1], 1):
         try:
             metrics.append(json.loads(line))
             float(metrics[-1]["step"])
@@ -109,6 +113,24 @@ CURVES = {
 }
 
 
+def check_curves(run: str, metrics: list[dict]):
+    """Refuses figures that cannot be drawn.
+
+    Raises:
+        RecipeError: With the field and the step.
+    """
+    for line in metrics:
+        for name in (CURVES.keys() | {"load"}) & line.keys():
+            rows = line[name] if name == "load" and isinstance(line[name], list) else [line[name]]
+            rows = [row if isinstance(row, list) else [row] for row in rows]
+            numbers = all(value is None or isinstance(value, int | float) for row in rows for value in row)
+            if not numbers or len({len(row) for row in rows}) > 1:
+                raise RecipeError(
+                    f"{run}/metrics.jsonl: {name} of step {line['step']} is {str(line[name])[:60]}, which cannot be "
+                    "drawn: remove the line."
+                )
+
+
 def plot(args: list[str]) -> Path:
     """Draws the curves of one or several runs; of per-layer figures the mean, and the range over the layers.
 
@@ -128,6 +150,7 @@ def plot(args: list[str]) -> Path:
         runs[run] = read_metrics(Path(run) / "metrics.jsonl")
         if not runs[run]:
             raise RecipeError(f"{run} holds no metrics.jsonl with a finished line: name the output_dir of a run.")
+        check_curves(run, runs[run])
     output = Path(options.output or Path(options.runs[0]) / "training.png")
     if output.suffix != ".png":
         raise RecipeError(f"--output {output} must end in .png.")

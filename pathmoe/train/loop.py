@@ -98,7 +98,7 @@ class TrainingLoop:
         )
         with self.stop:
             for number in bar:
-                micro_batches = self.next_batch()
+                micro_batches = self.next_batch(number)
                 step = self.train_step(number, micro_batches)
                 self.report(step)
                 with self.throughput.paused():
@@ -108,11 +108,11 @@ class TrainingLoop:
                     return False
         return True
 
-    def next_batch(self) -> list[dict[str, torch.Tensor]]:
-        """This rank's micro-batches of the next step, as the model is given them."""
+    def next_batch(self, number: int) -> list[dict[str, torch.Tensor]]:
+        """This rank's micro-batches of a step, as the model is given them."""
         recipe, device = self.recipe, self.accelerator.device
         with self.throughput.timed("data"):
-            drawn = [self.state.batches.next_batch(recipe.micro_batch_size) for _ in range(self.accumulation)]
+            drawn = self.checkpoints.draw_step(number, self.accumulation)
             if device.type == "cuda":
                 drawn = [tokens.pin_memory() for tokens in drawn]
         end_of_text = self.config.eos_token_id

@@ -27,7 +27,7 @@ from pathmoe.train.data import build_data, build_tokenizer
 from pathmoe.train.engine import build_accelerator
 from pathmoe.train.final import save_final
 from pathmoe.train.inputs import find_changed_inputs, fingerprint_inputs
-from pathmoe.train.log import Log, plot
+from pathmoe.train.log import Log, plot, read_metrics
 from pathmoe.train.loop import TrainingLoop
 from pathmoe.train.model import build_config, build_model, check_model, find_experts_dtype
 from pathmoe.train.optimizer import build_optimizer
@@ -118,7 +118,10 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
     if is_finished(recipe, checkpoint, 0 if checkpoint is None else step_of(checkpoint)):
         accelerator.print(f"{output / 'final'} is done: max_steps={recipe.max_steps}.")
         return 0
-    changed = [] if checkpoint is None else find_changed_inputs(recipe, checkpoint)
+    changed = []
+    if checkpoint is not None:
+        read_metrics(output / "metrics.jsonl")  # damaged ones are found before anything is written
+        changed = find_changed_inputs(recipe, checkpoint)
     state, tokenizer, held_out = build(recipe, config, accelerator, fresh=checkpoint is None)
     counters, first_step = state.counters, 0
     checkpoints = Checkpoints(recipe, accelerator, state, fingerprint_inputs(recipe))

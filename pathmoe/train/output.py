@@ -4,6 +4,7 @@
 import contextlib
 import glob
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def lock_output_dir(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
         return
     output = Path(recipe.output_dir)
     try:
-        created = not output.exists()
+        created, locked_first = not output.exists(), not (output / "run.lock").exists()
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / "run.lock", timeout=0).acquire()
     except Timeout:
@@ -43,27 +44,33 @@ def lock_output_dir(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
         raise RecipeError(
             f"output_dir={recipe.output_dir!r} cannot be written: {error.strerror}. Choose another folder."
         ) from error
-    try:
-        with lock:
+    with lock:
+        try:
             yield
-    except BaseException:
-        if created and [path.name for path in output.iterdir()] == ["run.lock"]:
-            (output / "run.lock").unlink()
-            output.rmdir()
-        raise
+        except BaseException:
+            # A run that has not begun leaves nothing: its recipe is the first that it writes for good.
+            if locked_first and not (output / "recipe.yaml").exists():
+                (output / "run.lock").unlink()
+            made = {path.name for path in output.glob("validation-*.npy")} | {"tokenizer"}
+            if created and {path.name for path in output.iterdir()} <= made:
+                shutil.rmtree(output)
+            raise
 
 
 def check_inputs(recipe: Recipe):
     """Refuses a run that would overwrite what it reads, under whatever name or link.
 
     Raises:
-        RecipeError: If an input lies in a file or folder that the run writes.
+        RecipeError: If an input lies in a file or folder that the run writes, or a folder is where it writes a file.
     """
     output = Path(recipe.output_dir)
-    written = {(output / name).resolve(): output / name for name in WRITTEN}
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        if (output / name).exists() and not (output / name).is_file():
+            raise RecipeError(f"{output / name} is not a file: move it away, or choose another output_dir.")
+    written = {Path(os.path.realpath(output / name)): output / name for name in WRITTEN}
     for field, value in list_inputs(recipe):
         for file in [value, *glob.glob(value, recursive=True)]:
-            path = Path(file).resolve()
+            path = Path(os.path.realpath(file))  # `resolve` fails at links that lead back to themselves
             for target, name in written.items():
                 if path == target or target in path.parents:
                     raise RecipeError(

@@ -12,6 +12,7 @@ tensor of its input's size: 4 GB of the paper's 16B model without checkpointing.
 import dataclasses
 import functools
 import json
+import math
 import sys
 import weakref
 from pathlib import Path
@@ -29,7 +30,7 @@ from pathmoe.accounting import count_parameters
 from pathmoe.command import ArgumentParser
 from pathmoe.markdown import markdown_table
 from pathmoe.train.model import build_config
-from pathmoe.train.recipe import Recipe, parse_recipe
+from pathmoe.train.recipe import MAX_COUNT, Recipe, RecipeError, parse_recipe
 
 
 GB = 1e9
@@ -178,8 +179,21 @@ def plan(args: list[str]) -> str:
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--memory", type=float, nargs="+", default=[80, 141], metavar="GB")
     options, rest = parser.parse_known_args(args)
+    for gpus in options.gpus:
+        if not 1 <= gpus <= MAX_COUNT:
+            parser.error(f"--gpus {gpus} must be from 1 to {MAX_COUNT:,}.")
+    for size in options.memory:
+        if not 0 < size < math.inf:
+            parser.error(f"--memory {size:g} must be a positive number of GB.")
     recipe = parse_recipe(rest)
     config = build_config(recipe)
+    if config.model_type != "pathmoe":
+        raise RecipeError(f"model={recipe.model!r}: plan knows the memory of PathMoE, not of {config.model_type}.")
+    if config.num_experts % recipe.ep_size or all(gpus % recipe.ep_size for gpus in options.gpus):
+        raise RecipeError(
+            f"ep_size={recipe.ep_size} must divide num_experts={config.num_experts} and the number of GPUs "
+            f"(--gpus {' '.join(map(str, options.gpus))})."
+        )
     count = count_parameters(config)
     head = ["GPUs", "engine", "checkpointing", "states", "gathered", "working", "total"]
     head += [f"fits {size:g} GB" for size in options.memory]

@@ -352,6 +352,8 @@ def parse_recipe(args: list[str]) -> Recipe:
     for name, value in zip(args[::2], args[1::2]):
         if not name.startswith("--"):
             raise RecipeError(f"expected --field value, got {name!r}.")
+        if value.startswith("--"):
+            raise RecipeError(f"{name} has no value: {value} follows it. Write --field value.")
         name = name[2:].replace("-", "_")
         if name in given:
             raise RecipeError(f"--{name} is given twice.")
@@ -396,7 +398,7 @@ def parse_recipe(args: list[str]) -> Recipe:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without its traps: a key that stands twice is an error, and 1e-3 is a number."""
+    """YAML without its traps: a key that stands twice is an error, 1e-3 is a number, and 1:30 and 010 are not."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -404,7 +406,16 @@ class StrictLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands there twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node):
+        value = self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
+        if ":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value):
+            problem = f"{node.value} would be read as {value} (to the base of 60 or 8): write that"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return value
 
+
+for _kind in ("int", "float"):
+    StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", StrictLoader.construct_number)
 StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

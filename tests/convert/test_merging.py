@@ -42,6 +42,11 @@ def test_average_refuses_what_does_not_fit(saved, tmp_path, fields, weights, rea
         average_checkpoints(sources, tmp_path / "average", weights)
 
 
+def test_average_of_one_is_refused(saved, tmp_path):
+    with pytest.raises(ValueError, match="at least two"):
+        average_checkpoints([saved("one")], tmp_path / "average")
+
+
 def test_average_refuses_different_tokenizers(saved, tmp_path, tiny_tokenizer):
     sources = [saved(name, vocab_size=400) for name in ("one", "two")]
     tiny_tokenizer.save_pretrained(sources[0])

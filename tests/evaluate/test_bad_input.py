@@ -116,6 +116,7 @@ MODELS = [
     (lambda p: p.tensors(lambda t: t.pop("model.routers.1.weight")), "1 missing (model.routers.1.weight)"),
     (lambda p: p.tensors(lambda t: t["model.norm.weight"].fill_(torch.nan)), "model.norm.weight holds values"),
     (lambda p: p.tensors(lambda t: t["lm_head.weight"][0].fill_(math.inf)), "lm_head.weight holds values"),
+    (lambda p: p.tensors(lambda t: t["lm_head.weight"][0].fill_(-1e30)), "lm_head.weight holds values above 1e+18"),
     (lambda p: p.truncate("model.safetensors"), "the model could not be loaded"),
     (lambda p: p.damage("model.safetensors", b""), "the model could not be loaded"),
     (lambda p: (p.model / "model.safetensors").unlink(), "the model could not be loaded"),
@@ -200,7 +201,7 @@ def test_data_that_cannot_be_read_is_refused(command, place, name, content, mess
         (options("--batch_size", "0"), "--batch_size 0 must be at least 1"),
         (options("--limit", "-1"), "--limit -1 must be at least 1"),
         (options("--source_column", "where"), "has no column 'where'"),
-        (options("--text_column", ""), "has no column ''"),
+        (options("--text_column", ""), "--text_column is followed by nothing"),
         (
             lambda p: (p.give("a.jsonl", '{"text": "a", "of": ["b"]}\n'), options("--source_column", "of")(p)),
             "column 'of' holds ['b'], which is neither text nor a number",
@@ -255,6 +256,7 @@ def test_path_report_refuses(place, break_it, message, capsys):
     [
         (options("--batch_size", "0"), "--batch_size 0"),
         (options("--limit", "nan"), "--limit nan must be"),
+        (options("--revision", "v2"), "--revision v2 is for models of the Hub"),
         (options("--limit", "2.5"), "--limit 2.5 must be a whole number"),
         (options("--num_fewshot", "-1"), "--num_fewshot -1 must be at least 0"),
         (options("--tasks", "pathmoe_offline_piqa,,"), "a name between the commas is missing"),
@@ -268,8 +270,9 @@ def test_lm_eval_runner_refuses(place, break_it, message, capsys):
 
 def perplexity_result(folder, name, nll=5.0, **changes):
     settings = {"max_length": 8, "stride": 4, "name": None, "split": "s", "text_column": "text", "limit": None}
-    (folder / f"{name}.json").write_text(json.dumps({"settings": settings} | changes))
     documents = [{"text_sha": f"{i:04x}", "nll": nll + i, "bytes": 7, "tokens": 3, "words": 2} for i in range(3)]
+    total = sum(document["nll"] for document in documents)
+    (folder / f"{name}.json").write_text(json.dumps({"settings": settings, "nll": total} | changes))
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     return folder / f"{name}.json"
 
@@ -282,6 +285,12 @@ def perplexity_result(folder, name, nll=5.0, **changes):
         (
             lambda file: perplexity_result(file.parent, "two", settings={"allow_missing": True}),
             "two.json was evaluated with --allow_missing",
+        ),
+        (
+            lambda file: (
+                perplexity_result(file.parent, "x", 6.0).with_suffix(".jsonl").replace(file.parent / "two.jsonl")
+            ),
+            "two.jsonl gives 21 where",
         ),
         (lambda file: file.write_text(""), "two.json is damaged"),
         (lambda file: file.write_text("[]"), "must hold a JSON object"),

@@ -204,7 +204,7 @@ def change(folder, task, edit):
         (lambda result, items: result["versions"].update({TASKS[0]: 7}), f"version of {TASKS[0]} is 1.0 in one, 7 in"),
         (lambda result, items: result["n-shot"].update({TASKS[0]: 5}), f"num_fewshot of {TASKS[0]} is 0 in one, 5 in"),
         (lambda result, items: result["settings"].update(limit=30), "limit is 20.0 in one, 30 in two"),
-        (lambda result, items: items.pop(), r"the items are others \(20 in one, 19 in two\)"),
+        (lambda result, items: items[0].update(doc_id=999), r"the items are others \(20 in one, 20 in two\)"),
         (lambda result, items: items[3]["arguments"][1].__setitem__(0, "Q"), f"1 items differ, such as {TASKS[0]}/3"),
         (lambda result, items: items[4].update(target="9"), f"1 items differ, such as {TASKS[0]}/4"),
     ],
@@ -215,6 +215,13 @@ def test_runs_that_asked_something_else_are_refused(folders, tmp_path, edit, mes
     with pytest.raises(RunError, match=f"{TASKS[0]}: .*{message}") as refused:
         compare([read_run(folders / "one", "one"), read_run(tmp_path / "two", "two")])
     assert TASKS[1] not in str(refused.value)
+
+
+def test_items_of_another_evaluation_than_the_result_are_refused(folders, tmp_path):
+    shutil.copytree(folders / "two", tmp_path / "two")
+    change(tmp_path / "two", TASKS[0], lambda result, items: items.pop())
+    with pytest.raises(RunError, match=f"{TASKS[0]}.jsonl gives .* of different evaluations"):
+        read_run(tmp_path / "two", "two")
 
 
 def test_perplexities_of_other_windows_are_refused(perplexities, tmp_path):

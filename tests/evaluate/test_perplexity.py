@@ -157,6 +157,7 @@ def test_training_mode_is_given_back(model, tokenizer, texts):
         ({"batch_size": 0}, "batch_size=0"),
         ({"texts": []}, "no document"),
         ({"texts": ["", ""]}, "All 2 documents are empty"),
+        ({"texts": [" ", "\n"]}, "All 2 documents are empty or blank"),
     ],
 )
 def test_settings_that_cannot_work_are_named(model, tokenizer, settings, message):

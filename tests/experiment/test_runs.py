@@ -9,7 +9,7 @@ import yaml
 
 from experiment.__main__ import main
 from experiment.first.train import RunPool
-from experiment.runs import Experiment, digest, read_settings
+from experiment.runs import Experiment, digest, place_corpus, read_settings
 from pathmoe.command import UserError
 from pathmoe.files import write_text
 from tests.run_helpers import ROOT, launch, metrics, wait_for_step, weights
@@ -155,3 +155,50 @@ def test_folder_without_a_corpus_and_settings_that_lack_a_part_are_refused(setti
     (tmp_path / "tiny.yaml").write_text("rows: {}")
     with pytest.raises(UserError, match="lacks primary, recipe, tune"):
         read_settings(tmp_path / "tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["--jobs", "0"], "--jobs 0"),
+        (["--held_out_tokens", "-5"], "--held_out_tokens -5"),
+        (["--output", "tiny.yaml"], "--output tiny.yaml"),
+        (["--results", "tiny.yaml"], "--results tiny.yaml"),
+        (["--config", "no.yaml"], "--config no.yaml: there is no such file"),
+        (["--config", "binary.yaml"], "--config binary.yaml"),
+        (["--config", "elsewhere.yaml"], "model='no/model.json'"),
+        (["--corpus", "no"], "holds no train.parquet"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused_and_leave_nothing(settings, tmp_path, monkeypatch, args, complaint):
+    monkeypatch.chdir(tmp_path)
+    options = settings()
+    (tmp_path / "binary.yaml").write_bytes(b"\xb8\xff")
+    (tmp_path / "elsewhere.yaml").write_text("recipe: {model: no/model.json}\nrows: {}\ntune: {}\nprimary: {}\n")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=complaint):
+        main(["tune", *options, *args])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_files_of_the_user_in_the_folder_of_runs_are_kept(settings, tmp_path):
+    options, corpus = settings(), tmp_path / "corpus"
+    text = (corpus / "train.jsonl").read_text()
+    place_corpus(corpus, tmp_path, set())  # whose folder `corpus` it is: nothing is to be linked
+    assert (corpus / "train.jsonl").read_text() == text
+    mine = tmp_path / "runs" / "corpus" / "train.jsonl"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="not a link to a corpus"):
+        main(["tune", *options])
+    assert mine.read_text() == "mine"
+
+
+def test_damaged_result_of_a_run_is_named(settings, tmp_path):
+    options = settings(rows={"indep": {}})
+    (tmp_path / "results").mkdir()
+    for content in ("{", "{}"):
+        (tmp_path / "results" / "tune-indep-0.01.json").write_text(content)
+        with pytest.raises(UserError, match="tune-indep-0.01.json"):
+            main(["report", *options])

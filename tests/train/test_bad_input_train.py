@@ -276,11 +276,42 @@ def test_what_the_trainer_did_not_write_is_left_alone(trained, recipe, tmp_path)
         (checkpoints / name / "mine").write_text(name)
     (checkpoints / "step-123").write_text("mine")
     (run / "final" / "notes.txt").write_text("mine")
+    (run / ".final.partial").mkdir()
+    (run / ".final.partial" / "notes.txt").write_text("mine")
+    card, edited = run / "final" / "README.md", "# A card that someone has edited for days"
     assert main([*recipe(run, max_steps=3, checkpoint_every=1), "--resume", "auto"]) == 0
-    for name in ("step-00000002-best1", "step-99999999.bak1", "best.partial"):
+    assert main([*recipe(run, max_steps=5, checkpoint_every=1), "--resume", "auto"]) == 0
+    for name in ("step-00000002-best1", "step-99999999.bak1", "best.partial", "step-00000002/notes"):
         assert (checkpoints / name / "mine").read_text() == name
     assert (checkpoints / "step-123").read_text() == "mine"
     assert (run / "final.set-aside-1" / "notes.txt").read_text() == "mine"
+    assert (run / ".final.partial.set-aside-1" / "notes.txt").read_text() == "mine"
+    assert not (run / "final.set-aside-2").exists() and not (checkpoints / "step-00000001").exists()
+    card.write_text(edited)
+    os.utime(card, (time := card.stat().st_mtime + 60, time))
+    assert main([*recipe(run, max_steps=6, checkpoint_every=1), "--resume", "auto"]) == 0
+    assert (run / "final.set-aside-2" / "README.md").read_text() == edited
+
+
+def test_renamed_checkpoint_is_not_taken_for_another_step(trained, recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "checkpoints" / "step-00000002").rename(run / "checkpoints" / "step-00000009")
+    assert main([*recipe(run, max_steps=3), "--resume", "auto"]) == 0
+    assert "step-00000009 holds the checkpoint of step 2" in capsys.readouterr().out
+    assert list(metrics(run)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("end", [b"hello\n", b"\xff\xfe"], ids=str)
+def test_damaged_metrics_are_found_before_anything_is_written(trained, recipe, tmp_path, end):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(end)
+    before = contents(run)
+    with pytest.raises(UserError, match="metrics.jsonl line .* is damaged"):
+        main([*recipe(run, max_steps=3), "--resume", "auto"])
+    assert contents(run) == before
 
 
 def changed_text(folder):
@@ -378,6 +409,31 @@ def test_damaged_manifest_is_named(trained, recipe, tmp_path, capsys, manifest):
     (run / "checkpoints" / "step-00000002" / "manifest.json").write_text(manifest)
     assert main([*recipe(run, max_steps=3, checkpoint_every=1), "--resume", "auto"]) == 0
     assert "step-00000002/manifest.json is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["row", "gz"])
+def test_stream_that_breaks_in_training_leaves_a_checkpoint(trained, recipe, tmp_path, kind):
+    lines = [GOOD % number for number in range(300)]
+    text, validation = tmp_path / ("text.jsonl.gz" if kind == "gz" else "text.jsonl"), tmp_path / "validation.jsonl"
+    whole = gzip.compress(b"".join(lines), mtime=0) if kind == "gz" else b"".join(lines)
+    text.write_bytes(whole[: len(whole) // 4] if kind == "gz" else whole.replace(lines[60], b'{"text": null}\n'))
+    validation.write_bytes(b"".join(lines[::10]))
+    fields = {
+        "dataset": "json", "data_files": {"train": str(text), "validation": str(validation)}, "max_steps": 20,
+        "validation_split": "validation", "streaming": True, "max_bad_rows": 0, "shuffle_window": 1,
+        "micro_batch_size": 4, "tokenizer": str(trained / "tokenizer"),
+    }  # fmt: skip
+    with pytest.raises(UserError, match=f"{text.name}.*step-[0-9]* holds the run up to there"):
+        main(recipe(tmp_path / "run", **fields))
+    done = list(metrics(tmp_path / "run"))
+    assert done and done[-1] < 20
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done[-1]:08d}"]
+    text.write_bytes(whole)
+    assert main([*recipe(tmp_path / "run", **fields, resume="auto", accept_changed_inputs=True)]) == 0
+    assert main(recipe(tmp_path / "at-once", **fields)) == 0
+    resumed, at_once = metrics(tmp_path / "run"), metrics(tmp_path / "at-once")
+    assert list(resumed) == list(at_once) == list(range(1, 21))
+    assert resumed == pytest.approx(at_once, rel=1e-4)
 
 
 def test_diverged_run_goes_on_from_an_older_checkpoint_with_a_lower_rate(recipe, tmp_path, monkeypatch):

@@ -210,6 +210,7 @@ def test_wrong_field_is_refused(place, fields, complaint):
 
 # Arguments of the command line, and what the line must name.
 ARGUMENTS = [
+    (["--output_dir", "--resume"], "--output_dir has no value: --resume follows it"),
     (["--max_steps"], "max_steps"),
     (["max_steps", "3"], "max_steps"),
     (["--max_steps", "3.5"], "max_steps"),
@@ -249,6 +250,8 @@ RECIPES = {
     "two documents": (b"model: a\n---\nmodel: b\n", "r.yaml"),
     "not a key": (b"[1, 2]: 3\n", "r.yaml|field"),
     "number as key": (b"3: 3\n", "3"),
+    "to the base of 60": (b"max_steps: 1:30\n", "1:30 would be read as 90"),
+    "to the base of 8": (b"max_steps: 010\n", "010 would be read as 8"),
 }
 
 
@@ -429,6 +432,28 @@ FILES = {
         {},
         "--resume auto",
     ),
+    "text a link to itself": (
+        lambda p: ((p / "text.jsonl").unlink(), (p / "text.jsonl").symlink_to("text.jsonl")),
+        {},
+        "text.jsonl",
+    ),
+    "recipe.yaml a folder": (
+        lambda p: (p / "run" / "recipe.yaml").mkdir(parents=True),
+        {},
+        "recipe.yaml is not a file",
+    ),
+    "metrics.jsonl a pipe": (
+        lambda p: ((p / "run").mkdir(), os.mkfifo(p / "run" / "metrics.jsonl")),
+        {},
+        "is not a file",
+    ),
+    "stream of blanks": (damage("text.jsonl", to_lines([" "] * 99).encode()), {"streaming": True}, "only blanks"),
+    "text of blanks": (damage("text.jsonl", to_lines([" \n"] * 200).encode()), {}, "no row of dataset='text.jsonl'"),
+    "too little text for a tokenizer": (
+        damage("text.jsonl", to_lines(["a", "b", "c", "d"]).encode()),
+        {"tokenizer": None, "holdout_every": 2},
+        "tokens, fewer than one sequence|too few documents",
+    ),
     "output is a dangling link": (lambda p: (p / "run").symlink_to(p / "nowhere/at/all"), {}, "output_dir='run'"),
 }
 
@@ -516,9 +541,54 @@ def test_odd_recipe_is_valid(place, args, fields):
             "data_files": {"train": "text.jsonl", "validation": "./text.jsonl"},
             "validation_split": "validation",
         },
+        {
+            "dataset": "json",
+            "data_files": {"train": "text.jsonl", "validation": "copy.jsonl"},
+            "validation_split": "validation",
+        },
     ],
     ids=str,
 )
 def test_validation_on_the_training_text_is_said(place, capsys, fields):
+    shutil.copy("text.jsonl", "copy.jsonl")
     assert train(**fields) == 0
     assert "WARNING: validation_split=" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["--gpus", "0"], "--gpus 0"),
+        (["--gpus", "8", "1000000000000"], "--gpus 1000000000000"),
+        (["--memory", "-80"], "--memory -80"),
+        (["--memory", "nan"], "--memory nan"),
+        (["--ep_size", "3"], "ep_size=3 must divide num_experts=4"),
+        (["--ep_size", "4", "--gpus", "2"], "ep_size=4 must divide"),
+        (["--model", "llama.json"], "not of llama"),
+    ],
+    ids=str,
+)
+def test_wrong_plan_is_refused(place, capsys, args, complaint):
+    fields = {name: value for name, value in MODEL.items() if "expert" not in name and "router" not in name}
+    (place / "llama.json").write_text(json.dumps(fields | {"model_type": "llama"} | {"intermediate_size": 8}).replace(
+        '"moe_intermediate_size": 8, ', ""))  # fmt: skip
+    (place / "recipe.yaml").write_text(recipe_text(batch_size=4))
+    with pytest.raises((UserError, SystemExit)) as refusal:
+        main(["plan", "--config", "recipe.yaml", *args])
+    said = capsys.readouterr().err if isinstance(refusal.value, SystemExit) else one_line(refusal.value)
+    assert complaint in said, said
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"step": 1, "loss": {"a": 1}}', "loss of step 1"),
+        ('{"step": 1, "loss": "low"}', "loss of step 1"),
+        ('{"step": 1, "loss": 1.0, "load": [[0.5, 0.5], [1.0]]}', "load of step 1"),
+        ('{"step": 1, "loss": 1.0, "load": [0.5, "x"]}', "load of step 1"),
+    ],
+)
+def test_wrong_figures_are_not_drawn(place, line, complaint):
+    (place / "run").mkdir()
+    (place / "run" / "metrics.jsonl").write_text(line + "\n")
+    assert_refused(place, complaint, lambda: main(["plot", "run"]))
