@@ -75,7 +75,7 @@ def test_arguments_that_cannot_work_are_named(tmp_path, capsys):
     for options, message in (
         (["--suite", "absent"], "--suite absent: not one of quickstart"),
         ([], "give a --suite, --tasks or both"),
-        (["--suite", "quickstart", "--n", "0"], "--n 0 must be from 1 to"),
+        (["--suite", "quickstart", "--n", "0"], "--n 0 must be from 1 to 1000"),
     ):
         with pytest.raises(SystemExit):
             script.main(["--data", "x.txt", "--output", str(tmp_path / "x.json"), *options])
