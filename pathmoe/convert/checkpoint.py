@@ -271,6 +271,9 @@ class Checkpoint:
             UserError: With the file or the tensors.
         """
         self.check_fit()
+        for name in CARRIED_FILES:
+            if (self.folder / name).exists() and not (self.folder / name).is_file():
+                raise UserError(f"{self.folder / name} is not a file, and would be left out: move it away.")
         for file in self.carried():
             if file.suffix == ".json":
                 read_json(file)

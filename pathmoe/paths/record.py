@@ -202,6 +202,8 @@ class PathTrace:
         """
         pa = _pyarrow()
         trace = cls()
+        if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for its other end
+            raise ValueError(f"{path} is not a trace that PathTrace.save has written, but a folder or a device.")
         try:
             with pa.memory_map(str(path)) as source:
                 metadata = json.loads(pa.ipc.open_stream(source).schema.metadata[_METADATA])

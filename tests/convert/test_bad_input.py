@@ -376,6 +376,7 @@ FILES = [
     ("export path out", do.rename("path/model.safetensors", "path/pytorch_model.bin"), "model.safetensors"),
     ("export path out", do.put("path/chat_template.jinja", b"\xff\xfe\xfa"), "path tokenizer"),
     ("export path out", do.put("path/special_tokens_map.json", '{"bos'), "special_tokens_map.json"),
+    ("export path out", do.put("path/LICENSE.md/mine"), "path/LICENSE.md is not a file"),
 ]
 
 LINKS = [
