@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Cross-entropy of a language-modelling head that never holds the logits of the whole batch.
+"""The losses of a language model with routers. Its cross-entropy never holds the logits of the whole batch.
 
 torch's `linear_cross_entropy` does so too, but sums a bfloat16 loss up in bfloat16: over 4,096 tokens, the mean was
 wrong by 0.2.
@@ -7,6 +7,7 @@ wrong by 0.2.
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .routing_pathmoe import autocast_dtype, no_autocast
 
@@ -100,3 +101,33 @@ def linear_cross_entropy(
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
+
+
+def weigh_router_losses(
+    config: PreTrainedConfig,
+    aux_loss: torch.Tensor,
+    z_loss: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """The router losses as they are added to a cross-entropy, each times its coefficient.
+
+    Args:
+        config (`PreTrainedConfig`): Holds `router_aux_loss_coef` and `router_z_loss_coef`.
+        aux_loss (`torch.Tensor`, scalar): The load-balancing loss.
+        z_loss (`torch.Tensor`, scalar): The router z-loss.
+        labels (`torch.Tensor` of shape `(batch, sequence)`): Those of the cross-entropy.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): The targets of the whole step. The cross-entropy of a
+            micro-batch then counts by its share of them, and so do the router losses.
+        shift_labels (`torch.Tensor` of shape `(batch, sequence)`, *optional*): Targets in place of shifted `labels`.
+
+    Returns:
+        `torch.Tensor`: A scalar.
+    """
+    loss = config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss
+    if num_items_in_batch is None:
+        return loss
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    return loss * (targets != -100).sum().to(loss.device) / num_items_in_batch

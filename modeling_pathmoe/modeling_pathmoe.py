@@ -32,7 +32,7 @@ from transformers.utils.output_capturing import (
 from .attention_pathmoe import PathMoEAttention, PathMoERotaryEmbedding
 from .cache_pathmoe import CACHE_NAME, PathMoECausalLMOutputWithPast, PathMoEModelOutputWithPast, take_cache
 from .configuration_pathmoe import PathMoEConfig
-from .loss_pathmoe import linear_cross_entropy
+from .loss_pathmoe import linear_cross_entropy, weigh_router_losses
 from .norm_pathmoe import PathMoERMSNorm
 from .routing_pathmoe import (
     ROUTERS,
@@ -380,13 +380,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
                 "sharded, offloaded or wrapped: leave skip_logits out."
             )
 
-    def _router_losses(
-        self,
-        router_logits: tuple[torch.Tensor, ...],
-        attention_mask: torch.Tensor | None,
-        hidden_states: torch.Tensor,
-        count_load: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _router_losses(self, router_logits, attention_mask, hidden_states, count_load: bool):
         """The load-balancing loss and the z-loss; `count_load` adds to the load that moves the selection bias."""
         mask = token_mask(attention_mask, sequence_length=hidden_states.shape[1])
         aux_loss = load_balancing_loss(router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask)
@@ -394,17 +388,6 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             for layer, of_layer in zip(self.model.layers, router_logits):
                 self.model.routers[str(layer.router_block)].count_load(of_layer, layer.router_layer, mask)
         return aux_loss, router_z_loss(router_logits, mask)
-
-    def _weigh_router_losses(
-        self, aux_loss, z_loss, labels, num_items_in_batch=None, shift_labels=None, **kwargs
-    ) -> torch.Tensor:
-        """What is added to the cross-entropy: that of a micro-batch counts by its share of the step's targets, and so
-        does this."""
-        loss = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
-        if num_items_in_batch is None:
-            return loss
-        targets = labels[..., 1:] if shift_labels is None else shift_labels
-        return loss * (targets != -100).sum().to(loss.device) / num_items_in_batch
 
     @can_return_tuple
     def forward(  # type: ignore[misc]
@@ -475,7 +458,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         if outputs.router_logits is not None and (mask_is_known or labels is not None):
             aux_loss, z_loss = self._router_losses(outputs.router_logits, attention_mask, hidden_states, balance)
         if balance and (self.config.router_aux_loss_coef or self.config.router_z_loss_coef):
-            loss = loss + self._weigh_router_losses(aux_loss, z_loss, labels, **kwargs).to(loss.device)
+            loss = loss + weigh_router_losses(self.config, aux_loss, z_loss, labels, **kwargs).to(loss.device)
 
         return PathMoECausalLMOutputWithPast(
             loss=loss,
