@@ -22,7 +22,8 @@ def is_exporting() -> bool:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast computes in on a type of device, or `None` where autocast is off or unknown."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    # torch 2.11 cannot compile `torch.amp.is_autocast_available`, which says no for this type alone.
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -137,6 +138,10 @@ def test_replicated_layers_keep_their_router(tiny_model, tokens, fields):
     torch.testing.assert_close(part, whole[:, 3:], rtol=1e-4, atol=1e-5 * whole.abs().max().item())
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12"),
+    reason="torch 2.11 cannot tell that the smaller of two strides is, and refuses Qwen3-MoE too",
+)
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 @torch.no_grad()
 def test_exported_programs_take_other_lengths(tiny_model, tokens, fields):
