@@ -304,8 +304,8 @@ TENSORS = [
         ],
         "num_hidden_layers 1024 num_experts 32767",
     ),
-    (UPCYCLE, do.tensors("llama", lambda t: t[NORM].fill_(3e38)), "logits llama finite"),
-    ("average path path out", do.tensors("path", lambda t: t[NORM].fill_(3e38)), "logits path finite"),
+    (UPCYCLE, do.tensors("llama", lambda t: t[NORM].fill_(3e38)), f"{NORM} llama 1e+18"),
+    ("average path path out", do.tensors("path", lambda t: t[NORM].fill_(3e38)), f"{NORM} path 1e+18"),
 ]
 
 FILES = [
@@ -422,7 +422,7 @@ TEXTS = [
         do.config("path", max_position_embeddings=1),
         "max_position_embeddings 1",
     ),
-    (f"{PRUNE} text.jsonl", do.tensors("path", lambda t: t[NORM].fill_(3e38)), "perplexity finite"),
+    (f"{PRUNE} text.jsonl", do.tensors("path", lambda t: t[NORM].fill_(3e38)), f"{NORM} path 1e+18"),
 ]
 
 COST = "accounting model.json"

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -40,7 +41,8 @@ def test_commands_chain_and_say_what_they_did(saved, tmp_path, capsys, tiny_toke
     exported, back, average, pruned = (str(tmp_path / name) for name in ("exported", "back", "average", "pruned"))
 
     main(["export", source, exported, "--to", "qwen3_moe", "--max-shard-size", "100KB"])
-    assert "largest logit difference to the source on 128 tokens, float32: 0 " in capsys.readouterr().out
+    said = re.search(r"largest logit difference to the source on 128 tokens, float32: (\S+) ", capsys.readouterr().out)
+    assert float(said[1]) < 1e-4
     main(["import", exported, back, "--block-size", "2"])
     main(["average", source, back, average, "--weights", "0.25", "0.75"])
     main(["prune", average, pruned, "--experts", "4", "--text", str(text), "--no-verify"])

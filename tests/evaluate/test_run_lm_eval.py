@@ -85,7 +85,7 @@ def test_batch_size_does_not_change_log_likelihoods(output, model_folder, tmp_pa
     found = log_likelihoods(tmp_path)
     assert found.keys() == expected.keys()
     for key, values in expected.items():
-        assert found[key] == pytest.approx(values, abs=1e-4)
+        assert found[key] == pytest.approx(values, rel=1e-6, abs=1e-4)
 
 
 def test_two_processes_give_the_results_of_one(model_folder, free_port, tmp_path):
@@ -107,7 +107,7 @@ def test_two_processes_give_the_results_of_one(model_folder, free_port, tmp_path
                 assert first["filtered_resps"] == second["filtered_resps"]
             else:
                 values = [[response[0] for response in sample["filtered_resps"]] for sample in (first, second)]
-                assert values[0] == pytest.approx(values[1], abs=1e-4)
+                assert values[0] == pytest.approx(values[1], rel=1e-6, abs=1e-4)
 
 
 def test_processes_that_accelerate_did_not_join_are_an_error(model_folder, monkeypatch):

@@ -34,7 +34,8 @@ def recipe_of(whole, folder):
     return ["--config", str(whole / "recipe.yaml"), "--output_dir", str(folder)]
 
 
-def test_killed_runs_end_as_the_uninterrupted_one(recipe, tmp_path):
+def test_killed_runs_end_as_the_uninterrupted_one(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the killed runs; with more, the bits of a run are not its own
     fields = {"checkpoint_every": 2, "max_steps": 150, "model_overrides": {"router_bias_update_rate": 0.01}}
     kills = run_with_kills(recipe(tmp_path / "run", **fields), tmp_path / "run", kills=3, seed=1)
     assert len(kills) == 3
