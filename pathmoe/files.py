@@ -182,8 +182,9 @@ def holds(path: Path, mark: str) -> bool:
 
 def follow_umask(files: list[Path]):
     """Gives files the permissions that the umask asks for; safetensors makes them readable by their owner alone."""
+    mode = 0o666 & ~current_umask()
     for file in files:
-        file.chmod(0o666 & ~current_umask())
+        file.chmod(mode)
 
 
 def current_umask() -> int:
