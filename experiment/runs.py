@@ -12,7 +12,7 @@ from datasets import load_dataset
 from experiment.first.train import ExperimentRun, make_run
 from pathmoe.command import UserError
 from pathmoe.files import read_json, write_aside
-from pathmoe.text.reader import BUILDERS
+from pathmoe.text.rows import BUILDERS
 
 
 PARTS = ("tune", "primary", "map")

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
     def add_text(command, required=False):
         command.add_argument(
-            "--text", required=required, help=".txt or .jsonl file (column text), like the model's use"
+            "--text", required=required, help=".txt, .md, .json or .jsonl file (column text), like the model's use"
         )
         command.add_argument(
             "--tokens", dest="num_tokens", type=int, default=8192, help="how many to use of it (8192)"

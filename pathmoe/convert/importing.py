@@ -44,7 +44,7 @@ def import_checkpoint(
         src (`str` or `Path`): Folder of a Qwen3-MoE or Mixtral, with per-expert or fused tensors.
         dst (`str` or `Path`): Folder to write, which must not exist.
         block_size (`int`): How many layers share a router.
-        text (`str` or `Path`, *optional*): A .txt or .jsonl file; needed where routers are fitted.
+        text (`str` or `Path`, *optional*): A text or JSON file; needed where routers are fitted.
         num_tokens (`int`): How many tokens of it are used, four fifths for fitting and one for measuring.
         verify (`bool`): Whether to compare the logits of source and target; fitting needs the model in memory anyway.
         max_shard_size (`int` or `str`): Largest size of a shard.

@@ -128,7 +128,7 @@ def prune_experts(
         src (`str` or `Path`): Folder of a PathMoE.
         dst (`str` or `Path`): Folder to write, which must not exist.
         num_experts (`int`): How many experts of a layer to keep.
-        text (`str` or `Path`): A .txt or .jsonl file that is like the model's use.
+        text (`str` or `Path`): A text or JSON file that is like the model's use.
         num_tokens (`int`): How many tokens of it are used, four fifths for counting and one for measuring.
         verify (`bool`): Whether to load the target and measure it; counting needs the source in memory anyway.
         max_shard_size (`int` or `str`): Largest size of a shard.

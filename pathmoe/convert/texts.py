@@ -1,16 +1,14 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Running a model over the user's text: what the conversions measure that are not exact."""
 
-import json
 import math
-import os
-import sys
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from ..command import UserError, one_line
+from ..command import UserError
+from ..text.rows import READERS, check_file, read_all_rows, select_texts
 from .checkpoint import Checkpoint
 
 
@@ -26,50 +24,22 @@ def check_text(file: str | Path, num_tokens: int):
     """
     if not 1 <= num_tokens <= MOST_TOKENS:
         raise UserError(f"--tokens {num_tokens} must be from 1 to {MOST_TOKENS}.")
-    if Path(file).suffix.lower() not in (".txt", ".jsonl"):
-        raise UserError(f"--text {file} must end in .txt or .jsonl.")
-    if not os.path.isfile(file):  # Path.is_file() fails on a name that is too long
-        raise UserError(f"--text {file}: there is no such file.")
+    check_file(file, "--text", tuple(READERS))
 
 
 def read_text(file: str | Path) -> str:
-    """The text of a .txt file, or of the rows of a .jsonl file. Rows without a text are left out, which is reported.
+    """Reads the documents of a text or JSON file and joins them with blank lines.
+
+    Rows without a text are left out, which is reported.
 
     Raises:
         UserError: If the file cannot be read, or most of its rows have no text; names the line.
     """
-    try:
-        content = Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text {file} is not UTF-8 (byte {error.start}: {error.reason}): convert it.") from error
-    except OSError as error:
-        raise UserError(f"--text {file} cannot be read: {error.strerror}.") from error
-    if not content.strip():
-        raise UserError(f"--text {file} is empty.")
-    if Path(file).suffix.lower() == ".txt":
-        return content
-    lines = ((number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
-    texts = [_text_of(line, f"--text {file}: line {number}") for number, line in lines]
-    found = [text for text in texts if text is not None]
-    if 2 * len(found) < len(texts) or not any(map(str.strip, found)):
-        raise UserError(
-            f"--text {file}: {len(texts) - len(found)} of {len(texts)} lines have no column 'text', or all are empty."
-        )
-    if skipped := len(texts) - len(found):
-        print(f"--text {file}: skipped {skipped} of {len(texts)} lines, which have no text.", file=sys.stderr)
-    return "\n\n".join(found)
-
-
-def _text_of(line: str, where: str) -> str | None:
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # JSON can hold half of a character, which is not text
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({one_line(error)}).") from error
-    text = row.get("text") if isinstance(row, dict) else row
-    if not isinstance(row, dict) or not isinstance(text, str | None):
-        raise UserError(f"{where} must be a JSON object with text, but is {line.strip():.60}")
-    return text
+    texts = [row.get("text") for row in read_all_rows(file, "--text")]
+    kept = [texts[row] for row in select_texts(texts, "text", f"--text {file}")]
+    if not any(map(str.strip, kept)):
+        raise UserError(f"--text {file}: the column 'text' is blank in all rows.")
+    return "\n\n".join(kept)
 
 
 def read_windows(source: Checkpoint, file: str | Path, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +47,7 @@ def read_windows(source: Checkpoint, file: str | Path, num_tokens: int) -> tuple
 
     Args:
         source (`Checkpoint`): Whose tokenizer to use.
-        file (`str` or `Path`): A .jsonl file with a column `text`, or a text file.
+        file (`str` or `Path`): A text file, or a JSON file with a column `text`.
         num_tokens (`int`): How many tokens to take from the start.
 
     Returns:

@@ -3,10 +3,9 @@
 
 import argparse
 import glob
-import gzip
 import json
 import math
-import sys
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,109 +13,52 @@ from datasets import Dataset, load_dataset
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from pathmoe.command import UserError, one_line
-
-
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-KINDS = f".txt, {', '.join(BUILDERS)}, or .txt, .jsonl, .json or .csv with .gz after it"
-# If a larger share of the rows has no text, the wrong column or a damaged file is likelier than stray dirt.
-MOST_SKIPPED = 0.5
-
-
-def data_kind(path: str | Path) -> str | None:
-    """The lower-case ending of a data file without `.gz`, or `None` if it is not one of the kinds that are read."""
-    *_, kind = ("", *(suffix.lower() for suffix in Path(path).suffixes))
-    if kind == ".gz":
-        kind = Path(path).with_suffix("").suffix.lower()
-        return kind if kind in {".txt", ".jsonl", ".json", ".csv"} else None
-    return kind if kind in {".txt", *BUILDERS} else None
+from pathmoe.text.rows import READERS, check_file, find_undecodable, read_all_rows, read_lines, select_texts
 
 
 def load_file(file: str | Path, option: str = "--data") -> Dataset:
-    """Reads a data file; a .txt file is one row with `text`.
+    """Reads a data file; the documents of a .txt file, which blank lines separate, are in the column `text`.
 
     Raises:
         UserError: If the file is missing, of another kind, empty, or damaged; the message names the file and, where
             there are lines, the line.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"{option} {path}: there is no such file.")
-    if (kind := data_kind(path)) is None:
-        raise UserError(f"{option} {path} must end in one of {KINDS}.")
-    if not path.stat().st_size:
-        raise UserError(f"{option} {path} is empty.")
+    builder = check_file(file, option)
+    if builder in READERS:
+        rows = read_all_rows(file, option)
+        columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
+        for name, values in columns.items():
+            first_rows = {type(value).__name__: row for row, value in reversed([*enumerate(values, 1)])}
+            first_rows.pop("NoneType", None)
+            if len(first_rows) > 1 and first_rows.keys() != {"int", "float"}:
+                found = " and ".join(f"{kind} in row {row}" for kind, row in sorted(first_rows.items()))
+                raise UserError(f"{option} {file}: column {name!r} holds {found}: make them one type.")
+        try:
+            return Dataset.from_dict(columns)
+        except (ValueError, TypeError, OverflowError) as error:  # Arrow's errors are of these types
+            raise UserError(f"{option} {file} cannot be read as a table: {first_line(error)}.") from error
     try:
-        if kind == ".txt":
-            return Dataset.from_dict({"text": [read_bytes(path).decode("utf-8")]})
-        rows = load_dataset(BUILDERS[kind], data_files=glob.escape(str(path)), split="train")
-    except Exception as error:  # whatever a damaged file makes the readers of six formats raise
+        rows = load_dataset(builder, data_files=glob.escape(str(file)), split="train")
+    except Exception as error:  # whatever a damaged file makes the readers of three formats raise
         cause = error.__cause__ or error
-        read = "it holds no rows." if isinstance(cause, StopIteration) else f"it cannot be read: {first_line(cause)}"
-        reason = find_bad_line(path) or read
-        raise UserError(f"{option} {path}: {reason}") from error
-    # The reader replaces bytes that are not UTF-8 in some files.
-    if kind == ".jsonl" and (reason := find_bad_line(path)):
-        raise UserError(f"{option} {path}: {reason}")
+        reason = "holds no rows" if isinstance(cause, StopIteration) else f"cannot be read: {first_line(cause)}"
+        if builder == "csv" and (line := find_undecodable(read_lines(file))) is not None:
+            reason = f"line {line + 1} is not valid UTF-8"
+        raise UserError(f"{option} {file} {reason}.") from error
     if not len(rows):
-        raise UserError(f"{option} {path} holds no rows.")
+        raise UserError(f"{option} {file} holds no rows.")
     return rows
 
 
-def read_bytes(path: Path) -> bytes:
-    return gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
-
-
-def find_bad_line(path: Path) -> str | None:
-    """What is wrong with the first line of a file of text that is not UTF-8, or not a JSON object in JSON lines."""
-    kind = data_kind(path)
-    if kind not in {".txt", ".csv", ".json", ".jsonl"}:
-        return None
-    number = 0
-    try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                text = line.decode("utf-8")
-                if kind == ".jsonl" and text.strip() and not isinstance(json.loads(text), dict):
-                    return f"line {number} is not a JSON object: {text.strip()[:60]!r}. Mend or remove it."
-    except UnicodeDecodeError:
-        return f"line {number} is not UTF-8. Convert the file to UTF-8, or mend or remove the line."
-    except json.JSONDecodeError as error:
-        return f"line {number} is not valid JSON ({error.msg}). Mend or remove it."
-    except (OSError, EOFError) as error:
-        return f"it cannot be read after line {number}: {one_line(error)}"
-    return None
-
-
 def keep_texts(rows: Dataset, column: str, what: str) -> tuple[Dataset, int]:
-    """Leaves out rows whose text is null or missing.
-
-    Args:
-        rows (`Dataset`): The rows.
-        column (`str`): The column of the text.
-        what (`str`): The name of the data, for messages.
+    """Removes the rows whose text is null or missing, with the messages of [`select_texts`].
 
     Returns:
-        `(rows, skipped)`: the rows with a text, and the number of the others, which is also printed on stderr.
-
-    Raises:
-        UserError: If a row holds something other than text, no row has text, or most rows have none.
+        `(rows, skipped)`: the rows with a text, and the number of the others.
     """
-    kept = []
-    for number, text in enumerate(rows[column]):
-        if isinstance(text, str):
-            kept.append(number)
-        elif text is not None:
-            raise UserError(f"{what}: column {column!r} holds {text!r:.60} in row {number + 1}, which is not text.")
-    if skipped := len(rows) - len(kept):
-        if skipped > MOST_SKIPPED * len(rows):
-            raise UserError(
-                f"{what}: {skipped} of {len(rows)} rows have no text in column {column!r}: check the data."
-            )
-        print(
-            f"{what}: skipped {skipped} of {len(rows)} rows, which have no text in column {column!r}.", file=sys.stderr
-        )
-        rows = rows.select(kept)
-    return rows, skipped
+    kept = select_texts(rows[column], column, what)
+    skipped = len(rows) - len(kept)
+    return (rows.select(kept) if skipped else rows), skipped
 
 
 def check_sources(values: list, column: str, what: str):

@@ -5,10 +5,10 @@
     pathmoe perplexity --model runs/demo --data notes.txt --max_length 1024 --stride 256 --output out.json
     pathmoe perplexity --model runs/demo --data Salesforce/wikitext --name wikitext-2-raw-v1 --output out.json
 
-The data is a .jsonl, .json, .parquet, .csv or .arrow file with one document a row, a .txt file that is one document, a
-folder that `datasets` saved, or the name of a dataset; .txt, .jsonl, .json and .csv files may be compressed as .gz.
-Rows without text are skipped and counted. Each document is scored on its own. Beside `out.json` with the sums, in
-total and for each value of `--source_column`, `out.jsonl` has a line for each document.
+The data is a .jsonl, .json, .parquet, .csv or .arrow file with one document a row, a .txt or .md file whose documents
+blank lines separate, a folder that `datasets` saved, or the name of a dataset; text, JSON and CSV files may be
+compressed as .gz, .bz2 or .xz. Rows without text are skipped and counted. Each document is scored on its own. Beside
+`out.json` with the sums, in total and for each value of `--source_column`, `out.jsonl` has a line for each document.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from pathmoe.evaluate.inputs import (
     check_device_arguments,
     check_model_folder,
     check_sources,
-    data_kind,
     explained,
     first_line,
     keep_texts,
@@ -38,6 +37,7 @@ from pathmoe.evaluate.inputs import (
 from pathmoe.evaluate.scoring import score, summarize
 from pathmoe.files import check_writable, write_aside
 from pathmoe.loading import load_model
+from pathmoe.text.rows import find_builder
 
 
 def load_documents(
@@ -65,7 +65,7 @@ def load_documents(
     path = Path(data)
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit} must be at least 1.")
-    if data_kind(path) and not path.is_dir() or path.is_file():
+    if find_builder(path) and not path.is_dir() or path.is_file():
         dataset = load_file(path)
     else:
         try:

@@ -1,15 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """From a data source to blocks of token ids: load, train a tokenizer, tokenise, pack."""
 
-import bz2
 import glob
-import gzip
 import hashlib
 import json
-import lzma
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -20,23 +16,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pathmoe.command import UserError
 from pathmoe.files import write_aside
+from pathmoe.text.rows import READERS, DataError, find_builder
 
 
 END_OF_TEXT = "<|endoftext|>"
 QUICKSTART_HINT = "`python -m pathmoe.text.quickstart` writes the quick start's text."
-BUILDERS = {
-    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text",
-    ".csv": "csv", ".arrow": "arrow",
-}  # fmt: skip
-OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PEEKED = 1000  # rows of a stream, among which one must hold more than blanks
 PROBLEM = "pathmoe_problem"  # column that says where a row without text stands and what is wrong with it
-
-
-class DataError(UserError, ValueError):
-    """The data cannot be used as asked. The message says what was found and what to do."""
 
 
 def load_text(
@@ -89,7 +76,7 @@ def load_text(
         cache_dir = None if cache_dir is None else str(cache_dir)
         try:
             if dataset in READERS and files is not None:
-                data = read_files(READERS[dataset], files, text_column, streaming, cache_dir)
+                data = read_files(dataset, files, text_column, streaming, cache_dir)
             else:
                 data = load_dataset(
                     dataset, config, data_files=data_files, split=split, streaming=streaming, cache_dir=cache_dir
@@ -108,15 +95,6 @@ def load_text(
         kind = type(first[text_column]).__name__
         raise DataError(f"column {text_column!r} of {path} holds {kind}, not text: choose another text_column.")
     return leave_out_bad_rows(data, source, text_column, max_bad_rows)
-
-
-def find_builder(path: Path) -> str | None:
-    """The builder that reads a file of this name, `None` for a name that is not that of a text file."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in OPENERS:
-        builder = BUILDERS.get(suffixes[-2]) if len(suffixes) > 1 else None
-        return builder if builder in READERS else None
-    return BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
 def find_files(data_files: str | list | dict | None, split: str) -> list[str] | None:
@@ -165,95 +143,30 @@ def load_saved(dataset: str, split: str, streaming: bool) -> Dataset | IterableD
     return data.to_iterable_dataset() if streaming else data
 
 
-def read_files(reader, files: list[str], column: str, streaming: bool, cache_dir: str | None):
-    """Text and JSON files as a data set that has, for rows without text, the problem in their place."""
-    # The times and sizes make a changed file another data set to the cache.
+def read_files(builder: str, files: list[str], column: str, streaming: bool, cache_dir: str | None):
+    """Returns text or JSON files as a data set in which a row without text holds the reason instead."""
+    # With the times and sizes, a changed file is a different data set to the cache.
     stamps = [(file, Path(file).stat().st_mtime_ns, Path(file).stat().st_size) for file in files]
     features = Features({column: Value("string"), PROBLEM: Value("string")})
-    options = {"features": features, "gen_kwargs": {"files": stamps, "column": column}}
+    options = {"features": features, "gen_kwargs": {"files": stamps, "column": column, "builder": builder}}
     if streaming:
-        return IterableDataset.from_generator(reader, **options)
-    return Dataset.from_generator(reader, cache_dir=cache_dir, **options)
+        return IterableDataset.from_generator(read_column, **options)
+    return Dataset.from_generator(read_column, cache_dir=cache_dir, **options)
 
 
-def read_lines(file: str) -> Iterator[bytes]:
-    """The lines of a file, which may be compressed.
-
-    Raises:
-        DataError: If the file cannot be read to its end.
-    """
-    number = 0
-    try:
-        with OPENERS.get(Path(file).suffix.lower(), open)(file, "rb") as stream:
-            for line in stream:
-                number += 1
-                yield line
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{file} cannot be read after line {number}: {error}. Mend or replace the file.") from error
-
-
-def read_json(files: list[tuple], column: str) -> Iterator[dict]:
-    """The rows of JSON Lines files, or of files that hold one JSON list."""
+def read_column(files: list[tuple], column: str, builder: str) -> Iterator[dict]:
+    """Yields the text of each row of some files, or null and the reason why it has none."""
     for file, *_ in files:
-        lines = read_lines(file)
-        first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
-        if first.lstrip()[:1] == b"[":
-            content = first + b"".join(lines)
-            try:
-                rows = json.loads(content.decode())
-            except (ValueError, RecursionError) as error:
-                yield {column: None, PROBLEM: f"{file} is not valid JSON ({error})"}
-                continue
-            for number, row in enumerate(rows, 1):
-                yield check_row(row, column, f"{file} row {number}")
-            continue
-        for number, line in enumerate(chain([first], lines), 1):
-            if not line.strip():
-                continue
-            where = f"{file} line {number}"
-            try:
-                row = json.loads(line.decode())
-            except UnicodeDecodeError:
-                yield {column: None, PROBLEM: f"{where} is not valid UTF-8"}
-            except (ValueError, RecursionError) as error:
-                yield {column: None, PROBLEM: f"{where} is not valid JSON ({error})"}
-            else:
-                yield check_row(row, column, where)
-
-
-def check_row(row, column: str, where: str) -> dict:
-    """A row of a JSON file, or what is wrong with it."""
-    problem = None
-    if not isinstance(row, dict):
-        problem = f"{where} holds {type(row).__name__}, not an object"
-    elif column not in row:
-        problem = f"{where} has no column {column!r}, only {sorted(row)}"
-    elif row[column] is None:
-        problem = f"{where} holds null where a text should be"
-    elif not isinstance(row[column], str):
-        problem = f"{where}: column {column!r} holds {type(row[column]).__name__}, not text"
-    elif any("\ud800" <= character <= "\udfff" for character in row[column]):
-        problem = f"{where} holds half of a surrogate pair"
-    return {column: row[column] if problem is None else None, PROBLEM: problem}
-
-
-def read_paragraphs(files: list[tuple], column: str) -> Iterator[dict]:
-    """The documents of text files, which blank lines part."""
-    for file, *_ in files:
-        lines, number, start = [], 0, 1
-        for number, line in enumerate(chain(read_lines(file), [b""]), 1):
-            if line.strip():
-                start = start if lines else number
-                lines.append(line)
-            elif lines:
-                content, lines = b"".join(lines).replace(b"\r\n", b"\n").removesuffix(b"\n"), []
-                try:
-                    yield {column: content.decode("utf-8-sig"), PROBLEM: None}
-                except UnicodeDecodeError:
-                    yield {column: None, PROBLEM: f"{file} line {start}: the paragraph is not valid UTF-8"}
-
-
-READERS = {"json": read_json, "text": read_paragraphs}
+        for where, fields, problem in READERS[builder](file):
+            # The documents of a plain text file have the name that the user wants for their column.
+            text = fields.get("text" if builder == "text" else column)
+            if problem is None and not isinstance(text, str):
+                problem = (
+                    f"has no column {column!r}, only {sorted(fields)}" if column not in fields
+                    else "holds null where a text should be" if text is None
+                    else f"holds {type(text).__name__}, not text, in column {column!r}"
+                )  # fmt: skip
+            yield {column: None, PROBLEM: f"{where} {problem}"} if problem else {column: text, PROBLEM: None}
 
 
 class BadRows:

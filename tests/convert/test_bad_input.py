@@ -405,7 +405,7 @@ TEXTS = [
     (f"{PRUNE} t.txt", do.put("t.txt", b"caf\xe9 " * 500), "t.txt"),
     (f"{PRUNE} t.jsonl", do.put("t.jsonl", '{"text": "a"}\n{"text": \n'), "t.jsonl line 2"),
     (f"{PRUNE} t.jsonl", do.put("t.jsonl", '{"text": "a"}\n[1]\n'), "t.jsonl line 2"),
-    (f"{PRUNE} t.jsonl", do.put("t.jsonl", '{"text": "a"}\n{"text": 7}\n'), "t.jsonl line 2 7"),
+    (f"{PRUNE} t.jsonl", do.put("t.jsonl", '{"text": "a"}\n{"text": 7}\n'), "t.jsonl 'row 2' 7"),
     (f"{PRUNE} t.jsonl", do.put("t.jsonl", '{"text": null}\n' * 9), "t.jsonl text"),
     (f"{PRUNE} t.jsonl", do.put("t.jsonl", '{"body": "a"}\n' * 900), "t.jsonl text"),
     (f"{PRUNE} t.jsonl", do.put("t.jsonl", b'{"text": "caf\xe9"}\n' * 900), "t.jsonl"),
@@ -416,7 +416,7 @@ TEXTS = [
     (f"{PRUNE} t.jsonl", do.put("t.jsonl", '{"text": "a"}\n' + "[" * 200_000), "t.jsonl line 2"),
     (f"{PRUNE} t.jsonl", do.put("t.jsonl", '{"text": "a\\ud800b"}\n' * 500), "t.jsonl line 1"),
     (f"{PRUNE} t.jsonl", do.put("t.jsonl", '{"text": ""}\n' * 900), "t.jsonl text"),
-    (f"{PRUNE} t.txt", do.put("t.txt", " \n" * 900), "t.txt empty"),
+    (f"{PRUNE} t.txt", do.put("t.txt", " \n" * 900), "t.txt 'no rows'"),
     (
         f"{PRUNE} text.jsonl",
         do.config("path", max_position_embeddings=1),

@@ -16,9 +16,11 @@ from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
 from lm_eval.models.huggingface import HFLM
 
 from pathmoe.command import UserError
+from pathmoe.convert.texts import read_text
 from pathmoe.evaluate import perplexity as script
 from pathmoe.evaluate.perplexity import load_documents
 from pathmoe.evaluate.scoring import perplexity, sliding_windows
+from pathmoe.text.reader import load_text
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +189,12 @@ def test_every_kind_of_data_is_read(texts, tmp_path, kind):
     assert load_documents(str(path), ["body"], limit=3)["body"][:] == texts[:3]
 
 
-def test_text_file_is_one_document(tmp_path):
+def test_a_text_file_has_the_documents_that_training_reads(tmp_path):
     path = tmp_path / "two.txt"
-    path.write_text("one\n\ntwo\n")
-    assert load_documents(str(path), ["text"])["text"][:] == ["one\n\ntwo\n"]
+    path.write_text("one\r\nmore\n\n\n two\n")
+    assert load_documents(str(path), ["text"])["text"][:] == ["one\nmore", " two"]
+    assert load_text(str(path), "train", cache_dir=tmp_path)["text"][:] == ["one\nmore", " two"]
+    assert read_text(path) == "one\nmore\n\n two"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,7 @@ def test_text_file_is_one_document(tmp_path):
         ({"data": "absent.jsonl"}, UserError, "absent.jsonl: there is no such file"),
         ({"columns": ["text", "body"]}, UserError, "no column 'body': choose one of text, source"),
         ({"limit": 0}, UserError, "--limit 0 must be at least 1"),
-        ({"data": __file__}, UserError, r"must end in one of \.txt"),
+        ({"data": __file__}, UserError, r"must end in one of \.jsonl"),
     ],
 )
 def test_data_that_cannot_be_read_is_named(tmp_path, settings, error, message):
