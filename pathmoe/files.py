@@ -148,20 +148,26 @@ def check_new_folder(path: str | Path, option: str, inputs: list[str | Path]):
     check_writable(path, option)
 
 
-def read_json(file: str | Path) -> dict:
+def read_json(file: str | Path, what: str | None = None) -> dict:
     """Reads a JSON object.
 
+    Args:
+        file (`str` or `Path`): The file.
+        what (`str`, *optional*): What the user called it, such as `--model`, to begin the messages with.
+
     Raises:
-        UserError: If the file is missing, empty, not UTF-8, not JSON or not an object; the message names it.
+        UserError: If the file is missing, empty, not UTF-8, not JSON or not an object, or has a key twice; the message
+            names it.
     """
+    named = f"{what}: {file}" if what else str(file) or repr(file)
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error:
-        raise UserError(f"{str(file) or repr(file)} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{named} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: it is not valid JSON ({one_line(error)}). Fetch it again.") from error
+        raise UserError(f"{named} is damaged: it is not valid JSON ({one_line(error)}). Replace it.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, but holds {json.dumps(content)[:40]}. Fetch it again.")
+        raise UserError(f"{named} must hold a JSON object, but holds {json.dumps(content)[:40]}. Replace it.")
     return content
 
 

@@ -1,7 +1,6 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Loads checkpoints and refuses those that do not hold what their configuration asks for."""
 
-import json
 import logging
 import re
 import warnings
@@ -106,12 +105,8 @@ def check_generation_config(file: Path, what: str):
     Raises:
         UserError: If the file is there and does not hold a JSON object.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{what}: {file} is damaged ({error}): mend or remove it.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{what}: {file} must hold a JSON object: mend or remove it.")
+    if file.is_file():
+        read_json(file, what)
 
 
 def check_loading_report(info: dict, what: str, allow_missing: bool = False, switch: str | None = None):

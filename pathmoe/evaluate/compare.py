@@ -28,9 +28,9 @@ import pandas as pd
 from scipy import stats
 
 from pathmoe.command import ArgumentParser, UserError, one_line, run_command
-from pathmoe.evaluate.inputs import check_whole, read_json
+from pathmoe.evaluate.inputs import check_whole
 from pathmoe.evaluate.run_lm_eval import score_of
-from pathmoe.files import check_writable, write_aside, write_text
+from pathmoe.files import check_writable, read_json, write_aside, write_text
 
 
 matplotlib.use("Agg")

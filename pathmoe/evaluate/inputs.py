@@ -3,7 +3,6 @@
 
 import argparse
 import glob
-import json
 import math
 from itertools import chain
 from pathlib import Path
@@ -13,6 +12,7 @@ from datasets import Dataset, load_dataset
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from pathmoe.command import UserError, one_line
+from pathmoe.files import read_json
 from pathmoe.text.rows import READERS, check_file, find_undecodable, read_all_rows, read_lines, select_texts
 
 
@@ -161,25 +161,6 @@ def check_model_folder(folder: str, option: str = "--model"):
     """
     if not Path(folder).is_dir():
         raise UserError(f"{option} {folder}: there is no such folder. Download a model from the Hub first.")
-
-
-def read_json(file: Path, option: str) -> dict:
-    """Reads a JSON object.
-
-    Raises:
-        UserError: If the file is missing, empty, not UTF-8, not JSON or not an object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{option}: there is no file {file}.") from error
-    except OSError as error:
-        raise UserError(f"{option}: {file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{option}: {file} is damaged: it is not valid JSON ({one_line(error)}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{option}: {file} must hold a JSON object, but holds {json.dumps(content)[:40]}.")
-    return content
 
 
 def check_whole(settings: dict, what: str):

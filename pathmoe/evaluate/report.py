@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from pathmoe.command import ArgumentParser, UserError, run_command
 from pathmoe.evaluate.compare import escape
-from pathmoe.evaluate.inputs import check_whole, keep_texts, load_file, load_tokenizer, read_json
+from pathmoe.evaluate.inputs import check_whole, keep_texts, load_file, load_tokenizer
 from pathmoe.evaluate.run_lm_eval import load_results
-from pathmoe.files import check_writable, write_aside, write_text
+from pathmoe.files import check_writable, read_json, write_aside, write_text
 from pathmoe.loading import load_model
 from pathmoe.paths import adjacent_jaccard, path_counts, path_coverage, record_paths
 from pathmoe.paths.measure import jaccard_chance

@@ -39,10 +39,9 @@ from pathmoe.evaluate.inputs import (
     finite,
     load_config,
     load_tokenizer,
-    read_json,
 )
 from pathmoe.evaluate.offline_tasks import PREFIX, TASKS, package_folder, write_tasks
-from pathmoe.files import check_writable, write_text
+from pathmoe.files import check_writable, read_json, write_text
 from pathmoe.loading import load_model
 
 

@@ -2,7 +2,6 @@
 """The model of a recipe: its configuration, checked before anything is built, and its weights."""
 
 import copy
-import json
 import os
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils.output_capturing import install_all_output_capturing_hooks
 
 from pathmoe import presets
+from pathmoe.command import UserError
+from pathmoe.files import read_json
 from pathmoe.loading import load_model
 from pathmoe.train.checkpoints import list_checkpoints
 from pathmoe.train.output import set_aside
@@ -38,17 +39,8 @@ MAX_LAYERS = 10_000
 
 
 def read_fields(file: Path) -> dict:
-    """The fields of a model configuration file; one that stands there twice is an error."""
-
-    def unique(pairs: list[tuple]) -> dict:
-        names = [name for name, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{twice[0]} stands there twice.")
-        return dict(pairs)
-
-    fields = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    if not isinstance(fields, dict):
-        raise ValueError("the file must hold a JSON object.")
+    """Reads the fields of a model configuration file and checks its architecture."""
+    fields = read_json(file)
     if (kind := fields.get("model_type", "pathmoe")) not in list(CONFIG_MAPPING):
         raise ValueError(f"model_type={kind!r} is not known to transformers.")
     return fields
@@ -104,7 +96,7 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
         else:
             check_fields(recipe.model_overrides)
             config = AutoConfig.from_pretrained(recipe.model, **recipe.model_overrides)
-    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (UserError, StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RecipeError(f"model={recipe.model!r}: {error.__cause__ or error}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise RecipeError(f"model={recipe.model!r}: model_type={config.model_type!r} is not a causal language model.")

@@ -137,7 +137,17 @@ def main():
         os.environ.update(TMPDIR=tmp, HF_HOME=f"{tmp}/huggingface")
         tempfile.tempdir = tmp
         report = Report(args.part, part_of, EXCLUDED)
-        options = ["-c", os.devnull, f"--rootdir={HERE}", "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider", "-v", "--tb=short"]
+        options = [
+            "-c",
+            os.devnull,
+            f"--rootdir={HERE}",
+            "--noconftest",
+            "--import-mode=importlib",
+            "-p",
+            "no:cacheprovider",
+            "-v",
+            "--tb=short",
+        ]
         # The fetched tests carry marks that are declared in their own repository.
         options += ["-W", "ignore::pytest.PytestUnknownMarkWarning", "--disable-warnings"]
         code = pytest.main([*options, *args.pytest_args, str(HERE / "conformance_pathmoe.py")], plugins=[report])

@@ -124,7 +124,7 @@ MODELS = [
     (lambda p: p.truncate("config.json"), "config.json is damaged"),
     (lambda p: p.damage("config.json", b"[1]"), "must hold a JSON object, but holds [1]"),
     (lambda p: p.damage("config.json", b"\xff\xfe{"), "config.json is damaged"),
-    (lambda p: (p.model / "config.json").unlink(), "there is no file"),
+    (lambda p: (p.model / "config.json").unlink(), "config.json cannot be read"),
     (lambda p: p.config(model_type="no_such_type"), "model_type 'no_such_type', which transformers does not know"),
     (lambda p: p.config(num_experts_per_tok=9), "config.json cannot be used"),
     (lambda p: p.damage("tokenizer.json", b""), "tokenizer.json is damaged"),
