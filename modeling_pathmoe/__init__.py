@@ -1,8 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """The PathMoE model for transformers. Importing this package registers it with the Auto classes.
 
-Checkpoints carry the files named `*_pathmoe.py`. The toolkit around the model is the package `pathmoe`, which this one
-never imports: what is installed beside it, such as fast experts, plugs in by the entry point `modeling_pathmoe`.
+Checkpoints carry the files named `*_pathmoe.py`. The toolkit around the model is the package `pathmoe`, which this
+package never imports: add-ons such as the fast experts plug in through the entry point group `modeling_pathmoe`.
 """
 
 from importlib.metadata import entry_points

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Rotary embedding and grouped-query attention: Qwen3's, and without the norms of queries and keys Llama's."""
+"""Rotary embedding and grouped-query attention, as in Qwen3, or as in Llama without the norms of queries and keys."""
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from .norm_pathmoe import PathMoERMSNorm
 
 
 class PathMoERotaryEmbedding(nn.Module):
-    """Cosines and sines of the positions, of any type of RoPE that transformers knows (arXiv 2104.09864)."""
+    """Computes cosines and sines of the positions, for any RoPE type that transformers knows (arXiv 2104.09864)."""
 
     def __init__(self, config: PathMoEConfig):
         super().__init__()
@@ -29,7 +29,7 @@ class PathMoERotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: PathMoEConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies theta^(-2i / head_dim) of shape `(head_dim / 2,)`, and no scaling of the attention."""
+        """Returns the inverse frequencies theta^(-2i / head_dim), of shape `(head_dim / 2,)`, and a scaling of 1."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
@@ -59,8 +59,8 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain torch. Queries have shape (batch, heads, queries, head_dim), the output (batch, queries,
-    heads, head_dim), the weights (batch, heads, queries, keys)."""
+    """Computes attention in plain torch. Queries have shape (batch, heads, queries, head_dim), the output (batch,
+    queries, heads, head_dim), the weights (batch, heads, queries, keys)."""
     key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -71,7 +71,7 @@ def eager_attention_forward(
 
 
 class PathMoEAttention(nn.Module):
-    """Grouped-query attention with a norm on each head's queries and keys; without it (`qk_norm=False`), Llama's."""
+    """Grouped-query attention with a norm on each head's queries and keys, or as in Llama with `qk_norm=False`."""
 
     def __init__(self, config: PathMoEConfig, layer_idx: int):
         super().__init__()

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The key-value cache under both of its names: `past_key_values`, and `cache` from transformers 5.24 on."""
+"""Supports both names of the key-value cache: `past_key_values`, and `cache` from transformers 5.24 on."""
 
 import inspect
 from dataclasses import dataclass
@@ -17,31 +17,31 @@ CACHE_NAMES = ("past_key_values", "cache")
 CACHE_NAME = next((name for name in CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters), None)
 if CACHE_NAME is None:
     raise ImportError(
-        f"transformers {transformers.__version__} calls the key-value cache by neither of {CACHE_NAMES}, so PathMoE "
-        "cannot pass it on: install a transformers of the range that pathmoe's README states, or a newer pathmoe."
+        f"transformers {transformers.__version__} uses none of the names {CACHE_NAMES} for the key-value cache, so "
+        "PathMoE cannot pass it on: install a transformers version from pathmoe's README, or a newer pathmoe."
     )
 
 
 def take_cache(past_key_values: Cache | None, cache: Cache | None, kwargs: dict) -> Cache | None:
-    """Returns the cache that a forward was called with, under whichever of its names.
+    """Returns the cache that a forward was called with, under either name.
 
     Args:
-        past_key_values (`Cache`, *optional*): What came under that name.
-        cache (`Cache`, *optional*): What came under that name.
+        past_key_values (`Cache`, *optional*): The forward's argument of that name.
+        cache (`Cache`, *optional*): The forward's argument of that name.
         kwargs (`dict`): The other keyword arguments of the forward. Up to transformers 5.23, the cache of continuous
-            batching is called `cache` too, but belongs to the attention function: it is put back here.
+            batching is also called `cache`, but belongs to the attention function: this function moves it there.
 
     Raises:
-        ValueError: If there are two caches.
-        TypeError: If a cache came under a name that this model does not know: transformers has moved on, and to
-            ignore the cache would give wrong text.
+        ValueError: If two different caches are passed.
+        TypeError: If a cache is passed under an unknown name, as a newer transformers may do. Ignoring the cache would
+            generate wrong text.
     """
     for name, value in kwargs.items():
         if isinstance(value, Cache):
             raise TypeError(
-                f"A key-value cache arrived as {name}={type(value).__name__}, a name that this PathMoE does not know "
+                f"{name}={type(value).__name__} is a key-value cache under a name that PathMoE does not know "
                 f"(transformers {transformers.__version__}): pass it as past_key_values or cache, or install a "
-                "transformers of the range that pathmoe's README states."
+                "transformers version from pathmoe's README."
             )
     if cache is not None and not isinstance(cache, Cache) and CACHE_NAME == "past_key_values":
         kwargs["cache"], cache = cache, None
@@ -53,7 +53,7 @@ def take_cache(past_key_values: Cache | None, cache: Cache | None, kwargs: dict)
 
 
 class _BothCacheNames:
-    """Gives the cache of an output under both names; from 5.24 on, transformers does so itself."""
+    """Makes the cache of an output available under both names; from 5.24 on, transformers does so itself."""
 
     if not TYPE_CHECKING and CACHE_NAME == "past_key_values":
 
@@ -75,11 +75,11 @@ class PathMoECausalLMOutputWithPast(_BothCacheNames, MoeCausalLMOutputWithPast):
     """[`~transformers.modeling_outputs.MoeCausalLMOutputWithPast`] with the router z-loss and both names of the cache.
 
     Args:
-        loss (`torch.FloatTensor`, scalar): Cross-entropy; while training, plus the auxiliary losses, each times its
-            coefficient.
+        loss (`torch.FloatTensor`, scalar): The cross-entropy. In training, the auxiliary losses are added, each times
+            its coefficient.
         aux_loss (`torch.FloatTensor`, scalar): The load-balancing loss before its coefficient, when router logits were
             requested or an auxiliary loss is being trained.
-        z_loss (`torch.Tensor`, scalar): The router z-loss before its coefficient, likewise.
+        z_loss (`torch.Tensor`, scalar): The router z-loss before its coefficient, in the same cases.
     """
 
     z_loss: torch.Tensor | None = None

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from .routing_pathmoe import ROUTERS
 
 
-# What a model can have: more is a mistake, and building it would take all memory before anything is said.
+# Upper limits. Larger values are mistakes, and building such a model would fill the memory before any error is raised.
 MOST = {
     "num_hidden_layers": 1024,
     "num_experts": 32767,
@@ -25,11 +25,11 @@ MOST = {
 MOST_PARAMETERS = 10**13
 MOST_LABELS = 10**6
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-# Coefficients above this are mistakes; the epsilon of a norm and the steps of a bias are small numbers.
+# Upper limits of coefficients, above which they are mistakes; `LARGEST_COEFFICIENT` where no smaller limit is listed.
 LARGEST = {"rms_norm_eps": 1.0, "router_bias_update_rate": 1.0, "initializer_range": 100.0}
 LARGEST |= {"router_initializer_range": 100.0, "embedding_initializer_range": 100.0}
 LARGEST_COEFFICIENT = 1e4
-SMALLEST_EPSILON = 2.0**-126  # of float32, in which norms compute: a smaller one makes NaN of a state of zeros
+SMALLEST_EPSILON = 2.0**-126  # float32's smallest normal number; with less, the norm of zeros is NaN
 LARGEST_ROPE = 1e15
 # Keys of rope_parameters that transformers may not list among its own.
 ROPE_KEYS = {"type", "truncate", "mscale", "mscale_all_dim"}
@@ -54,9 +54,9 @@ class PathMoEConfig(PreTrainedConfig):
         num_experts (`int`, defaults to 16): Number of experts E in a layer.
         num_experts_per_tok (`int`, defaults to 4): Number of experts k that a token visits in a layer.
         norm_topk_prob (`bool`, defaults to `True`): Whether the k weights are scaled to sum to one.
-        router_block_size (`int` or `list[int]`, defaults to 4): How many consecutive layers share a router: one
-            number (a last block may be shorter; at least L means one router for all), or the size of each block. 1 is
-            the usual independent routing. 4 is the paper's best.
+        router_block_size (`int` or `list[int]`, defaults to 4): Number of consecutive layers that share a router: one
+            number (the last block may be shorter; L or more means one router for all layers), or a list with the size
+            of each block. 1 is the usual independent routing; 4 is the paper's best.
         router_type (`str`, defaults to `"linear"`): How a router scores the experts: `"linear"`, `"cosine"`,
             `"low_rank"`, `"recurrent"`, `"random"`, or a name given to `register_router`.
         router_sharing (`str`, defaults to `"parameters"`): What a block shares: the router's `"parameters"`, so that
@@ -66,8 +66,8 @@ class PathMoEConfig(PreTrainedConfig):
         router_rank (`int`, defaults to 8): Rank of each layer's own term in the low-rank router.
         router_selection_bias (`bool`, defaults to `False`): Whether a bias on the choice of experts balances their
             load without an auxiliary loss (arXiv 2408.15664). Always true when `router_bias_update_rate` is above 0.
-        router_bias_update_rate (`float`, defaults to 0.0): How far `update_selection_bias` moves that bias after each
-            optimizer step (the paper uses 0.001). 0 leaves a trained bias as it is.
+        router_bias_update_rate (`float`, defaults to 0.0): Step by which `update_selection_bias` moves that bias after
+            each optimizer step (the paper uses 0.001). 0 leaves a trained bias unchanged.
         router_aux_loss_coef (`float`, defaults to 0.0): Coefficient of the load-balancing loss while training. The
             paper trains PathMoE without it; its independent baseline uses 0.01.
         router_z_loss_coef (`float`, defaults to 0.0): Coefficient of the router z-loss while training.
@@ -80,11 +80,13 @@ class PathMoEConfig(PreTrainedConfig):
         rope_parameters (`dict`, *optional*): Parameters of the rotary embedding; base 10000 when unset.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the RMS normalisations.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
-        router_initializer_range (`float`, *optional*): That of the routers' initial weights; `initializer_range` when
-            unset. A linear router's first logits have this times the root of `hidden_size` as standard deviation.
-        embedding_initializer_range (`float`, *optional*): That of the input embeddings; `initializer_range` if unset.
-            A larger one leaves less of the stream to the first layer. With `tie_word_embeddings` it is the output's
-            too, and then 1 makes the first logits as wide as the root of `hidden_size`.
+        router_initializer_range (`float`, *optional*): Standard deviation of the routers' initial weights;
+            `initializer_range` when unset. The initial logits of a linear router have a standard deviation of this
+            value times the root of `hidden_size`.
+        embedding_initializer_range (`float`, *optional*): Standard deviation of the initial input embeddings;
+            `initializer_range` when unset. A larger value reduces the first layer's share of the residual stream. With
+            `tie_word_embeddings`, the output embeddings have it too, and a value of 1 makes the initial logits as wide
+            as the root of `hidden_size`.
         use_cache (`bool`, defaults to `True`): Whether to return the key-value cache.
         tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings are one matrix.
 
@@ -118,7 +120,7 @@ class PathMoEConfig(PreTrainedConfig):
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
     }
-    base_model_ep_plan: ClassVar[dict[str, str]] = {  # type: ignore[assignment]  # transformers declares another
+    base_model_ep_plan: ClassVar[dict[str, str]] = {  # type: ignore[assignment]  # transformers' type differs
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -166,7 +168,7 @@ class PathMoEConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __new__(cls, *args, **kwargs):
-        # Later, a number of experts that was given cannot be told from the default.
+        # Once the fields are set, a number of experts that was passed looks like the default.
         experts = [kwargs[name] for name in ("num_experts", "num_local_experts") if name in kwargs]
         if experts[:1] != experts[-1:]:
             raise _two_numbers_of_experts(*experts)
@@ -194,7 +196,7 @@ class PathMoEConfig(PreTrainedConfig):
             self.router_selection_bias = True
         router = ROUTERS.get(self.router_type)
         if self.router_sharing == "decision" or (router is not None and router.carries_state):
-            # A stage of a pipeline passes on hidden states alone, and the routing would lose its state there.
+            # Pipeline stages pass on hidden states only, so the routing would lose its state between them.
             self.base_model_pp_plan = None  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
@@ -204,7 +206,7 @@ class PathMoEConfig(PreTrainedConfig):
         cls._check_names(kwargs)
         cls._check_labels(kwargs)
         if "moe_intermediate_size" in config_dict:
-            # Tools set this one, the width of the dense layers of other models. By itself it is taken for a mistake.
+            # Tools set `intermediate_size`, the width of dense layers, for any model. Alone, it is refused as a typo.
             config_dict = {name: value for name, value in config_dict.items() if name != "intermediate_size"}
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate()
@@ -215,8 +217,8 @@ class PathMoEConfig(PreTrainedConfig):
         """Refuses the model type of another architecture, and names that look like a misspelt field."""
         if given.get("model_type", cls.model_type) != cls.model_type:
             raise _refusal(
-                f"model_type={given['model_type']!r} is another architecture: a PathMoE's is {cls.model_type!r}. "
-                "Convert its checkpoint with `pathmoe convert`."
+                f"model_type={given['model_type']!r} is a different architecture than {cls.model_type!r}: convert its "
+                "checkpoint with `pathmoe convert`."
             )
         fields = set(cls.__dataclass_fields__)
         for name in given:
@@ -227,7 +229,7 @@ class PathMoEConfig(PreTrainedConfig):
 
     @staticmethod
     def _check_labels(given: dict):
-        """Refuses labels of a classifier that transformers would crash on, or give another number of classes."""
+        """Refuses classifier labels that would make transformers crash or change the number of classes."""
         labels, ids, count = (given.get(name) for name in ("id2label", "label2id", "num_labels"))
         if count is not None and (type(count) is not int or not 1 <= count <= MOST_LABELS):
             raise _refusal(f"num_labels={count!r} must be a whole number from 1 to {MOST_LABELS}.")
@@ -236,16 +238,16 @@ class PathMoEConfig(PreTrainedConfig):
             texts = [label for label in numbers.values() if isinstance(label, str)]
             if set(numbers) != set(map(str, range(len(numbers)))) or len(set(texts)) != len(numbers) or not numbers:
                 raise _refusal(
-                    f"id2label={labels!r:.200} must map every number from 0 on to a text of its own, such as "
+                    f"id2label={labels!r:.200} must map the numbers from 0 on to different texts, such as "
                     "{0: 'no', 1: 'yes'}."
                 )
-            named = any(not label.startswith("LABEL_") for label in texts)  # by a person, not by transformers
+            named = any(not label.startswith("LABEL_") for label in texts)  # "LABEL_0" is transformers' default
             if named and count not in (None, len(labels)):
                 raise _refusal(f"num_labels={count} contradicts the {len(labels)} labels of id2label: leave it out.")
         if ids is not None:
             whole = isinstance(ids, dict) and all(str(number).isdecimal() for number in ids.values())
-            other = whole and labels and {str(number): label for label, number in ids.items()} != numbers
-            if not whole or other:
+            differs = whole and labels and {str(number): label for label, number in ids.items()} != numbers
+            if not whole or differs:
                 raise _refusal(
                     f"label2id={ids!r:.200} must map texts to numbers, and be the reverse of id2label: leave it out."
                 )
@@ -261,11 +263,11 @@ class PathMoEConfig(PreTrainedConfig):
 
     @property
     def layer_to_block(self) -> list[int]:
-        """The block of each layer, which is the index of its router."""
+        """The block of each layer, which is also the index of its router."""
         return [block for block, layers in enumerate(self.router_blocks) for _ in layers]
 
     def check_grouped_mm_rows(self, dtype):
-        """Refuses experts whose rows grouped_mm cannot take.
+        """Refuses widths that the grouped_mm experts do not support.
 
         Args:
             dtype (`torch.dtype`): The dtype in which the experts compute.
@@ -287,22 +289,22 @@ class PathMoEConfig(PreTrainedConfig):
         """Refuses tensor or expert parallelism whose plan the installed transformers does not know.
 
         Args:
-            distributed_config (`DistributedConfig` or `dict`, *optional*): What `from_pretrained` was called with.
+            distributed_config (`DistributedConfig` or `dict`, *optional*): The argument of `from_pretrained`.
 
         Raises:
-            ValueError: If a style of the plan is unknown; the message names it.
+            ValueError: If a style of the plan is unknown.
         """
         if distributed_config is None:
             return
-        asked = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config)
+        sizes = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config)
         from transformers.integrations import ALL_PARALLEL_STYLES
 
         plans = (("ep_size", cls.base_model_ep_plan), ("tp_size", cls.base_model_tp_plan))
-        styles = {style for size, plan in plans if (asked.get(size) or 1) > 1 for style in plan.values()}
+        styles = {style for size, plan in plans if (sizes.get(size) or 1) > 1 for style in plan.values()}
         if unknown := sorted(styles - set(ALL_PARALLEL_STYLES)):
             raise ValueError(
                 f"transformers {__version__} does not know the parallel styles {unknown} of PathMoE's plan: install a "
-                "transformers of the range that pathmoe's README states, or leave tp_size and ep_size out."
+                "transformers version from pathmoe's README, or leave tp_size and ep_size out."
             )
 
     @property
@@ -387,15 +389,15 @@ class PathMoEConfig(PreTrainedConfig):
         if self.router_dim is not None and not 1 <= self.router_dim <= 2**20:
             raise ValueError(f"router_dim={self.router_dim} must be from 1 to {2**20}, or None for the default.")
         if not 0 <= self.router_rank <= 2**20:
-            raise ValueError(f"router_rank={self.router_rank} must be from 0, the linear router, to {2**20}.")
+            raise ValueError(f"router_rank={self.router_rank} must be from 0 (a linear router) to {2**20}.")
 
     def validate_layers(self):
         if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is no activation of transformers, such as 'silu'.")
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation of transformers: use 'silu'.")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1.")
         every_layer = "every layer of a PathMoE has experts and attends to the whole sequence, as a decoder"
-        for name, fitting in (
+        for name, supported in (
             ("sliding_window", None),
             ("use_sliding_window", False),
             ("layer_types", ["full_attention"] * self.num_hidden_layers),
@@ -404,12 +406,12 @@ class PathMoEConfig(PreTrainedConfig):
             ("is_encoder_decoder", False),
         ):
             value = getattr(self, name, None)
-            if value is not None and value != fitting:
-                raise ValueError(f"{name}={value} does not fit: {every_layer}. Leave it out.")
+            if value is not None and value != supported:
+                raise ValueError(f"{name}={value} is not supported: {every_layer}. Leave it out.")
 
     def validate_inherited(self):
-        """Refuses values of transformers' own fields that it would misread, or stumble over later."""
-        for name, kind, such in (
+        """Refuses values of inherited fields that transformers would misread, or fail on later."""
+        for name, kind, expected in (
             ("output_hidden_states", bool, "true or false"),
             ("output_attentions", bool, "true or false"),
             ("return_dict", bool, "true or false"),
@@ -418,7 +420,7 @@ class PathMoEConfig(PreTrainedConfig):
         ):
             value = getattr(self, name, None)
             if value is not None and not isinstance(value, kind):
-                raise ValueError(f"{name}={value!r:.200} must be {such}, or left out.")
+                raise ValueError(f"{name}={value!r:.200} must be {expected}, or left out.")
         if isinstance(quantization := getattr(self, "quantization_config", None), str | int | float | list):
             raise ValueError(f"quantization_config={quantization!r:.200} must be a mapping, or left out.")
         if self.problem_type not in (None, *PROBLEM_TYPES):

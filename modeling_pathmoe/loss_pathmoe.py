@@ -1,8 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The losses of a language model with routers. Its cross-entropy never holds the logits of the whole batch.
+"""Losses of a language model with routers. The cross-entropy never holds the logits of the whole batch.
 
-torch's `linear_cross_entropy` does so too, but sums a bfloat16 loss up in bfloat16: over 4,096 tokens, the mean was
-wrong by 0.2.
+torch's `linear_cross_entropy` does not hold them either, but sums a bfloat16 loss in bfloat16: over 4,096 tokens, the
+mean was wrong by 0.2.
 """
 
 import torch
@@ -12,39 +12,39 @@ from transformers import PreTrainedConfig
 from .routing_pathmoe import autocast_dtype, no_autocast
 
 
-# Fewer make the products with the head's weight inefficient.
+# Smaller chunks make the matmul with the head inefficient.
 CHUNK_TOKENS = 1024
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the losses. Its gradients are computed along with it, chunk by chunk, in the memory of the logits."""
+    """Sums the losses chunk by chunk, and computes the gradients in the same pass, in the memory of the logits."""
 
     @staticmethod
     def forward(ctx, hidden_states, weight, labels, ignore_index):
-        of_hidden_states, of_weight, *_ = ctx.needs_input_grad
-        grad_hidden_states = torch.empty_like(hidden_states) if of_hidden_states else None
+        needs_hidden_grad, needs_weight_grad, *_ = ctx.needs_input_grad
+        grad_hidden_states = torch.empty_like(hidden_states) if needs_hidden_grad else None
         grad_weight = None
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         for start in range(0, len(labels), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
             counted = (labels[chunk] != ignore_index).unsqueeze(1)
             targets = labels[chunk].unsqueeze(1).where(counted, 0)
-            # `where`, not a product: a position that is not counted may hold inf or nan.
+            # `where` instead of a product: an ignored position may hold inf or nan.
             inputs = hidden_states[chunk].where(counted, 0)
             log_probs = (inputs @ weight.t()).log_softmax(dim=1, dtype=torch.float32)
             total -= (log_probs.gather(1, targets) * counted).sum()
-            if not (of_hidden_states or of_weight):
+            if not (needs_hidden_grad or needs_weight_grad):
                 continue
             grad_logits = log_probs.exp_()
             grad_logits.scatter_add_(1, targets, grad_logits.new_full(targets.shape, -1.0))
             grad_logits = grad_logits.to(weight.dtype)
-            if of_hidden_states:
+            if needs_hidden_grad:
                 torch.mul(grad_logits @ weight, counted, out=grad_hidden_states[chunk])
-            if of_weight:
+            if needs_weight_grad:
                 grad_chunk = grad_logits.t() @ inputs
-                # Sums are in float32; with a single chunk there is none.
+                # Several chunks are summed in float32; a single one needs no sum.
                 grad_weight = grad_chunk if grad_weight is None else grad_weight.float().add_(grad_chunk)
-        if of_weight and grad_weight is None:
+        if needs_weight_grad and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
         ctx.gradients = grad_hidden_states, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
         return total
@@ -56,8 +56,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 "The loss without logits keeps no graph for a second backward or a second derivative: compute it from "
                 "the logits (skip_logits=False)."
             )
-        # In place and given away: the weight's gradient is as large as the head. A scalar does not promote, and must
-        # not be rounded to bfloat16.
+        # Scaled in place and released, because the weight's gradient is as large as the head. `grad` is a scalar and
+        # does not promote the gradients; rounding it to bfloat16 would make them less exact.
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None, None
 
@@ -71,17 +71,18 @@ def linear_cross_entropy(
     shift_labels: torch.LongTensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """The loss of transformers' `ForCausalLMLoss` on `hidden_states @ weight.T`, in float32, for one backward.
+    """Computes the loss of transformers' `ForCausalLMLoss` on `hidden_states @ weight.T` in float32, for one backward.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(batch, sequence, D)`): What the head is given.
+        hidden_states (`torch.Tensor` of shape `(batch, sequence, D)`): Input of the head.
         weight (`torch.Tensor` of shape `(vocab_size, D)`): The head's weight.
         labels (`torch.LongTensor` of shape `(batch, sequence)`): Token ids to predict, unshifted.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): What to divide the sum by; the number of targets when
-            unset.
-        ignore_index (`int`, defaults to -100): A label that is not counted.
-        shift_labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Shifted labels, instead.
-        **kwargs: What else the model was called with, as `ForCausalLMLoss` takes it.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Divisor of the summed loss; the number of targets
+            when unset.
+        ignore_index (`int`, defaults to -100): Label of positions that are not predicted.
+        shift_labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Labels that are already shifted, in
+            place of `labels`.
+        **kwargs: Other arguments of the model, which are ignored, as in `ForCausalLMLoss`.
 
     Returns:
         `torch.Tensor`, a scalar: The loss.
@@ -93,7 +94,7 @@ def linear_cross_entropy(
     dtype = autocast_dtype(device_type) or weight.dtype
     with no_autocast(device_type):
         hidden_states, weight = hidden_states.flatten(0, -2).to(dtype), weight.to(dtype)
-        if not torch.is_grad_enabled():  # autograd would ask for gradients all the same
+        if not torch.is_grad_enabled():  # `needs_input_grad` does not depend on it
             hidden_states, weight = hidden_states.detach(), weight.detach()
         total = LinearCrossEntropy.apply(hidden_states, weight, shift_labels, ignore_index)
     if num_items_in_batch is None:
@@ -112,15 +113,15 @@ def weigh_router_losses(
     shift_labels: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """The router losses as they are added to a cross-entropy, each times its coefficient.
+    """Returns the sum of the router losses, each times its coefficient, as it is added to a cross-entropy.
 
     Args:
         config (`PreTrainedConfig`): Holds `router_aux_loss_coef` and `router_z_loss_coef`.
         aux_loss (`torch.Tensor`, scalar): The load-balancing loss.
         z_loss (`torch.Tensor`, scalar): The router z-loss.
-        labels (`torch.Tensor` of shape `(batch, sequence)`): Those of the cross-entropy.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): The targets of the whole step. The cross-entropy of a
-            micro-batch then counts by its share of them, and so do the router losses.
+        labels (`torch.Tensor` of shape `(batch, sequence)`): Labels of the cross-entropy.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Number of targets of the whole optimizer step. The
+            router losses are then weighted by this micro-batch's share of them, as its cross-entropy is.
         shift_labels (`torch.Tensor` of shape `(batch, sequence)`, *optional*): Targets in place of shifted `labels`.
 
     Returns:

@@ -46,7 +46,7 @@ from .routing_pathmoe import (
 )
 
 
-# transformers looks for this decorator in the source of the model's own file, and else runs experts eagerly.
+# transformers looks for this decorator in the source of the model's own file, and runs experts eagerly without it.
 @use_experts_implementation
 class PathMoEExperts(nn.Module):
     """SwiGLU experts, held as `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F)."""
@@ -62,11 +62,11 @@ class PathMoEExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """The `"eager"` implementation: one expert after another, in plain torch.
+        """Runs one expert after the other in plain torch: the `"eager"` implementation.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(T, D)`): Hidden states.
-            top_k_index (`torch.Tensor` of shape `(T, k)`): Experts; ids from E on (those of other ranks) add nothing.
+            top_k_index (`torch.Tensor` of shape `(T, k)`): Experts; ids from E on belong to other ranks, add nothing.
             top_k_weights (`torch.Tensor` of shape `(T, k)`): Their weights.
 
         Returns:
@@ -74,10 +74,10 @@ class PathMoEExperts(nn.Module):
         """
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
-            tokens, places = torch.where(top_k_index == expert)
+            tokens, slots = torch.where(top_k_index == expert)
             gate, up = nn.functional.linear(hidden_states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
             rows = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            output.index_add_(0, tokens, (rows * top_k_weights[tokens, places, None]).to(output.dtype))
+            output.index_add_(0, tokens, (rows * top_k_weights[tokens, slots, None]).to(output.dtype))
         return output
 
 
@@ -103,7 +103,7 @@ class PathMoESparseMoeBlock(nn.Module):
         # Weights that accelerate has offloaded are on the meta device until the experts' own hook fetches them.
         if dtype is None or (parameter is not None and parameter.device.type == "meta"):
             return experts(hidden_states, top_k_index, top_k_weights)
-        # The experts' kernels ignore autocast: float32 weights would run in float32, slowly and in silence.
+        # The experts' kernels ignore autocast, and would silently run float32 weights in slow float32.
         if self.config._experts_implementation == "grouped_mm":
             self.config.check_grouped_mm_rows(dtype)
         inputs = (hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
@@ -116,8 +116,8 @@ class PathMoESparseMoeBlock(nn.Module):
 
 
 class PathMoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention and experts. `router_block` and `router_layer` say which router serves the layer, and as which layer:
-    it keeps them when layers before it are skipped, removed or repeated."""
+    """Attention and experts. `router_block` is the index of the layer's router, and `router_layer` the layer index
+    passed to it. The layer keeps both when layers before it are skipped, removed or repeated."""
 
     def __init__(self, config: PathMoEConfig, layer_idx: int, router_block: int):
         super().__init__()
@@ -144,7 +144,7 @@ class PathMoEDecoderLayer(GradientCheckpointingLayer):
         hidden_states = self.post_attention_layernorm(hidden_states)
         hidden_states, router_state = self.mlp(hidden_states, route, router_state)
         hidden_states = residual + hidden_states
-        # Pipeline stages replace layers by modules that return their first input, so a tuple only where it is needed.
+        # Pipeline stages replace layers by modules that return their first input, so return a tuple only if needed.
         return hidden_states if router_state is None else (hidden_states, router_state)
 
 
@@ -193,12 +193,12 @@ class PathMoEPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight[module.padding_idx])
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        # Registered where the package is imported; code from the Hub runs without it.
+        # The toolkit registers "pathmoe" when it is imported; code from the Hub runs without it.
         if requested_experts is None and "pathmoe" in ALL_EXPERTS_FUNCTIONS:
             requested_experts = "pathmoe"
         implementation = super().get_correct_experts_implementation(requested_experts)
         if implementation == "grouped_mm":
-            # While the model is being built its dtype is torch's default one; afterwards that of its weights.
+            # During construction, the model's dtype is torch's default; afterwards it is that of the weights.
             dtype = self.dtype if next(self.parameters(), None) is not None else torch.get_default_dtype()
             self.config.check_grouped_mm_rows(dtype)
         return implementation
@@ -210,7 +210,7 @@ class PathMoEPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args, **kwargs):
         match_config_to_layers(self.config, list(self.base_model.layers), self.base_model.routers)
-        # transformers would list the saved class alone; servers ask for `AutoModel`, and others for the heads.
+        # transformers would list only the saved class, but servers load `AutoModel`, and users load other heads.
         heads = "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"
         self.config.auto_map = {
             "AutoConfig": "configuration_pathmoe.PathMoEConfig",
@@ -233,7 +233,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([PathMoEDecoderLayer(config, i, b) for i, b in enumerate(config.layer_to_block)])
-        # The only owner of the routers. A second `ModuleList` would confuse servers that split the model by its first.
+        # Only this dict owns the routers; a second `ModuleList` would confuse servers that split a model by its first.
         router_class = ROUTERS[config.router_type]
         self.routers = nn.ModuleDict({str(b): router_class(config, ls) for b, ls in enumerate(config.router_blocks)})
         self.norm = PathMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -241,11 +241,11 @@ class PathMoEModel(PathMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
         if config.output_router_logits or config.trains_router_balance:
-            # Otherwise the first forward that records router logits installs the hooks: a compiled one cannot.
+            # Otherwise the first forward would install the hooks, and a compiled forward cannot.
             install_all_output_capturing_hooks(self)
 
     def _route_of_layer(self, index: int) -> Callable | None:
-        """What a layer is handed instead of a router, so that no router is registered in two places.
+        """Returns the function that routes a layer. A layer that held its router would register it a second time.
 
         Returns:
             `Callable`: `(hidden_states (T, D), state) -> (weights (T, k), indices (T, k), state)`, all on the device
@@ -286,24 +286,24 @@ class PathMoEModel(PathMoEPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Token ids.
             attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, *optional*): 0 marks padding.
-            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Positions; those after the
-                cache when unset.
+            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Positions; when unset, they
+                continue after the cache.
             past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; `cache` is its other name.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, D)`, *optional*): Instead of `input_ids`.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, D)`, *optional*): Replaces `input_ids`.
             use_cache (`bool`, *optional*): Whether to return the cache.
-            **kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions`; what the attention takes.
+            **kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions`; attention arguments.
 
         Returns:
             `PathMoEModelOutputWithPast`: `last_hidden_state` of shape `(batch, sequence, D)`, and on request
             `router_logits`, a tuple of L float32 tensors of shape `(batch · sequence, E)`.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, if there are two caches, or if
-                reentrant gradient checkpointing would corrupt the routers' gradients.
-            TypeError: If a cache is passed under a name that is not known.
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is passed, if two caches are passed, or
+                if reentrant gradient checkpointing would corrupt the routers' gradients.
+            TypeError: If a cache is passed under an unknown name.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         refuse_reentrant_checkpointing(self)
 
         cache = take_cache(past_key_values, cache, kwargs)
@@ -328,7 +328,8 @@ class PathMoEModel(PathMoEPreTrainedModel):
             previous, block = block, getattr(layer, "router_block", None)
             if self.config.router_sharing == "decision" and block != previous:
                 router_state = None  # each block decides for itself
-            # What needs gradients goes by position, or reentrant checkpointing would backpropagate through it twice.
+            # Pass tensors that need gradients positionally; as keyword arguments, reentrant checkpointing would
+            # backpropagate through them twice.
             outputs = layer(
                 hidden_states,
                 self._route_of_layer(index),
@@ -364,8 +365,8 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
 
     @property
     def can_skip_logits(self) -> bool:
-        """Whether `skip_logits` works: the head's weight is whole and there also outside of the head's forward, as it
-        is not when it is sharded or offloaded."""
+        """Whether `skip_logits` works. It reads the head's weight outside of the head's forward, so the weight must be
+        neither sharded nor offloaded."""
         head = self.lm_head
         if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
             return False
@@ -373,7 +374,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
 
     def _check_skip_logits(self, skip_logits: bool, labels: torch.LongTensor | None):
         if skip_logits and labels is None:
-            raise ValueError("skip_logits=True leaves the loss alone, but labels is None: pass labels.")
+            raise ValueError("skip_logits=True returns only the loss, but labels is None: pass labels.")
         if skip_logits and not self.can_skip_logits:
             raise ValueError(
                 f"skip_logits=True needs a plain, whole lm_head, but it is a {type(self.lm_head).__name__} that is "
@@ -381,7 +382,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             )
 
     def _router_losses(self, router_logits, attention_mask, hidden_states, count_load: bool):
-        """The load-balancing loss and the z-loss; `count_load` adds to the load that moves the selection bias."""
+        """Returns the load-balancing loss and the z-loss; `count_load` also counts the load for the selection bias."""
         mask = token_mask(attention_mask, sequence_length=hidden_states.shape[1])
         aux_loss = load_balancing_loss(router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask)
         if count_load and self.config.router_bias_update_rate:
@@ -412,21 +413,21 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
                 is ignored.
             output_router_logits (`bool`, *optional*): Whether to return the router logits and the auxiliary losses;
                 the config's value when unset.
-            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): How many last positions get logits, or which; 0
-                means all.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Number of last positions that get logits, or their
+                indices; 0 means all.
             skip_logits (`bool`, defaults to `False`): Whether to compute the loss without the logits of the whole
-                batch, which is faster and takes less memory; `logits` is then `None`, and one backward is all that the
-                loss can be asked for.
-            **kwargs: `num_items_in_batch`, the number of targets in all micro-batches of an optimizer step, and what
-                the model takes.
+                batch, which is faster and takes less memory. `logits` is then `None`, and the loss supports one
+                backward.
+            **kwargs: `num_items_in_batch`, the number of targets in all micro-batches of an optimizer step, and
+                arguments of the model.
 
         Returns:
-            `PathMoECausalLMOutputWithPast`: With `logits` of shape `(batch, sequence, vocab_size)`. `loss` is the
-            cross-entropy alone in evaluation mode.
+            `PathMoECausalLMOutputWithPast`: `logits` have shape `(batch, sequence, vocab_size)`. In evaluation mode,
+            `loss` is the cross-entropy without router losses.
 
         Raises:
             ValueError: If auxiliary losses are needed and `attention_mask` is not two-dimensional, if `skip_logits` is
-                given without `labels` or where `can_skip_logits` is false, or as [`PathMoEModel.forward`].
+                set without `labels` or where `can_skip_logits` is false, or as in [`PathMoEModel.forward`].
         """
         self._check_skip_logits(skip_logits, labels)
         if output_router_logits is None:
@@ -453,7 +454,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden_states[:, slice_indices, :])
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        # Without labels nobody asked for a loss, and a server's mask may not say which tokens are padding.
+        # Without labels no loss is needed, and a server's mask may not mark the padding.
         mask_is_known = attention_mask is None or getattr(attention_mask, "ndim", None) == 2
         if outputs.router_logits is not None and (mask_is_known or labels is not None):
             aux_loss, z_loss = self._router_losses(outputs.router_logits, attention_mask, hidden_states, balance)
@@ -473,7 +474,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
 
 
 class PathMoEForSequenceClassification(GenericForSequenceClassification, PathMoEPreTrainedModel):
-    """The decoder with a classifier on its last token. No auxiliary router loss is added."""
+    """The decoder with a classifier on the last token. No auxiliary router loss is added."""
 
 
 class PathMoEForTokenClassification(GenericForTokenClassification, PathMoEPreTrainedModel):
@@ -484,7 +485,7 @@ class PathMoEForQuestionAnswering(GenericForQuestionAnswering, PathMoEPreTrained
     """The decoder with start and end scores on every token. No auxiliary router loss is added."""
 
 
-# The generic heads build their decoder through `AutoModel`, also where this file was loaded from the Hub.
+# The generic heads build their decoder through `AutoModel`, also when this file was loaded from the Hub.
 AutoModel.register(PathMoEConfig, PathMoEModel, exist_ok=True)
 
 

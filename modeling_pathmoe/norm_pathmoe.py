@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""RMSNorm with the arithmetic of Qwen3's, in fewer passes over memory and with less of it kept."""
+"""RMSNorm with the arithmetic of Qwen3's, but fewer passes over memory and fewer saved tensors."""
 
 import torch
 import torch.nn.functional as F
@@ -7,8 +7,8 @@ from torch import nn
 
 
 class RMSNormOnCPU(torch.autograd.Function):
-    """Keeps its input and a number per row; torch would keep three tensors of the input's size and go through them in
-    fourteen operators, for which other devices have one."""
+    """RMSNorm that saves its input and one number per row. On a CPU, torch would save three tensors of the input's
+    size and run fourteen operators, where other devices have one."""
 
     @staticmethod
     def forward(ctx, hidden_states, weight, eps):
@@ -21,7 +21,7 @@ class RMSNormOnCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden_states, weight, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: what follows writes in place, and could not be differentiated
+        if torch.is_grad_enabled():  # create_graph=True: the in-place operations below could not be differentiated
             hidden_states, weight = hidden_states.view_as(hidden_states), weight.view_as(weight)
             wanted, y = ctx.needs_input_grad[:2], _plain(hidden_states, weight, ctx.eps)
             inputs = [tensor for tensor, needed in zip((hidden_states, weight), wanted) if needed]
@@ -45,7 +45,7 @@ def _plain(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """w · x / sqrt(mean(x²) + ε), in float32 at least, and rounded to the dtype of x before the product with w.
+    """Computes w · x / sqrt(mean(x²) + ε) in float32 or float64, rounded to the dtype of x before the product with w.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(..., D)`): x.
@@ -53,7 +53,7 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
         eps (`float`): ε.
 
     Returns:
-        `torch.Tensor` of shape `(..., D)`: What Qwen3's norm gives, on a CPU to the bit up to float32.
+        `torch.Tensor` of shape `(..., D)`: The result of Qwen3's norm; on a CPU and up to float32, equal to the bit.
     """
     plain = hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled()
     if plain or torch._C._are_functorch_transforms_active():

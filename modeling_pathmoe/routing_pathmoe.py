@@ -1,8 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Routers: which experts does a token visit in a layer?
+"""Routers, which choose the experts that a token visits in a layer.
 
-A router belongs to a block of consecutive layers and is called once per layer of that block. What makes a model a
-PathMoE is that the block owns *one* router. Shapes: T tokens, D hidden size, E experts, k chosen experts.
+A router belongs to a block of consecutive layers and is called once per layer of that block. In a PathMoE, a block
+owns *one* router. Shapes: T tokens, D hidden size, E experts, k chosen experts.
 """
 
 import math
@@ -16,20 +16,20 @@ from transformers import initialization as init
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` runs the model's Python. In dynamo's compilations torch below 2.14 always says yes."""
+    """Returns whether `torch.export` traces the model. Below torch 2.14, `is_exporting` is also true under dynamo."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast computes in on a type of device, or `None` where autocast is off or unknown."""
-    # torch 2.11 cannot compile `torch.amp.is_autocast_available`, which says no for this type alone.
+    """Returns the dtype of autocast on a type of device, or `None` where autocast is off or unknown."""
+    # `torch.amp.is_autocast_available` is false for "meta" only, and torch 2.11 cannot compile it.
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
 def no_autocast(device_type: str) -> AbstractContextManager:
-    """A context without autocast. To enter one takes a noticeable part of a small decoding step: not without need."""
+    """Returns a context without autocast: a null context where it is off, which saves time in small decoding steps."""
     return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
 
 
@@ -44,7 +44,7 @@ class PathMoERouter(nn.Module):
         layers (`list[int]`): Indices of the layers that share this router, ascending.
     """
 
-    # Whether `router_sharing="decision"` has a meaning: not where layers of a block route differently by design.
+    # Whether `router_sharing="decision"` is possible; false where layers of a block route differently by design.
     can_share_decision = True
     # Whether `compute_logits` hands a state from layer to layer. Pipeline stages cannot pass one on.
     carries_state = False
@@ -58,8 +58,8 @@ class PathMoERouter(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.shares_decision = config.router_sharing == "decision"
         self.config = config
-        # Saved and never trained, so a buffer: `from_pretrained` would thaw a frozen parameter.
-        # float32 in any model: the steps of the bias and the counts are too fine for bfloat16.
+        # A buffer, since it is saved but never trained, and `from_pretrained` would unfreeze a frozen parameter.
+        # It is float32 in any model, because the steps of the bias and the counts are too fine for bfloat16.
         bias = (
             torch.zeros(len(layers), self.num_experts, dtype=torch.float32) if config.router_selection_bias else None
         )
@@ -68,7 +68,7 @@ class PathMoERouter(nn.Module):
 
     @property
     def bias_update_rate(self) -> float:
-        """How far an update moves the selection bias; the config's value as it is now."""
+        """Step by which an update moves the selection bias: the current value of the config."""
         return self.config.router_bias_update_rate
 
     def _apply(self, fn, recurse=True):
@@ -86,9 +86,9 @@ class PathMoERouter(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(T, D)`, float32): Normalised input of the layer's experts.
-            layer_idx (`int`): The layer that asks.
-            state (`torch.Tensor` with first dimension T, or `None`): What this method returned for the layer before;
-                `None` in the first layer of the model.
+            layer_idx (`int`): Index of the calling layer.
+            state (`torch.Tensor` with first dimension T, or `None`): The state that this method returned for the
+                previous layer; `None` in the first layer of the model.
 
         Returns:
             `tuple`: float32 logits of shape `(T, E)` and the state for the next layer.
@@ -106,14 +106,14 @@ class PathMoERouter(nn.Module):
             init.zeros_(self.load)
 
     def choose(self, logits: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k experts of each token and their weights.
+        """Chooses the k experts of each token and computes their weights.
 
-        Equal scores go to the lower index on every device, which `torch.topk` does not promise. A selection bias
-        decides who is chosen and leaves the weights alone (arXiv 2408.15664, equation 3).
+        Ties go to the lower index on every device, which `torch.topk` does not guarantee. A selection bias changes the
+        choice but not the weights (arXiv 2408.15664, equation 3).
 
         Args:
             logits (`torch.Tensor` of shape `(T, E)`, float32): Scores from `compute_logits`.
-            layer_idx (`int`): The layer that asks.
+            layer_idx (`int`): Index of the calling layer.
 
         Returns:
             `tuple`: weights `(T, k)` in float32 and expert indices `(T, k)` in int64, best first.
@@ -138,13 +138,13 @@ class PathMoERouter(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(T, D)`): Normalised input of the layer's experts.
-            layer_idx (`int`): The layer that asks.
-            state (`torch.Tensor` or `tuple`, *optional*): The state that this method returned for the layer before.
+            layer_idx (`int`): Index of the calling layer.
+            state (`torch.Tensor` or `tuple`, *optional*): The state that this method returned for the previous layer.
 
         Returns:
             `tuple`: logits `(T, E)` in float32, weights `(T, k)` in the dtype of `hidden_states`, expert indices
-            `(T, k)` in int64, best first, and the state for the next layer. Where a block shares its decision, that is
-            the decision itself, which its later layers repeat.
+            `(T, k)` in int64, best first, and the state for the next layer. Where a block shares its decision, the
+            state is that decision, which the later layers repeat.
         """
         if self.shares_decision and state is not None:
             return (*state, state)
@@ -161,7 +161,7 @@ class PathMoERouter(nn.Module):
         """Refuses to balance a router that has no selection bias.
 
         Raises:
-            ValueError: If the router was built without one.
+            ValueError: If the router was built without a selection bias.
         """
         if self.selection_bias is None:
             raise ValueError(
@@ -175,7 +175,7 @@ class PathMoERouter(nn.Module):
 
         Args:
             logits (`torch.Tensor` of shape `(batch · sequence, E)`): The layer's router logits.
-            layer_idx (`int`): The layer.
+            layer_idx (`int`): Index of the layer.
             attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 marks padding, not counted.
 
         Raises:
@@ -197,7 +197,7 @@ class LinearRouter(PathMoERouter):
 
     def __init__(self, config, layers: list[int]):
         super().__init__(config, layers)
-        # A bare parameter: an `nn.Linear` would be quantised or LoRA-wrapped unasked.
+        # A plain parameter, because quantisation and LoRA would replace an `nn.Linear`.
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
 
     def compute_logits(self, hidden_states, layer_idx, state):
@@ -212,7 +212,7 @@ class RandomRouter(PathMoERouter):
 
     def __init__(self, config, layers: list[int]):
         super().__init__(config, layers)
-        # A persistent buffer: `from_pretrained` would thaw a frozen parameter.
+        # A persistent buffer, because `from_pretrained` would unfreeze a frozen parameter.
         self.weight = nn.Buffer(torch.empty(self.num_experts, self.hidden_size))
 
     def compute_logits(self, hidden_states, layer_idx, state):
@@ -280,11 +280,11 @@ class LowRankRouter(PathMoERouter):
 
 
 class RecurrentRouter(PathMoERouter):
-    """h_l = GRU(P_l x, h_{l-1}), logits = G_l h_l: routing state is carried from layer to layer (Recurrent-MoE).
+    """h_l = GRU(P_l x, h_{l-1}), logits = G_l h_l: layers pass on a routing state (Recurrent-MoE).
 
     Source: RMoE (arXiv 2408.06793, equations 4 to 6): each layer has its own projection P and gate G, the block shares
-    the GRU, and h starts at zero. The state goes on from block to block, and is a token's own: it does not depend on
-    other tokens, on a cache or on packing. `router_dim` (128 when unset; a choice) is the size of h.
+    the GRU, and h starts at zero. Blocks pass the state on too. The state of a token does not depend on other tokens,
+    on a cache or on packing. `router_dim` is the size of h; its default of 128 is our choice.
     """
 
     can_share_decision = False
@@ -317,7 +317,7 @@ class RecurrentRouter(PathMoERouter):
 
 
 def _top_k_by_maxima(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The indices (T, k) of the k largest scores (T, E), best first, equal ones by index: argmax takes the first."""
+    """Returns the indices (T, k) of the k largest scores (T, E), best first; ties go to the lower index (argmax)."""
     indices = []
     for _ in range(top_k):
         indices.append(scores.argmax(dim=-1, keepdim=True))
@@ -335,21 +335,21 @@ ROUTERS: dict[str, type[PathMoERouter]] = {
 
 
 def match_config_to_layers(config, layers: list[nn.Module], routers: nn.ModuleDict):
-    """Makes a configuration describe a decoder whose layers were removed or repeated after it was built.
+    """Updates the configuration of a decoder whose layers were removed or repeated after it was built.
 
-    Layers keep the router that they were built with. Sets `router_block_size` and `num_hidden_layers` of the
-    configuration, if what it says would route these layers differently.
+    Layers keep the router that they were built with. If the configuration would route them differently, this function
+    sets `router_block_size` and `num_hidden_layers`.
 
     Args:
         config (`PathMoEConfig`): The decoder's configuration.
-        layers (`list[nn.Module]`): Its layers. There may be more than `num_hidden_layers`, which are skipped.
-        routers (`nn.ModuleDict`): Its routers.
+        layers (`list[nn.Module]`): The decoder's layers. Layers beyond `num_hidden_layers` are allowed, and skipped.
+        routers (`nn.ModuleDict`): The decoder's routers.
 
     Raises:
         ValueError: If no configuration describes such a decoder: layers of one block are not neighbours, a router
-            serves no layer, or a router has parameters for each of its layers, and these are other layers now.
+            serves no layer, or a router that has parameters for each of its layers would serve different layers.
     """
-    whole = all(hasattr(layer, "router_block") for layer in layers)  # unlike one stage of a pipeline
+    whole = all(hasattr(layer, "router_block") for layer in layers)  # false in a pipeline stage
     if not whole or len(layers) > config.num_hidden_layers:
         return
     runs = [(block, [layer.router_layer for layer in run]) for block, run in groupby(layers, lambda x: x.router_block)]
@@ -368,11 +368,11 @@ def match_config_to_layers(config, layers: list[nn.Module], routers: nn.ModuleDi
 
 
 def refuse_reentrant_checkpointing(model: nn.Module):
-    """Refuses reentrant checkpointing of a decoder where it loses gradients of shared routers in silence, or fails.
+    """Refuses reentrant checkpointing of a decoder where it fails or silently loses gradients of shared routers.
 
     Raises:
-        ValueError: While training with it, if parameters are sharded, an auxiliary loss is on, blocks share decisions,
-            or layers share a router under DistributedDataParallel.
+        ValueError: If it is enabled in training while parameters are sharded, an auxiliary loss is on, blocks share
+            decisions, or layers share a router under DistributedDataParallel.
     """
     checkpoint = getattr(model.layers[0], "_gradient_checkpointing_func", None)
     if not (model.training and model.gradient_checkpointing and checkpoint.keywords.get("use_reentrant") is True):
@@ -380,7 +380,7 @@ def refuse_reentrant_checkpointing(model: nn.Module):
     config = model.config
     sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in model.routers.parameters())
     router_loss = config.router_aux_loss_coef or config.router_z_loss_coef
-    # Unless its graph is static, DDP takes each layer's gradient of a shared router for the last one.
+    # Unless its graph is static, DDP takes each layer's gradient of a shared router for the complete one.
     ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
     shared = ddp is not None and not ddp.static_graph and len(model.routers) < len(model.layers)
     if sharded or router_loss or shared or config.router_sharing == "decision":
@@ -406,19 +406,22 @@ def register_router(name: str, cls: type[PathMoERouter]):
     if not (isinstance(cls, type) and issubclass(cls, PathMoERouter)):
         raise TypeError(f"register_router({name!r}, cls): cls must be a subclass of PathMoERouter, got {cls!r}.")
     if ROUTERS.setdefault(name, cls) is not cls:
-        raise ValueError(f"router_type {name!r} is already registered as {ROUTERS[name]!r}: choose another name.")
+        raise ValueError(f"router_type {name!r} is already registered as {ROUTERS[name]!r}: choose a different name.")
 
 
 @torch.no_grad()
 def update_selection_bias(model: nn.Module):
-    """Moves each layer's selection bias against the load since the last call; to be called after an optimizer step.
+    """Moves each layer's selection bias against the load since the last call. Call it after each optimizer step.
 
-    b_e ← b_e + u · sign(mean load − load of e), with u the config's `router_bias_update_rate` and the load that of the
-    global batch: all micro-batches since the last call, on all ranks (arXiv 2408.15664, algorithm 1). Does nothing to
-    models without a selection bias.
+    b_e ← b_e + u · sign(mean load − load of e), where u is the config's `router_bias_update_rate` and the load covers
+    the global batch: all micro-batches since the last call, on all ranks (arXiv 2408.15664, algorithm 1). Does nothing
+    if the rate is 0.
 
     Args:
-        model (`torch.nn.Module`): A PathMoE, with or without a head, as it was before it was wrapped.
+        model (`torch.nn.Module`): The unwrapped PathMoE, with or without a head.
+
+    Raises:
+        ValueError: If the rate is not 0 and the model has no selection bias.
     """
     for router in model.modules():
         if isinstance(router, PathMoERouter) and router.bias_update_rate:
@@ -436,13 +439,13 @@ def load_balancing_loss(
     top_k: int,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Switch load-balancing loss, for each layer, then averaged over the layers.
+    """Computes the Switch load-balancing loss of each layer and averages it over the layers.
 
     For one layer it is E · Σ_e f_e · P_e, where f_e is the mean number of times that a token picks expert e among its
     top k and P_e the mean router probability of e (arXiv 2101.03961, equations 4 to 6). It is k when a layer is
-    perfectly balanced and grows to E when it collapses onto k experts. The k best logits count as picked, whatever a
-    selection bias made of them. transformers' function of the same purpose pools all layers first, which calls layers
-    that have each collapsed onto other experts balanced.
+    perfectly balanced and grows to E when it collapses onto k experts. The k largest logits count as picked,
+    regardless of a selection bias. transformers' counterpart pools all layers first, and then layers that have
+    collapsed onto different experts look balanced.
 
     Args:
         router_logits (`tuple[torch.Tensor]`): One `(batch · sequence, E)` tensor per layer.
@@ -464,7 +467,8 @@ def load_balancing_loss(
 
 
 def router_z_loss(router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Router z-loss: the mean over tokens and layers of logsumexp(logits)² (ST-MoE, arXiv 2202.08906, equation 5).
+    """Computes the router z-loss: the mean over tokens and layers of logsumexp(logits)² (ST-MoE, arXiv 2202.08906,
+    equation 5).
 
     Args:
         router_logits (`tuple[torch.Tensor]`): One `(batch · sequence, E)` tensor per layer.
@@ -483,17 +487,17 @@ def router_z_loss(router_logits: tuple[torch.Tensor, ...], attention_mask: torch
 
 
 def token_mask(attention_mask: torch.Tensor | None, sequence_length: int) -> torch.Tensor | None:
-    """The part of an attention mask that belongs to the tokens routed in this forward, without those in the cache.
+    """Returns the part of an attention mask that covers the tokens of this forward, without those in the cache.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, *optional*): 0 marks padding.
-        sequence_length (`int`): How many tokens each row of the batch has in this forward.
+        sequence_length (`int`): Number of tokens in each row of the batch in this forward.
 
     Returns:
         `torch.Tensor` of shape `(batch, sequence)`, or `None` without a mask.
 
     Raises:
-        ValueError: If the mask is not two-dimensional, and so does not say which tokens are padding.
+        ValueError: If the mask is not two-dimensional, and so does not mark the padding.
     """
     if attention_mask is None:
         return None
@@ -507,9 +511,9 @@ def token_mask(attention_mask: torch.Tensor | None, sequence_length: int) -> tor
 
 
 def _mean_over_tokens(values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Means of `values` (T, …) over the tokens that are not padding."""
+    """Returns the means of `values` (T, …) over the tokens that are not padding."""
     if attention_mask is None:
         return values.mean(dim=0)
     mask = attention_mask.reshape(-1, 1).to(values.device, values.dtype)
-    # `where`, not a product: a padded row may hold inf or nan.
+    # `where` instead of a product: a padded row may hold inf or nan.
     return torch.where(mask > 0, values, 0).sum(dim=0) / mask.sum().clamp(min=1)

@@ -1,11 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Fast experts for any mixture-of-experts model of transformers: `experts_implementation="pathmoe"`.
 
-loop.py     one expert after another, with one backward for all that they do: training on a CPU; and single tokens
-grouped.py  the same on torch's grouped matrix multiplication: other devices
+loop.py     computes one expert after the other, with a backward of its own: for training on a CPU and single tokens
+grouped.py  does the same by torch's grouped matrix multiplication: for other devices
 
-On a device other than a CPU, `"pathmoe"` runs transformers' own implementation, until a benchmark made on such a
-device shows ours ahead; `"pathmoe_grouped"` runs ours there.
+On a device other than a CPU, `"pathmoe"` runs transformers' own implementation until a benchmark on such a device
+shows that ours is faster; `"pathmoe_grouped"` runs ours there.
 """
 
 import inspect
@@ -29,12 +29,12 @@ from . import grouped, loop
 
 logger = logging.get_logger(__name__)
 
-# Up to so many rows (tokens times k) without gradients, transformers' kernels are faster than expert by expert. In
-# bfloat16, where oneDNN compiles a product for every new number of rows, only while an expert has few.
+# Without gradients, transformers' kernels are faster than the loop up to this number of rows (tokens times k). In
+# bfloat16, where oneDNN compiles a product for every new number of rows, the limit is per expert.
 FEW_ROWS, FEW_ROWS_OF_EXPERT = 4096, 16
-# In bfloat16, weights of at most so many elements are cheaper to gather than oneDNN's products are to start.
+# In bfloat16, gathering weights of at most this many elements is cheaper than starting oneDNN's products.
 CHEAP_TO_GATHER = 2**19
-# How transformers describes experts that are plain SwiGLU. Not every version has all of these attributes.
+# The attributes by which transformers describes plain SwiGLU experts. Not every version has all of them.
 PLAIN = {
     "has_bias": False,
     "has_post_expert_norm": False,
@@ -42,7 +42,7 @@ PLAIN = {
     "has_gate": True,
     "is_concatenated": True,
 }
-# Attributes that a newer transformers may have added, with their defaults: what they mean is not known here.
+# Attributes that a newer transformers may have added, with their defaults. Their meaning is not known here.
 UNKNOWN = {
     name: parameter.default
     for name, parameter in inspect.signature(use_experts_implementation).parameters.items()
@@ -53,23 +53,23 @@ UNKNOWN = {
 def select_kernel(
     experts: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> str:
-    """Tells which kernel `experts_implementation="pathmoe"` runs.
+    """Selects the kernel that `experts_implementation="pathmoe"` runs.
 
     Args:
         experts (`torch.nn.Module`): The experts of one layer, of any model with transformers' experts interface.
-        hidden_states (`torch.Tensor` of shape `(T, D)`): What they are given.
+        hidden_states (`torch.Tensor` of shape `(T, D)`): Input of the experts.
         top_k_index (`torch.Tensor` of shape `(T, k)`): The experts that each token visits.
         top_k_weights (`torch.Tensor` of shape `(T, k)`): Their weights.
 
     Returns:
-        `str`: On a CPU, `"loop"`; without gradients, `"token"` for a single token, and transformers' own
-        `"grouped_mm"`, or `"batched_mm"` for very small experts in bfloat16, for up to 4,096 rows of experts (in
-        bfloat16, for up to 16 times E). `"grouped_mm"` also on other devices, under `torch.func`'s transforms, and for
-        experts that are not plain SwiGLU (it warns). `"batched_mm"` while the model is exported or traced, since its
-        operators are known everywhere and depend on no number of tokens.
+        `str`: `"loop"` on a CPU. Without gradients, `"token"` for a single token there, and for up to 4,096 rows (in
+        bfloat16, up to 16 times E) transformers' own `"grouped_mm"`, or `"batched_mm"` for very small experts in
+        bfloat16. `"grouped_mm"` also on other devices, under `torch.func`'s transforms, and for experts that are not
+        plain SwiGLU. `"batched_mm"` while the model is exported or traced, since its operators are supported
+        everywhere and do not depend on the number of tokens.
 
     Raises:
-        ValueError: If a row of the hidden or inner states is no multiple of 16 bytes, outside a CPU.
+        ValueError: If a row of the hidden or inner states is not a multiple of 16 bytes on a device that is not a CPU.
     """
     if unsupported_reason(experts):
         return "grouped_mm"
@@ -103,17 +103,17 @@ def select_kernel(
 
 
 def compute_dtype(hidden_states: torch.Tensor, experts: torch.nn.Module) -> torch.dtype:
-    """The experts' dtype; under autocast its own, which transformers' implementations ignore."""
+    """Returns the dtype of autocast, which transformers' implementations ignore, and without autocast the experts'."""
     return autocast_dtype(hidden_states.device.type) or experts.gate_up_proj.dtype
 
 
 def unsupported_reason(experts: torch.nn.Module) -> str | None:
-    """Says why our kernels cannot compute these experts; `None` if they are plain SwiGLU."""
+    """Returns the reason why our kernels cannot compute these experts, or `None` if they are plain SwiGLU."""
     for name, expected in (PLAIN | UNKNOWN).items():
         if getattr(experts, name, expected) is not expected:
             return f"they have {name}={getattr(experts, name)}"
     if type(experts)._apply_gate is not _default_apply_gate:
-        return "they have a gate of their own"
+        return "they have a custom gate"
     activation, weights = experts.act_fn, experts.gate_up_proj
     if activation is not F.silu and not isinstance(activation, (torch.nn.SiLU, SiLUActivation)):
         return f"their activation is {type(activation).__name__}, not SwiGLU"
@@ -125,33 +125,33 @@ def unsupported_reason(experts: torch.nn.Module) -> str | None:
 def pathmoe_experts_forward(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Runs SwiGLU experts, whatever the device; a member of transformers' experts interface.
+    """Runs SwiGLU experts on any device, as a function of transformers' experts interface.
 
-    Under autocast it computes in autocast's dtype, which transformers' own implementations ignore.
+    Under autocast, it computes in the dtype of autocast, which transformers' own implementations ignore.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(T, D)`): Hidden states.
-        top_k_index (`torch.Tensor` of shape `(T, k)`): Experts of each token. Where transformers has made the module
-            expert parallel, ids from `num_experts` on stand for experts of other ranks: they add nothing.
-        top_k_weights (`torch.Tensor` of shape `(T, k)`): Their weights.
+        top_k_index (`torch.Tensor` of shape `(T, k)`): Experts of each token. Under transformers' expert parallelism,
+            ids from `num_experts` on stand for experts of other ranks and add nothing.
+        top_k_weights (`torch.Tensor` of shape `(T, k)`): Weights of these experts.
 
     Returns:
         `torch.Tensor` of shape `(T, D)`: Weighted sums of the experts' outputs, in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: As [`select_kernel`].
+        ValueError: See [`select_kernel`].
     """
     kernel = select_kernel(self, hidden_states, top_k_index, top_k_weights)
     if kernel == "grouped_mm" and (reason := unsupported_reason(self)):
-        logger.warning_once(f"{type(self).__name__} are run by transformers' grouped_mm: {reason}.")
+        logger.warning_once(f"{type(self).__name__} run on transformers' grouped_mm instead of pathmoe: {reason}.")
     return run_kernel(kernel, self, hidden_states, top_k_index, top_k_weights)
 
 
 def pathmoe_grouped_forward(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """As [`pathmoe_experts_forward`], but with our kernel also on devices other than a CPU, wherever torch's grouped
-    product takes the dtype and the device."""
+    """Runs SwiGLU experts as [`pathmoe_experts_forward`] does, but on devices other than a CPU with our kernel, where
+    torch's grouped product supports the dtype and the device."""
     kernel = select_kernel(self, hidden_states, top_k_index, top_k_weights)
     if kernel == "grouped_mm" and hidden_states.device.type != "cpu" and not unsupported_reason(self):
         kernel = "grouped" if _can_use_grouped_mm(hidden_states, self.down_proj, None) else kernel
@@ -165,7 +165,7 @@ def run_kernel(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Runs the kernel that [`select_kernel`] names."""
+    """Runs the kernel that [`select_kernel`] returned."""
     if kernel in ("grouped_mm", "batched_mm"):
         return ALL_EXPERTS_FUNCTIONS[kernel](experts, hidden_states, top_k_index, top_k_weights)
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""SwiGLU experts on torch's grouped matrix multiplication, with the backward of `loop.py`: it keeps the outcome of the
-first projection alone, where automatic differentiation keeps six tensors of that order."""
+"""SwiGLU experts on torch's grouped matrix multiplication, with the backward of `loop.py`. It saves only the output of
+the first projection, where automatic differentiation saves six tensors of about that size."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class GroupedExperts(torch.autograd.Function):
-    """What `loop.experts` and its backward compute, by grouped products."""
+    """Computes the same as `loop.experts` and its backward, by grouped products."""
 
     @staticmethod
     def forward(ctx, x, top_k_index, weights, gate_up_proj, down_proj):
@@ -16,7 +16,7 @@ class GroupedExperts(torch.autograd.Function):
         experts, order = torch.sort(top_k_index.flatten(), stable=True)
         ids = torch.arange(num_experts, device=x.device)
         ends = torch.searchsorted(experts, ids, right=True).to(torch.int32)
-        # Rows of experts that live elsewhere are last; no product fills them.
+        # Rows of experts on other ranks come last, and no product writes them.
         elsewhere = (experts >= num_experts).unsqueeze(1)
         gate_up = F.grouped_mm(x[order // top_k], gate_up_proj.transpose(-2, -1), offs=ends)
         gate, up = gate_up.split(width, dim=1)
@@ -53,12 +53,12 @@ class GroupedExperts(torch.autograd.Function):
 
 
 def sum_rows(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """Adds up the rows of each token, (S, D) → (T, D), always in the same order."""
+    """Sums the rows of each token, (S, D) → (T, D), always in the same order."""
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     return rows[places].view(-1, top_k, rows.shape[1]).sum(dim=1)
 
 
 def run(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """Runs the experts; arguments and result as in `loop.run`."""
+    """Runs the experts; see `loop.run` for the arguments and the result."""
     return GroupedExperts.apply(x, top_k_index, weights, gate_up_proj, down_proj)

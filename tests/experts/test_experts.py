@@ -229,7 +229,7 @@ def test_other_experts_are_left_to_transformers_aloud(module, reason, caplog):
     assert select_kernel(module, x, index, weights) == "grouped_mm"
     with torch.no_grad():
         module(x, index, weights)
-    assert "run by transformers' grouped_mm" in caplog.text and reason in caplog.text
+    assert "run on transformers' grouped_mm" in caplog.text and reason in caplog.text
 
 
 def test_experts_with_an_attribute_of_a_later_transformers_are_not_run_by_our_kernels(monkeypatch, caplog):

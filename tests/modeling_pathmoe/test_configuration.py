@@ -182,7 +182,7 @@ def test_nonsense_is_refused_by_every_door(tiny_config, tmp_path, loader, wrong,
 
 @pytest.mark.parametrize("wrong", [{"model_type": "bert"}, {"model_type": None}], ids=str)
 def test_another_architecture_is_refused(tiny_config, wrong):
-    with pytest.raises(StrictDataclassError, match="is another architecture"):
+    with pytest.raises(StrictDataclassError, match="is a different architecture"):
         PathMoEConfig(**{**tiny_config().to_dict(), **wrong})
 
 

@@ -143,7 +143,7 @@ def test_registering_something_that_is_no_router_is_refused(cls):
 
 
 def test_registering_a_second_router_under_a_name_is_refused():
-    with pytest.raises(ValueError, match="'linear' is already registered.*choose another name"):
+    with pytest.raises(ValueError, match="'linear' is already registered.*choose a different name"):
         register_router("linear", CarryingRouter)
     assert ROUTERS["linear"] is LinearRouter
 
