@@ -197,9 +197,9 @@ FIELDS = [
     ({"model_overrides": []}, "model_overrides"),
     ({"model_overrides": {3: 4}}, "model_overrides"),
     ({"model": "checkpoint", "model_overrides": {"router_block_size": 1}}, "missing"),
-    ({"model": "checkpoint", "model_overrides": {"num_experts": 8}}, "of another shape|num_experts"),
+    ({"model": "checkpoint", "model_overrides": {"num_experts": 8}}, "of a different shape|num_experts"),
     ({"model": "checkpoint", "model_overrides": {"num_hidden_layers": 1}}, "unknown"),
-    ({"model": "checkpoint", "model_overrides": {"hidden_size": 32}}, "of another shape"),
+    ({"model": "checkpoint", "model_overrides": {"hidden_size": 32}}, "of a different shape"),
 ]
 
 
