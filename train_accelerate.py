@@ -7,15 +7,15 @@
     accelerate launch --config_file configuration/accelerate/ddp.yaml train_accelerate.py --config … --output_dir …
 
 Any field of the recipe can be given on the command line: `--learning_rate 1e-3 --model_overrides '{num_experts: 8}'`.
-The model ends in OUTPUT_DIR/final, ready for the Hub; metrics are in OUTPUT_DIR/metrics.jsonl. `--resume auto`
-continues an interrupted run from its newest checkpoint, with the same result as if it had not been interrupted.
+The run writes the model to OUTPUT_DIR/final, ready for the Hub, and metrics to OUTPUT_DIR/metrics.jsonl. `--resume
+auto` continues an interrupted run from its newest checkpoint, with the same result as if it had not been interrupted.
 """
 
 import os
 import signal
 
 
-# Read when torch is imported. Threads that spin while they wait cost a busy machine most of its speed.
+# Set before torch is imported, which reads it. Threads that spin while they wait slow a busy machine down.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""PathMoE for transformers. Importing this package registers the model with the Auto classes, and the fast experts."""
+"""PathMoE for transformers. Importing this package registers the model and the fast experts with transformers."""
 
 import sys
 from pathlib import Path
@@ -9,13 +9,13 @@ __version__ = "0.1.0"
 
 
 def _is_command() -> bool:
-    """Whether Python was started as `pathmoe …` or `python -m pathmoe …`."""
+    """Returns whether Python was started as `pathmoe …` or `python -m pathmoe …`."""
     if sys.argv[:1] == ["-m"]:
         return next((argument for argument in sys.orig_argv[1:] if not argument.startswith("-")), None) == "pathmoe"
     return bool(sys.argv) and Path(sys.argv[0]).stem == "pathmoe"
 
 
-# The command answers `--help` and Ctrl-C before torch is loaded, and imports its rooms itself.
+# The command handles `--help` and Ctrl-C before torch is loaded, and imports the modules that it needs itself.
 if not _is_command():
     from modeling_pathmoe import (
         PathMoEConfig,

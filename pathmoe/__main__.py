@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""`python -m pathmoe` is the command `pathmoe`."""
+"""Runs the command `pathmoe` as `python -m pathmoe`."""
 
 from .cli import main
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What a configuration costs: parameters and FLOPs per token.
+"""Counts the parameters and the FLOPs per token of a configuration.
 
     python -m pathmoe.accounting configuration/model/indep-moe.json configuration/model/*.json
 
-Parameters and FLOPs are also shown relative to the first file.
+The table also shows parameters and FLOPs relative to the first file.
 """
 
 import argparse
@@ -32,15 +32,20 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
         config (`PreTrainedConfig`): The model's configuration: a PathMoE, another MoE or a dense model.
 
     Returns:
-        `dict`: `total`; `active`, those that one token meets (k of E experts, everything else whole, the embedding
-        matrices too, as the paper counts); `router`, those of a PathMoE's routers; `embedding`, those of the input
-        embedding.
+        `dict`: `total`; `active` (the parameters that one token uses: k of E experts and all other parameters,
+        including the embedding matrices, as in the paper); `router` (those of a PathMoE's routers); `embedding` (those
+        of the input embedding).
     """
     return _count_parameters(_build_on_meta(config))
 
 
 def active_parameters(sizes: dict[str, int], config: PreTrainedConfig) -> int:
-    """Those of a model's tensors, by name, that one token meets: k of E experts, and everything else whole."""
+    """Counts the parameters that one token uses: k of E experts, and all other parameters.
+
+    Args:
+        sizes (`dict[str, int]`): The number of elements of each parameter of the model.
+        config (`PreTrainedConfig`): The model's configuration.
+    """
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     active = experts * config.num_experts_per_tok // config.num_experts if experts else 0
     return sum(sizes.values()) - experts + active
@@ -58,11 +63,11 @@ def _count_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 
 def forward_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> int:
-    """Floating-point operations of one token's forward pass; training costs three times that.
+    """Counts the floating-point operations of one token's forward pass. A training step takes three times as many.
 
-    Two per active weight that takes part in a matrix product (the output head does, the lookup in the input embedding
-    does not), what the routers do in all their layers, and 4 · heads · head_dim · S / 2 per layer for causal attention
-    over S tokens (arXiv 2204.02311, appendix B).
+    The sum has two operations per active weight that takes part in a matrix product (the output head does, the lookup
+    in the input embedding does not), the operations of the routers in all layers, and 4 · heads · head_dim · S / 2 per
+    layer for causal attention over S tokens (arXiv 2204.02311, appendix B).
 
     Args:
         config (`PreTrainedConfig`): The model's configuration.
@@ -79,7 +84,7 @@ def forward_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> i
 
 
 def _router_flops(model: torch.nn.Module) -> int:
-    """Floating-point operations of all routers for one token, counted by torch on the routers themselves."""
+    """Counts the floating-point operations of all routers for one token by running the routers."""
     with FlopCounterMode(display=False) as counter:
         state = None
         for router in model.model.routers.values():
@@ -93,14 +98,14 @@ def read_config(file: str) -> PathMoEConfig:
     """Reads the configuration of a PathMoE.
 
     Raises:
-        UserError: If it cannot be read or is not one of a PathMoE; the message names the file.
+        UserError: If the file cannot be read or is not the configuration of a PathMoE. The message names the file.
     """
     fields = read_json(file)
     if fields.get("model_type") != PathMoEConfig.model_type:
         raise UserError(f"{file}: model_type={fields.get('model_type')!r} must be {PathMoEConfig.model_type!r}.")
     try:
         return PathMoEConfig.from_dict(fields)
-    except Exception as error:  # StrictDataclassError, or whatever a wrong type makes a check raise
+    except Exception as error:  # StrictDataclassError, or any error of a check that gets a wrong type
         raise UserError(f"{file}: {one_line(error)}") from error
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The command `pathmoe`: one name for what trains, evaluates, inspects and converts models."""
+"""The command `pathmoe`, which trains, evaluates, inspects and converts models."""
 
 import difflib
 import os
@@ -16,12 +16,13 @@ class Command(NamedTuple):
     """A sub-command.
 
     Args:
-        module (`str`): Where its program is. It is imported when the command runs, since torch takes seconds.
-        function (`str`): The function in it that reads `sys.argv` and returns an exit status or anything else.
-        summary (`str`): What it does.
-        example (`str`): Its arguments in a call that makes sense.
-        extra (`str`, *optional*): The extra of the distribution that brings what it imports.
-        interrupted (`int`, defaults to 130): Its exit status after Ctrl-C.
+        module (`str`): The module with the program. It is only imported when the command runs, as torch takes seconds.
+        function (`str`): The function of `module` that reads `sys.argv`. If it returns an integer, that is the exit
+            status.
+        summary (`str`): A description of the command.
+        example (`str`): The arguments of an example call.
+        extra (`str`, *optional*): The extra of the distribution that installs the packages that the program needs.
+        interrupted (`int`, defaults to 130): The exit status after Ctrl-C.
     """
 
     module: str
@@ -32,10 +33,10 @@ class Command(NamedTuple):
     interrupted: int = 130
 
 
-RESUMABLE = 75  # as in `pathmoe.train.main`, which is not imported for this
+RESUMABLE = 75  # `INTERRUPTED` of `pathmoe.train.main`, which would take seconds to import
 COMMANDS = {
     "train": Command(
-        "pathmoe.train.main", "command", "train a model from a recipe, or go on with a run that was stopped",
+        "pathmoe.train.main", "command", "train a model from a recipe, or resume a run",
         "--config quickstart --output_dir runs/mine --learning_rate 1e-3", "train", RESUMABLE,
     ),
     "plan": Command(
@@ -43,7 +44,7 @@ COMMANDS = {
         "--config paper-16b --gpus 8 64", "train", RESUMABLE,
     ),
     "plot": Command(
-        "pathmoe.train.main", "command", "draw the curves of one or several runs",
+        "pathmoe.train.main", "command", "plot the metrics of one or several runs",
         "runs/mine runs/other --output curves.png", "train", RESUMABLE,
     ),
     "eval": Command(
@@ -74,7 +75,7 @@ COMMANDS = {
 
 
 def overview() -> str:
-    """What `pathmoe --help` prints."""
+    """Returns the text that `pathmoe --help` prints."""
     lines = ["usage: pathmoe COMMAND …", "", "Path-Constrained Mixture-of-Experts for Hugging Face Transformers.", ""]
     lines += [f"  {name:<11} {command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "pathmoe COMMAND --help describes a command; pathmoe --version prints the version. For example:", ""]
@@ -86,13 +87,13 @@ def run(name: str, arguments: list[str]) -> object:
 
     Args:
         name (`str`): A key of `COMMANDS`.
-        arguments (`list[str]`): What follows it on the command line.
+        arguments (`list[str]`): The arguments of the sub-command.
 
     Returns:
-        What the program returns: the exit status if that is an integer.
+        `object`: The result of the program. If it is an integer, it is the exit status.
 
     Raises:
-        UserError: If there is no such command, or a package is missing that it needs.
+        UserError: If the command is unknown or needs a package that is not installed.
     """
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -101,7 +102,7 @@ def run(name: str, arguments: list[str]) -> object:
     command = COMMANDS[name]
     if "--help" in arguments or "-h" in arguments:
         print(f"example: pathmoe {name} {command.example}\n", flush=True)
-    # The program shows the first as its own name. Those of a run are one program.
+    # A program shows the first argument as its name. `train`, `plan` and `plot` are the same program.
     sys.argv = ["pathmoe", name, *arguments] if name in ("plan", "plot") else [f"pathmoe {name}", *arguments]
     try:
         if command.extra is not None:
@@ -117,10 +118,10 @@ def run(name: str, arguments: list[str]) -> object:
 
 
 def main():
-    """Runs the command line and exits with its status."""
+    """Runs the command line and exits with the status of the command."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if hasattr(signal, "SIGPIPE") and name in ("--help", "-h", "presets"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into `head`
     if name in ("--help", "-h"):
         print(overview())
     elif name == "--version":
@@ -129,6 +130,6 @@ def main():
         interrupted = COMMANDS[name].interrupted if name in COMMANDS else 130
         signal.signal(signal.SIGINT, lambda *_: os._exit(interrupted))  # the libraries take seconds to load
         if interrupted == RESUMABLE:
-            # Read when torch is imported. Threads that spin while they wait cost a busy machine most of its speed.
+            # Set before torch is imported, which reads it. Threads that spin while they wait slow a busy machine down.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         run_command(lambda: run(name, arguments), interrupted=interrupted)

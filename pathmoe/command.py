@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""How a command of this project ends: with one clear line for a mistake of the user, and a traceback for ours."""
+"""Runs commands: a mistake of the user ends in one clear line, and a bug in a traceback."""
 
 import argparse
 import errno
@@ -8,22 +8,22 @@ import sys
 from collections.abc import Callable
 
 
-# What a disk refuses: full, over quota, read-only, broken.
+# Errors of a disk that is full, over quota, read-only or broken.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The message is one line: the field or file, its value and the fix."""
+    """A mistake that the user can fix. The message is one line that names the field or file, the value and the fix."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A command line whose mistakes end the process with one line on stderr, as argparse does, without the usage."""
+    """An argument parser that reports an error in one line on stderr, without the usage."""
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
         if "" in args:  # as a path it would stand for the working directory
             place = args.index("")
-            self.error(f"{args[place - 1] if place else 'the first argument'} is followed by nothing: give a value.")
+            self.error(f"{args[place - 1] if place else 'the first argument'} must not be empty: give a value.")
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
@@ -31,13 +31,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], object], interrupted: int = 130):
-    """Runs `main` and exits with its status; an expected error becomes `error: …`, one line on stderr, and status 2.
+    """Runs `main` and exits with its status. A `UserError` is printed as one line on stderr, and the status is then 2.
 
     Args:
         main (`Callable`): The command. If it returns an integer, that is the exit status; otherwise the status is 0.
         interrupted (`int`, defaults to 130): The exit status after Ctrl-C.
     """
-    # Being terminated is an exception too, so that nothing half-written stays.
+    # SIGTERM raises an exception too, so that temporary files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         status = main()
@@ -49,7 +49,7 @@ def run_command(main: Callable[[], object], interrupted: int = 130):
         if error.errno not in DISK_ERRORS:
             raise
         where = f"{error.filename} cannot be read or written: " if error.filename else ""
-        print(f"error: {where}{error.strerror}. See to the disk, or choose another place.", file=sys.stderr)
+        print(f"error: {where}{error.strerror}. Check the disk, or choose another place.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -57,5 +57,5 @@ def run_command(main: Callable[[], object], interrupted: int = 130):
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of an error on one line."""
+    """Returns the message of an error on one line."""
     return " ".join(str(error).split())

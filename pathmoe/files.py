@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Files that are whole or not there: every writer of the project writes aside and renames."""
+"""Writes files atomically: all code of the project writes a temporary file first and then renames it."""
 
 import json
 import mmap
@@ -18,13 +18,13 @@ from .command import UserError, one_line
 def write_aside(path: str | Path) -> Iterator[Path]:
     """Yields a temporary file beside `path`, which replaces `path` when the block ends and is removed if it fails.
 
-    The file has the permissions that the umask gives, whatever the writer sets.
+    The permissions of the file follow the umask, whatever the writer sets.
 
     Args:
-        path (`str` or `Path`): The file to write. Its folder is created.
+        path (`str` or `Path`): The file to write. Missing parent folders are created.
 
     Raises:
-        OSError: If the folder cannot be created or written; it names `path`.
+        OSError: If the folder cannot be created or written. The error names `path`.
     """
     path, created, folder = Path(path), [], None
     try:
@@ -38,7 +38,7 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         created.clear()
     except OSError as error:
         if error.errno is not None and (error.filename is None or ".partial" in str(error.filename)):
-            # The user has never heard of the temporary file.
+            # The user does not know the temporary file.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -51,10 +51,10 @@ def write_aside(path: str | Path) -> Iterator[Path]:
 def write_folder_aside(path: str | Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, which becomes `path` when the block ends and is removed if it fails.
 
-    Its files have the permissions that the umask gives, as with [`write_aside`].
+    The permissions of the files follow the umask, as in [`write_aside`].
 
     Args:
-        path (`str` or `Path`): The folder to write, which must not exist. Its parents are created.
+        path (`str` or `Path`): The folder to write, which must not exist. Missing parent folders are created.
 
     Raises:
         OSError: If the folder cannot be created, or another process has written a folder of this name.
@@ -64,7 +64,7 @@ def write_folder_aside(path: str | Path) -> Iterator[Path]:
     try:
         make_parents(path, created)
         partial = outer / path.name
-        partial.mkdir(parents=True)  # in here: a signal may come as soon as the folder is there
+        partial.mkdir(parents=True)  # inside of `try`: a signal may arrive as soon as the folder exists
         yield partial
         follow_umask([file for file in partial.rglob("*") if file.is_file()])
         partial.rename(path)
@@ -75,10 +75,10 @@ def write_folder_aside(path: str | Path) -> Iterator[Path]:
 
 
 def make_parents(path: Path, created: list[Path]):
-    """Creates the parents of `path` and appends those that were not there to `created`."""
+    """Creates the missing parents of `path` and appends them to `created`."""
     for folder in reversed(path.parents):
         if not folder.exists():
-            folder.mkdir(exist_ok=True)  # another process may be as fast
+            folder.mkdir(exist_ok=True)  # another process may create it at the same time
             created.append(folder)
 
 
@@ -96,17 +96,17 @@ def write_text(path: str | Path, text: str):
 
 
 def check_writable(path: str | Path, option: str, mark: str | None = None):
-    """Refuses an output file that cannot be written, before any work is done for it. Leaves nothing behind.
+    """Checks before any work is done that an output file can be written. Leaves no files or folders behind.
 
     Args:
         path (`str` or `Path`): The file that will be written later.
-        option (`str`): What the user called it, such as `--output`.
-        mark (`str`, *optional*): Text that every result of this kind holds. Such a result may be replaced; any other
-            file may not, unless it is empty.
+        option (`str`): The option with which the user set it, such as `--output`.
+        mark (`str`, *optional*): Text that every result of this kind contains. An existing file is only replaced if
+            it contains this text or is empty.
 
     Raises:
-        UserError: If `path` is a folder or the file of someone else, or if its folder cannot be created or written;
-            the message names `option`.
+        UserError: If `path` is a folder or a file that must not be replaced, or if its folder cannot be created or
+            written. The message names `option`.
     """
     path, created = Path(path), []
     try:
@@ -114,11 +114,11 @@ def check_writable(path: str | Path, option: str, mark: str | None = None):
             raise UserError(f"{option} {path} is a folder: name a file.")
         if mark is not None and path.is_file() and path.stat().st_size and not holds(path, mark):
             raise UserError(
-                f"{option}: {path} is there and is not an earlier result, so it is not overwritten: choose another "
+                f"{option}: {path} exists and is not an earlier result, so it is not overwritten: choose another "
                 "place, or move it away."
             )
         make_parents(path, created)
-        # A file of this name in a new folder, as `write_aside` makes it.
+        # Try to create a file of this name in a new folder, as `write_aside` does.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             (Path(folder) / path.name).touch()
     except OSError as error:
@@ -128,23 +128,23 @@ def check_writable(path: str | Path, option: str, mark: str | None = None):
 
 
 def check_new_folder(path: str | Path, option: str, inputs: list[str | Path]):
-    """Refuses an output folder that exists, lies in an input, or cannot be written. Leaves nothing behind.
+    """Checks that an output folder can be written. Leaves no files or folders behind.
 
     Args:
         path (`str` or `Path`): The folder that will be written later.
-        option (`str`): What the user called it.
+        option (`str`): The option with which the user set it.
         inputs (`list[str | Path]`): Folders that are read.
 
     Raises:
-        UserError: With `option` and the path.
+        UserError: If the folder exists, lies in an input, or cannot be written. The message names `option` and `path`.
     """
     if not str(path).strip() or "\0" in str(path):
-        raise UserError(f"{option} {str(path)!r} is not the name of a folder: choose one.")
+        raise UserError(f"{option} {str(path)!r} is not a valid folder name: choose another one.")
     if os.path.lexists(path):
-        raise UserError(f"{option} {path} exists already and is never overwritten: choose another name, or remove it.")
+        raise UserError(f"{option} {path} already exists and is not overwritten: choose another name, or remove it.")
     for folder in inputs:
         if Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents:
-            raise UserError(f"{option} {path} lies in {folder}, which is read: choose another place.")
+            raise UserError(f"{option} {path} lies in the input {folder}: choose another place.")
     check_writable(path, option)
 
 
@@ -175,26 +175,26 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     content = {}
     for name, value in pairs:
         if name in content:
-            raise ValueError(f"{name!r} stands in it twice")
+            raise ValueError(f"duplicate key {name!r}")
         content[name] = value
     return content
 
 
 def holds(path: Path, mark: str) -> bool:
-    """Whether a file that is not empty holds a text."""
+    """Returns whether a file contains a text. The file must not be empty."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(mark.encode()) >= 0
 
 
 def follow_umask(files: list[Path]):
-    """Gives files the permissions that the umask asks for; safetensors makes them readable by their owner alone."""
+    """Sets the permissions of files to those of the umask. safetensors makes files that only the owner can read."""
     mode = 0o666 & ~current_umask()
     for file in files:
         file.chmod(mode)
 
 
 def current_umask() -> int:
-    """The umask of this process."""
+    """Returns the umask of this process."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Loads checkpoints and refuses those that do not hold what their configuration asks for."""
+"""Loads checkpoints, and checks that the tensors match the configuration."""
 
 import logging
 import re
@@ -16,32 +16,32 @@ from .command import UserError, one_line
 from .files import read_json
 
 
-# What old checkpoints hold besides their tensors, and every model computes for itself.
+# Buffers that old checkpoints contain, although models compute them.
 CONSTANTS = re.compile(r"rotary_emb\.inv_freq$")
-# Sizes that are checked before transformers builds anything of them, such as a list with an entry for each layer.
+# Sizes to check before transformers builds anything of such a size, like a list with one entry per layer.
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok",
     "max_position_embeddings",
 )  # fmt: skip
 LARGEST_SIZE = 2**31 - 1
-LARGEST = 1e18  # the square of a weight must be finite in float32
+LARGEST = 1e18  # larger weights have squares that overflow in float32
 
 
 def load_config(folder: str | Path) -> PreTrainedConfig:
-    """Reads the configuration in the folder of a saved model. Code that the folder holds is not run.
+    """Reads the configuration in the folder of a saved model. Code in the folder is not run.
 
     Raises:
-        UserError: If `config.json` is missing, damaged or of an unknown architecture, or has values that cannot be;
-            the message names the file, and the field where one is known to be wrong.
+        UserError: If `config.json` is missing, damaged or of an unknown architecture, or has invalid values. The
+            message names the file and, if possible, the field.
     """
     file = Path(folder) / "config.json"
     fields = read_json(file)
     if (model_type := fields.get("model_type")) not in list(CONFIG_MAPPING.keys()):
-        raise UserError(f"{file}: model_type={model_type!r} is not an architecture that transformers knows.")
+        raise UserError(f"{file}: model_type={model_type!r} is not known to transformers.")
     for name in SIZES:
         value, most = fields.get(name), MOST.get(name.replace("_local", ""), LARGEST_SIZE)
-        if value is None or isinstance(value, list):  # some architectures have a size for each layer
+        if value is None or isinstance(value, list):  # some architectures have one size per layer
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise UserError(f"{file}: {name}={value!r} must be a whole number from 1 to {most}.")
@@ -51,7 +51,7 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
             raise UserError(f"{file}: {name}={fields[name]!r} must be a floating-point dtype, such as 'bfloat16'.")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever wrong fields make transformers raise
+    except Exception as error:  # wrong fields can make transformers raise any type of error
         raise UserError(f"{file} cannot be used: {one_line(describe(error))}") from error
 
 
@@ -63,60 +63,60 @@ def load_model(
     switch: str | None = "--allow_missing",
     **kwargs,
 ) -> PreTrainedModel:
-    """Loads a causal language model and checks that its checkpoint is whole: no tensor is drawn at random.
+    """Loads a causal language model and checks that its checkpoint is complete, so that no tensor is random.
 
     Args:
         source (`str` or `Path`): A folder, or a repository of the Hub.
-        what (`str`, *optional*): What the user called it; `--model SOURCE` when unset.
-        allow_missing (`bool`, defaults to `False`): Whether tensors that the checkpoint lacks may be initialised anew.
-        switch (`str`, *optional*, defaults to `"--allow_missing"`): How the user allows that.
+        what (`str`, *optional*): The name of the model in messages. Defaults to `--model SOURCE`.
+        allow_missing (`bool`, defaults to `False`): Whether missing tensors may be initialized at random.
+        switch (`str`, *optional*, defaults to `"--allow_missing"`): The option with which the user allows that.
         **kwargs: Arguments of `from_pretrained`.
 
     Returns:
         `PreTrainedModel`: The model in evaluation mode.
 
     Raises:
-        UserError: If the checkpoint cannot be read, lacks tensors, has tensors that the model does not know or of
-            another shape, or holds values that are not finite.
+        UserError: If the checkpoint cannot be read, if its tensors do not match the model in name or shape, or if it
+            has values that are not finite.
     """
     what = what or f"--model {source}"
     check_generation_config(Path(source) / "generation_config.json", what)
-    # With ignore_mismatched_sizes, tensors of another shape are in the report too, which is checked here.
+    # With ignore_mismatched_sizes, tensors of a different shape do not raise but are reported, and checked below.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(is_no_report)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    except Exception as error:  # a damaged file may raise anything, from transformers, safetensors, torch or pickle
+    except Exception as error:  # a damaged file can raise any error of transformers, safetensors, torch or pickle
         raise UserError(f"{what}: the model could not be loaded: {describe(error)}") from error
     finally:
         logger.removeFilter(is_no_report)
     check_loading_report(info, what, allow_missing, switch)
     if missing := sorted(info["missing_keys"]):
         names = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
-        warnings.warn(f"{what}: {len(missing)} missing tensors were drawn at random: {names}", stacklevel=2)
+        warnings.warn(f"{what}: {len(missing)} missing tensors were initialized at random: {names}", stacklevel=2)
     check_finite(model, what)
     return model.eval()
 
 
 def check_generation_config(file: Path, what: str):
-    """Refuses a damaged generation_config.json, in whose place transformers would silently take defaults.
+    """Checks generation_config.json. If it is damaged, transformers would silently use defaults.
 
     Raises:
-        UserError: If the file is there and does not hold a JSON object.
+        UserError: If the file exists and does not hold a JSON object.
     """
     if file.is_file():
         read_json(file, what)
 
 
 def check_loading_report(info: dict, what: str, allow_missing: bool = False, switch: str | None = None):
-    """Refuses a loading report with tensors that are missing, unknown or of another shape.
+    """Checks that a loading report lists no tensors that are missing, unknown or of a different shape.
 
     Args:
-        info (`dict`): What `from_pretrained(output_loading_info=True)` reports.
-        what (`str`): The checkpoint's name, for the message.
+        info (`dict`): The loading info of `from_pretrained(output_loading_info=True)`.
+        what (`str`): The name of the checkpoint in messages.
         allow_missing (`bool`, defaults to `False`): Whether missing tensors are accepted.
-        switch (`str`, *optional*): How the user accepts them, for the message.
+        switch (`str`, *optional*): The option with which the user accepts them.
 
     Raises:
         UserError: If the report has such tensors.
@@ -124,7 +124,7 @@ def check_loading_report(info: dict, what: str, allow_missing: bool = False, swi
     wrong = {
         "missing": [] if allow_missing else sorted(info["missing_keys"]),
         "unknown": sorted(key for key in info["unexpected_keys"] if not CONSTANTS.search(key)),
-        "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+        "of a different shape": sorted(str(key) for key in info["mismatched_keys"]),
     }
     found = [
         f"{len(names)} {kind} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
@@ -132,35 +132,37 @@ def check_loading_report(info: dict, what: str, allow_missing: bool = False, swi
         if names
     ]
     if found:
-        hint = f" To draw missing tensors at random, use {switch}." if wrong["missing"] and switch else ""
+        hint = f" To initialize missing tensors at random, use {switch}." if wrong["missing"] and switch else ""
         raise UserError(
-            f"{what}: the tensors do not fit config.json: {'; '.join(found)}. Check its fields, such as "
-            f"router_block_size and router_type, and that no file of the checkpoint is missing.{hint}"
+            f"{what}: the tensors do not match config.json: {'; '.join(found)}. Check the fields of config.json, such "
+            f"as router_block_size and router_type, and that no file of the checkpoint is missing.{hint}"
         )
 
 
 def is_no_report(record: logging.LogRecord) -> bool:
-    """Whether a log record is not transformers' table of tensors that do not fit, which is an error here."""
+    """Filters out the log record with transformers' table of mismatched tensors, which raise an error here."""
     return "LOAD REPORT" not in record.getMessage()
 
 
 def describe(error: Exception) -> str:
-    """The message of an error, with its type where the message alone says too little."""
+    """Returns the message of an error, with the type of the error where the message alone is unclear."""
     return str(error) if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
 
 
 def check_finite(model: torch.nn.Module, what: str):
-    """Refuses a model with weights that are not finite.
+    """Checks that all weights are finite and that their squares do not overflow.
 
     Raises:
-        UserError: If a parameter or buffer holds NaN or infinity; the message names the tensor.
+        UserError: If a parameter or buffer has other values. The message names the tensor.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point() or tensor.device.type == "meta":
             continue
         values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        values = values.float() if tensor.element_size() == 1 else values  # isfinite does not take float8
+        values = values.float() if tensor.element_size() == 1 else values  # isfinite does not support float8
         if not torch.isfinite(values).all():
-            raise UserError(f"{what}: {name} holds values that are not finite: the checkpoint is damaged or diverged.")
+            raise UserError(f"{what}: {name} has values that are not finite: the checkpoint is damaged or diverged.")
         if values.numel() and max(-values.min().item(), values.max().item()) > LARGEST:
-            raise UserError(f"{what}: {name} holds values above {LARGEST:.0e}, whose squares overflow: it is damaged.")
+            raise UserError(
+                f"{what}: {name} has values above {LARGEST:.0e}, whose squares overflow: the checkpoint is damaged."
+            )

@@ -1,11 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The shipped files: recipes, model configurations, Accelerate files and lists of packages.
+"""Lists the shipped files: recipes, model configurations, Accelerate files and lists of packages.
 
-    pathmoe presets                              # what there is
+    pathmoe presets                              # lists the names
     pathmoe presets train/quickstart > mine.yaml
-    pathmoe presets --folder                     # where they are: accelerate launch --config_file FOLDER/accelerate/…
+    pathmoe presets --folder                     # for accelerate launch --config_file FOLDER/accelerate/…
 
-A recipe and a model go by their bare names: `pathmoe train --config quickstart --model quickstart-indep`.
+Recipes and models can be used by name: `pathmoe train --config quickstart --model quickstart-indep`.
 """
 
 import argparse
@@ -19,19 +19,19 @@ SUFFIXES = {"train": ".yaml", "model": ".json", "accelerate": ".yaml", "data": "
 
 
 def folder() -> Path:
-    """The folder of the shipped files: in this package when it was installed, beside it in a clone."""
+    """Returns the folder of the shipped files: in this package if it is installed, and beside it in a clone."""
     here = Path(__file__).parent
     return here / ROOM if (here / ROOM).is_dir() else here.parent / ROOM
 
 
 def find(path: str | Path) -> Path:
-    """A file of the user, or else the shipped file of the same name.
+    """Finds a file of the user, or else the shipped file of the same name.
 
     Args:
-        path (`str` or `Path`): Any path; `configuration/train/quickstart.yaml` is found wherever one works.
+        path (`str` or `Path`): Any path. `configuration/train/quickstart.yaml` is found from any working directory.
 
     Returns:
-        `Path`: `path` itself if it exists or nothing is shipped under that name.
+        `Path`: The file. If `path` exists or no shipped file has that name, `path` itself.
     """
     path = Path(path)
     if not path.exists() and path.parts[:1] == (ROOM,) and folder().joinpath(*path.parts[1:]).is_file():
@@ -40,14 +40,15 @@ def find(path: str | Path) -> Path:
 
 
 def expand(name: str, kind: str) -> str:
-    """The path of a preset that is given by its bare name, to be opened by [`find`].
+    """Expands the name of a preset to a path that [`find`] can open.
 
     Args:
-        name (`str`): A bare name, or anything else that a user may give in its place.
+        name (`str`): The name of a preset, or any other value.
         kind (`str`): `"train"` or `"model"`.
 
     Returns:
-        `str`: Such as `configuration/train/quickstart.yaml`; `name` itself if it is not a preset's or exists.
+        `str`: A path such as `configuration/train/quickstart.yaml`. If `name` is the path of an existing file or not
+        the name of a preset, `name` itself.
     """
     file = f"{name}{SUFFIXES[kind]}"
     if "/" not in name and not Path(name).exists() and (folder() / kind / file).is_file():
@@ -56,7 +57,7 @@ def expand(name: str, kind: str) -> str:
 
 
 def names() -> dict[str, Path]:
-    """The shipped files by name, such as `train/quickstart`."""
+    """Returns the shipped files by name, such as `train/quickstart`."""
     files = (file for kind, suffix in SUFFIXES.items() for file in sorted((folder() / kind).glob(f"*{suffix}")))
     return {f"{file.parent.name}/{file.stem}": file for file in files}
 
@@ -66,8 +67,8 @@ def main(args: list[str] | None = None):
     parser = ArgumentParser(
         prog="pathmoe presets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which to print, such as train/quickstart")
-    parser.add_argument("--folder", action="store_true", help="print the folder that holds them")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="file to print, such as train/quickstart")
+    parser.add_argument("--folder", action="store_true", help="print the folder of the shipped files")
     options = parser.parse_args(args)
     if options.folder:
         print(folder())

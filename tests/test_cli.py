@@ -58,7 +58,7 @@ def test_an_unknown_command_is_one_line(name, hint):
 
 def test_a_mistake_is_one_line_as_in_the_scripts():
     _, said = pathmoe("train", "--config", "nowhere.yaml", status=2)
-    assert said.startswith("error: --config nowhere.yaml: there is no such file.") and said.count("\n") == 1
+    assert said.startswith("error: --config nowhere.yaml does not exist: ") and said.count("\n") == 1
 
 
 def test_a_package_that_is_missing_is_named_with_the_extra(tmp_path):

@@ -18,11 +18,11 @@ from pathmoe.files import check_writable, write_aside, write_text
         (
             "lambda: (_ for _ in ()).throw(OSError(28, 'No space left on device', 'a'))",
             2,
-            "error: a cannot be read or written: No space left on device. See to the disk, or choose another place.\n",
+            "error: a cannot be read or written: No space left on device. Check the disk, or choose another place.\n",
         ),
         ("lambda: (_ for _ in ()).throw(KeyboardInterrupt)", 130, "interrupted\n"),
         ("lambda: ArgumentParser().parse_args(['--no'])", 2, "error: unrecognized arguments: --no\n"),
-        ("lambda: ArgumentParser().parse_args(['--a', ''])", 2, "error: --a is followed by nothing: give a value.\n"),
+        ("lambda: ArgumentParser().parse_args(['--a', ''])", 2, "error: --a must not be empty: give a value.\n"),
         ("lambda: ArgumentParser().error('two\\n lines')", 2, "error: two lines\n"),
     ],
 )

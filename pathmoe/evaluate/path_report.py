@@ -1,17 +1,18 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Measures the expert paths of one model, or of two side by side, and shows them on one page that works offline.
+"""Measures the expert paths of one model, or of two models side by side, and shows them on an offline page.
 
     pathmoe paths --model runs/quickstart/final --data runs/quickstart/data/validation.jsonl --output out
     pathmoe paths --model A --model B --data validation.jsonl runs/brown/brown.jsonl --output out
 
-Takes any causal language model that `record_paths` takes: PathMoE, OLMoE, Qwen2-MoE, Qwen3-MoE, Mixtral and more. Of
-each data file, equally many tokens are read, of documents in random order. Rows hold `text`, and may hold its
-`source`, and gold tags of its words as `pathmoe.text.brown` writes them. Writes OUTPUT/paths.json, every figure, and
-OUTPUT/report.html.
+The command supports every causal language model that `record_paths` supports: PathMoE, OLMoE, Qwen2-MoE, Qwen3-MoE,
+Mixtral and more. It reads the same number of tokens from each data file, from documents in random order. Rows have a
+`text`, and optionally a `source` and gold tags of words in the format of `pathmoe.text.brown`. The command writes all
+figures to OUTPUT/paths.json and the page to OUTPUT/report.html.
 
-In paths.json a path is a list with the first choice of every routed layer, shares are of tokens, `load` is of choices,
-entropies are in nats, and an interval is `{estimate, low, high}`: 95 % over documents, by bootstrap, or by jackknife
-for measures that a bootstrap would change as it repeats documents: those of distinct paths and of information.
+In paths.json, a path is a list with the first choice of every routed layer. Shares are of tokens, `load` is of
+choices, and entropies are in nats. An interval is `{estimate, low, high}`: 95 % over documents, by bootstrap. For
+measures of distinct paths and of information it is by jackknife, because a bootstrap repeats documents, which would
+change these measures.
 """
 
 import argparse
@@ -49,7 +50,7 @@ TOKENS_SHOWN = 600
 
 
 def analyse(model: PreTrainedModel, name: str, reading: Reading, max_length: int, options: argparse.Namespace) -> dict:
-    """All figures of one model."""
+    """Computes all figures of one model."""
     shape, experts = reading.trace.model, reading.experts
     tags = tags_of(reading)
     load = paths.expert_load(experts, shape.num_experts)
@@ -92,27 +93,27 @@ def analyse(model: PreTrainedModel, name: str, reading: Reading, max_length: int
 
 
 def render(figures: dict) -> str:
-    """The page: the template with the figures inside."""
-    # No text of the data may end the script element that holds it.
+    """Returns the page: the template with the figures inserted."""
+    # Text in the data must not close the script element that contains the data.
     data = json.dumps(figures, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data)
 
 
 def parse_arguments(args: list[str] | None) -> argparse.Namespace:
-    """Reads the options and checks what can be checked before anything is loaded."""
+    """Parses the options, and checks them as far as possible before anything is loaded."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", required=True, help="folder of a model; once or twice")
+    parser.add_argument("--model", action="append", required=True, help="folder of a model; give it once or twice")
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="files with a column `text`")
     parser.add_argument("--output", type=Path, required=True, help="folder for paths.json and report.html")
-    parser.add_argument("--max_tokens", type=int, default=20_000, help="tokens of each model, of all files together")
-    parser.add_argument("--max_length", type=int, help="most tokens in a piece; the model's longest, or 1024")
+    parser.add_argument("--max_tokens", type=int, default=20_000, help="tokens per model, from all files together")
+    parser.add_argument("--max_length", type=int, help="most tokens in a piece (at most 1024 if unset)")
     parser.add_argument("--perturbed_tokens", type=int, default=8_000, help="tokens under perturbation; 0 for none")
-    parser.add_argument("--resamples", type=int, default=100, help="of each bootstrap")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of documents, and of all that is random")
+    parser.add_argument("--resamples", type=int, default=100, help="resamples of each bootstrap")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the document order and random numbers")
     add_device_arguments(parser)
     options = parser.parse_args(args)
     if len(options.model) > 2:
-        parser.error(f"--model is given {len(options.model)} times: one model, or two side by side.")
+        parser.error(f"--model is given {len(options.model)} times: give one model, or two to show side by side.")
     for option, least in (
         ("max_tokens", 1),
         ("perturbed_tokens", 0),
@@ -132,13 +133,17 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
 
 
 def check_model(folder: str) -> int:
-    """Refuses a model without paths before anything is measured, and returns how many tokens it reads at once."""
+    """Checks that a model has expert paths, and returns the most tokens that it can read at once.
+
+    Raises:
+        UserError: If the model cannot be used, or has fewer than two routed layers or two experts.
+    """
     check_model_folder(folder)
     config = load_config(folder)
     try:
         with torch.device("meta"):
             routing = Routing(AutoModelForCausalLM.from_config(config))
-    except Exception as error:  # whatever a foreign configuration makes transformers raise
+    except Exception as error:  # the configuration of another model can make transformers raise any error
         raise UserError(f"--model {folder}: {error}") from error
     if len(routing.layer_to_block) < 2:
         raise UserError(f"--model {folder} has one routed layer: a path needs at least two.")
@@ -149,7 +154,14 @@ def check_model(folder: str) -> int:
 
 
 def read_tokens(tokenizers: list, files: list[list[dict]], max_tokens: int) -> tuple[list[list[tuple]], int]:
-    """Reads equally many tokens of each file for each model: the encoded documents of each, and how many tokens."""
+    """Reads the same number of tokens from each file for each model.
+
+    Returns:
+        `tuple`: the encoded documents of each tokenizer, and the number of tokens.
+
+    Raises:
+        UserError: If fewer than 4 documents are reached.
+    """
     share = max_tokens // len(files)
     limits = [(rows, max(DOCUMENT_TOKENS, -(-share // len(rows)))) for rows in files]
     counts = [
@@ -169,21 +181,26 @@ def read_tokens(tokenizers: list, files: list[list[dict]], max_tokens: int) -> t
 
 
 def check_vocabulary(model: PreTrainedModel, folder: str, entries: list[tuple]):
-    """Refuses a tokenizer of another model, whose tokens the model does not have."""
+    """Checks that the model has an embedding for every token.
+
+    Raises:
+        UserError: If it does not, because the tokenizer belongs to a different model.
+    """
     largest, rows = max(max(ids, default=0) for _, ids, _ in entries), model.get_input_embeddings().num_embeddings
     if largest >= rows:
         raise UserError(
-            f"--model {folder}: its tokenizer gives token {largest} to a model of {rows}: it belongs to another model."
+            f"--model {folder}: the tokenizer returns token {largest}, but the model has {rows} tokens: use the "
+            "tokenizer of this model."
         )
 
 
 def main(args: list[str] | None = None):
     options = parse_arguments(args)
-    # Models are compared on equally many tokens of each file, in pieces of the same length.
+    # Models are compared on the same number of tokens of each file, in pieces of the same length.
     longest = min(check_model(folder) for folder in options.model)
     max_length = options.max_length or min(longest, MAX_LENGTH)
     if not 1 < max_length <= longest:
-        raise UserError(f"--max_length {max_length} must be from 2 to the {longest} that a model reads at once.")
+        raise UserError(f"--max_length {max_length} must be from 2 to {longest}, the most that the models can read.")
     tokenizers = [load_tokenizer(folder) for folder in options.model]
     files = read_documents(options.data)
     for rows in files:

@@ -1,8 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""How well the experts of a layer are known before it runs: by its router looking ahead, by habit, by a cache.
+"""Estimates how well the experts of a layer can be predicted before the layer runs, and simulates expert caches.
 
-Where experts lie in slower memory, whoever knows a layer's experts early can hide their transfer. The router of a
-layer looks ahead when it is applied to what an earlier layer's router was given. `path_report.py` shows all of it.
+If experts are stored in slower memory, an early prediction can hide the transfer. One prediction is to look ahead: to
+apply the router of a layer to the input of an earlier layer's router. `path_report.py` shows the estimates.
 """
 
 from collections.abc import Iterable
@@ -24,19 +24,19 @@ AHEAD = (1, 2, 3)
 def look_ahead(
     model: PreTrainedModel, input_ids: torch.Tensor, ahead: Iterable[int] = AHEAD
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor], int]:
-    """The experts of one sequence, and those that routers name when they are applied to earlier layers' router input.
+    """Records the experts of one sequence, and predicts them by applying routers to earlier layers' router inputs.
 
-    A router that carries a state takes the one that the earlier layer left; a layer that repeats the decision of its
-    block is known as soon as that has been made.
+    A router with a state uses the state that the earlier layer has left. In a block that shares its decision, the
+    experts of all layers are known as soon as the first layer has decided.
 
     Args:
-        model (`PreTrainedModel`): A model as `record_paths` takes it.
+        model (`PreTrainedModel`): A model that `record_paths` supports.
         input_ids (`torch.Tensor` of shape `(T,)`): The sequence.
-        ahead (`Iterable[int]`): How many layers earlier.
+        ahead (`Iterable[int]`): The distances to the earlier layer.
 
     Returns:
-        `tuple`: The experts `(T, L, k)`, best first; for each distance a tensor of the same shape, -1 in layers that
-        have no layer so far before them; and the number of experts of a layer.
+        `tuple`: The experts `(T, L, k)`, best first; for each distance, the predictions of the same shape, which are
+        -1 in the layers that have no layer at that distance before them; and the number of experts of a layer.
     """
     routing, calls = Routing(model), {}
 
@@ -59,28 +59,29 @@ def look_ahead(
             rest = args[1:]
             if len(earlier_output) == 4:  # a PathMoE router: (logits, weights, indices, state)
                 rest = (layer, earlier_output[3])
-            # `forward` itself, as a call would run the hooks of whoever else is watching.
+            # Call `forward` directly, because `__call__` would run the hooks of other recorders.
             predictions[:, layer] = router.forward(earlier_input, *rest, **kwargs)[2].cpu()
     return experts, named, layers[0][3][0].shape[-1]
 
 
 def recall(experts: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """The share of a token's k experts that are among those predicted: `(T, L)` from `(T, L, k)` and `(T, L, any)`."""
+    """Returns the share of a token's k experts that are predicted: `(T, L)` from `(T, L, k)` and `(T, L, any)`."""
     return (experts[..., :, None] == predicted[..., None, :]).any(dim=-1).double().mean(dim=-1)
 
 
 def reuse_distances(experts: np.ndarray, num_experts: int) -> np.ndarray:
-    """How many other experts of the layer were used since an expert was last used.
+    """Counts the other experts of the layer that were used since an expert was last used.
 
-    The k experts of a token are looked up together, and then all become the most recent, the best one first. An expert
-    is in a least-recently-used cache of c experts per layer exactly if its distance is below c (Mattson et al. 1970).
+    The k experts of a token are looked up together. They then become the most recently used experts, with the best one
+    as the most recent. An expert is in a least-recently-used cache of c experts per layer if and only if its distance
+    is below c (Mattson et al. 1970).
 
     Args:
         experts (`np.ndarray` of shape `(T, L, k)`): Expert indices, best first, in the order in which tokens are run.
-        num_experts (`int`): E.
+        num_experts (`int`): Number of experts E.
 
     Returns:
-        `np.ndarray` of shape `(T, L, k)`: From 0 to E - 1, and E where an expert is used for the first time.
+        `np.ndarray` of shape `(T, L, k)`: Distances from 0 to E - 1, and E where an expert is used for the first time.
     """
     tokens, layers, k = experts.shape
     last_use = np.full((layers, num_experts), -1, dtype=np.int64)
@@ -96,7 +97,7 @@ def reuse_distances(experts: np.ndarray, num_experts: int) -> np.ndarray:
 def look_ahead_in_all(
     model: PreTrainedModel, pieces: list[list[int]], ahead: list[int]
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor], int]:
-    """[`look_ahead`] in all pieces, one after another."""
+    """Runs [`look_ahead`] on all pieces and concatenates the results."""
     recorded, named = [], {distance: [] for distance in ahead}
     for piece in tqdm(pieces, desc="look ahead", disable=None):
         experts, predictions, num_experts = look_ahead(model, torch.tensor(piece), ahead)
@@ -118,26 +119,27 @@ def prefetch_estimate(
     resamples: int = 200,
     seed: int = 0,
 ) -> dict:
-    """Compares ways of knowing a layer's experts before it runs, and simulates caches of experts.
+    """Compares predictors of a layer's experts, and simulates caches of experts.
 
-    All predictors name k experts and are compared on the same layers, those with `max(ahead)` layers before them, and
-    the same tokens, those with a token before them in their piece. The most frequent experts are those of the very
-    text that is measured, so they are the best fixed choice in hindsight. Caches run over all tokens in order and
-    start empty.
+    Every predictor names k experts. All of them are compared on the same layers (those with `max(ahead)` layers before
+    them) and the same tokens (those with a token before them in the piece). The most frequent experts are counted in
+    the measured text itself, so they are the best fixed choice in hindsight. Caches start empty and process all tokens
+    in order.
 
     Args:
-        model (`PreTrainedModel`): A model as `record_paths` takes it.
-        pieces (`list[list[int]]`): Token ids of sequences that the model takes at once.
-        document_ids (`list[int]`, *optional*): The document of each piece, for the bootstrap; each its own when unset.
-        ahead (`Iterable[int]`): How many layers earlier routers are asked.
-        resamples (`int`): Of the bootstrap over documents.
-        seed (`int`): Of the bootstrap.
+        model (`PreTrainedModel`): A model that `record_paths` supports.
+        pieces (`list[list[int]]`): Token ids of sequences that fit into the model.
+        document_ids (`list[int]`, *optional*): The document of each piece, for the bootstrap. By default, each piece
+            is a document.
+        ahead (`Iterable[int]`): The distances, in layers, at which routers look ahead.
+        resamples (`int`): Number of resamples of the bootstrap over documents.
+        seed (`int`): Seed of the bootstrap.
 
     Returns:
-        `dict`: `predictors`, a list of `name`, `note`, `recall` (an `Interval` as a dict) and `by_layer` (`None` where
-        a layer has too few before it); `first_layer`, the first one that they are compared in; `cache`, a list of
+        `dict`: `predictors`, a list of `name`, `note`, `recall` (an `Interval` as a dict) and `by_layer` (`None` in
+        layers with too few layers before them); `first_layer`, the first layer of the comparison; `cache`, a list of
         `size` (experts kept in each layer) and the hit rates `lru` (least recently used), `most_frequent` (fixed, in
-        hindsight) and `lru_and_ahead` (in the cache, or named by the router that looks least far ahead).
+        hindsight) and `lru_and_ahead` (in the cache, or predicted by the router at the smallest distance).
 
     Raises:
         ValueError: If the model has too few layers, or no piece has two tokens.
@@ -145,7 +147,7 @@ def prefetch_estimate(
     ahead = sorted(ahead)
     first_layer = ahead[-1]
     if not any(len(piece) > 1 for piece in pieces):
-        raise ValueError("No sequence has two tokens: nothing can be predicted from the one before.")
+        raise ValueError("No sequence has two tokens: give longer pieces.")
     experts, named, num_experts = look_ahead_in_all(model, pieces, ahead)
     lengths = torch.tensor([len(piece) for piece in pieces])
     documents = torch.arange(len(pieces)) if document_ids is None else torch.tensor(document_ids)
@@ -155,13 +157,13 @@ def prefetch_estimate(
     load = torch.stack([layer.reshape(-1).bincount(minlength=num_experts) for layer in experts.unbind(dim=1)])
     by_load = load.argsort(dim=-1, descending=True, stable=True)
 
-    given = "on what the router of the earlier layer was given"
+    given = "the layer's router on the router input of the earlier layer"
     candidates = [(f"its router, {n} layer{'s' * (n > 1)} ahead", given, n, named[n]) for n in ahead]
     candidates += [
-        ("the layer before", "the experts of the same numbers, which mean the same where routers are shared", 1,
+        ("the layer before", "experts with the same numbers, which correspond if the layers share a router", 1,
          experts.roll(1, dims=1)),
-        ("the token before", "the experts that it used in the layer", 0, experts.roll(1, dims=0)),
-        ("the most frequent", "the experts that the layer uses most, in this very text", 0, by_load[:, :k]),
+        ("the token before", "the experts of the previous token in the layer", 0, experts.roll(1, dims=0)),
+        ("the most frequent", "the experts that the layer uses most in this text", 0, by_load[:, :k]),
     ]  # fmt: skip
     predictors = []
     for name, note, distance, predicted in candidates:

@@ -1,9 +1,9 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Puts what a run has shown into one table and one picture, with a sample and the shape of its expert paths.
+"""Summarizes a run in one table and one picture: results, a text sample and statistics of the expert paths.
 
     python eval/report.py --run runs/quickstart --text runs/quickstart/data/validation.jsonl
 
-Reads RUN/metrics.jsonl, RUN/final, and, where they are there, RUN/perplexity.json and RUN/lm_eval. Writes
+The command reads RUN/metrics.jsonl, RUN/final and, if they exist, RUN/perplexity.json and RUN/lm_eval. It writes
 RUN/report.md and RUN/report.png.
 """
 
@@ -32,18 +32,18 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
 PROMPT = "The history of"
 TOP = 10
-MARK = "PathMoE eval/report.py"  # in the picture, which may replace an earlier one
+MARK = "PathMoE eval/report.py"  # written into the PNG: only files with this mark are replaced
 
 
 def trace_paths(model, tokenizer, text: Path, max_tokens: int):
-    """The paths of the first `max_tokens` tokens of a text file, document by document."""
+    """Records the paths of the first `max_tokens` tokens of a text file, document by document."""
     seen = 0
     rows = load_file(text, "--text")
     if "text" not in rows.column_names:
         raise UserError(f"--text {text} has no column 'text', only {', '.join(rows.column_names)}.")
     documents = list(filter(None, keep_texts(rows, "text", f"--text {text}")[0]["text"]))
     if not documents:
-        raise UserError(f"--text {text} holds no text: all its rows are empty.")
+        raise UserError(f"--text {text} has no text: all rows are empty.")
     length = model.config.max_position_embeddings
     with record_paths(model) as trace, torch.no_grad(), tqdm(total=max_tokens, desc="paths", disable=None) as bar:
         for document in documents:
@@ -74,7 +74,7 @@ def result_rows(run: Path) -> list[tuple[str, str]]:
         check_whole(scores.get("settings") or {}, f"--run: {run / 'perplexity.json'}")
         try:
             for unit, digits in (("token", 2), ("word", 1)):
-                value = scores[f"{unit}_perplexity"]  # null where it is too large for a number
+                value = scores[f"{unit}_perplexity"]  # null if it overflows
                 rows.append(
                     (f"held-out perplexity per {unit}", "infinite" if value is None else f"{value:.{digits}f}")
                 )
@@ -83,7 +83,7 @@ def result_rows(run: Path) -> list[tuple[str, str]]:
                 rows.append((f"held-out bits per byte, {escape(source)}", f"{of_source['bits_per_byte']:.3f}"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"--run: {run / 'perplexity.json'} does not hold what eval/perplexity.py writes: run it again."
+                f"--run: {run / 'perplexity.json'} is not a result of eval/perplexity.py: run that again."
             ) from error
     if (run / "lm_eval").exists():
         for task, metrics in load_results(run / "lm_eval").items():
@@ -96,7 +96,7 @@ def result_rows(run: Path) -> list[tuple[str, str]]:
 
 
 def plot(metrics: list[dict], experts: torch.Tensor, file: Path):
-    """Loss over tokens; how many tokens the most frequent paths cover; agreement of each pair of layers."""
+    """Plots the loss, the share of tokens on the most frequent paths, and the agreement of each pair of layers."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
     steps = [m for m in metrics if "loss" in m]
     left.plot([m["tokens"] / 1e6 for m in steps], [m["loss"] for m in steps], label="training")
@@ -126,10 +126,10 @@ def plot(metrics: list[dict], experts: torch.Tensor, file: Path):
 
 
 def read_metrics(file: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl.
+    """Reads a run's metrics.jsonl.
 
     Raises:
-        UserError: If the file is not a file of metrics or holds no training step.
+        UserError: If the file is not a file of metrics or has no training step.
     """
     try:
         metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -139,9 +139,9 @@ def read_metrics(file: Path) -> list[dict]:
                 if not math.isfinite(line.get(key, 0)):
                     raise ValueError(f"{key} is {line[key]}")
     except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--run: {file} does not hold the metrics that training writes: {error}") from error
+        raise UserError(f"--run: {file} is not a file of training metrics: {error}") from error
     if not steps:
-        raise UserError(f"--run: {file} holds no training step: train first.")
+        raise UserError(f"--run: {file} has no training step: train first.")
     return metrics
 
 

@@ -1,15 +1,15 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Runs lm-eval's tasks on any causal language model of transformers: PathMoE or another, from a folder or the Hub.
+"""Runs lm-eval's tasks on any causal language model of transformers, from a folder or the Hub.
 
     pathmoe eval --model runs/demo --suite pathmoe_paper_0.9b_offline --output out
     pathmoe eval --model allenai/OLMoE-1B-7B-0924 --tasks arc_easy,piqa --limit 100 --output out
     accelerate launch --num_processes 8 -m pathmoe eval --model runs/demo --suite pathmoe_paper_16b --output out
     accelerate launch --cpu --num_processes 2 -m pathmoe eval --model runs/demo --suite quickstart --output out
 
-Suites are lists in `suites.yaml`; tasks are lm-eval's own and those of `offline_tasks.py`. The evaluator is lm-eval's.
-Each task is written to OUTPUT as soon as it is done: `tasks/NAME.json` is lm-eval's result, `tasks/NAME.jsonl` has a
-line per item. A second run with the same settings goes on with the tasks that are missing. In the end `results.json`
-puts all together in lm-eval's format, with the suite's average and what was cut off or went wrong.
+`suites.yaml` lists the tasks of each suite. Tasks are lm-eval's own and those of `offline_tasks.py`. The evaluator is
+lm-eval's. Each task is written to OUTPUT as soon as it is done: `tasks/NAME.json` is lm-eval's result and
+`tasks/NAME.jsonl` has one line per item. A second run with the same settings only runs the missing tasks. In the end,
+`results.json` has all results in lm-eval's format, the average of the suite, truncated requests and errors.
 """
 
 import argparse
@@ -45,30 +45,30 @@ from pathmoe.files import check_writable, read_json, write_text
 from pathmoe.loading import load_model
 
 
-# It says of every offline task that it could be given arguments.
+# lm-eval logs for every offline task that it could be given arguments,
 logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.getMessage())
-# And of every model whose type it does not list, as if it could not be run.
+# and warns of every model whose type it does not list as if it could not be run.
 logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "neither marked" not in record.getMessage())
 
 SUITES = yaml.safe_load(Path(__file__).with_name("suites.yaml").read_text(encoding="utf-8"))
 SCORES = ("acc", "exact_match")  # a task's score is the first of these that it has
-RESAMPLES = 1000  # of the bootstrap behind standard errors of perplexity; lm-eval's 100000 take minutes on two cores
+RESAMPLES = 1000  # of the bootstrap for standard errors of perplexity; lm-eval's 100000 take minutes on two cores
 
 
 class EvalLM(HFLM):
-    """lm-eval's Hugging Face model, which shares the requests out over the processes and counts what it cuts off.
+    """lm-eval's Hugging Face model. It distributes requests over the processes and counts truncated requests.
 
-    lm-eval itself gives each process a part of the items, on GPUs only, and gathers them in another order. Here each
-    process of `accelerate launch` answers a part of the requests and receives the answers of all, so that the
-    evaluator sees what one process sees, and an error in one process is raised in all of them.
+    lm-eval itself gives each process a part of the items, on GPUs only, and gathers them in a different order. Here
+    each process of `accelerate launch` answers a part of the requests and receives the answers of all processes, so
+    that the evaluator gets the same answers as with one process. An error in one process is raised in all of them.
 
     Args:
-        allow_missing (`bool`, defaults to `False`): Whether weights that the checkpoint lacks are drawn at random.
+        allow_missing (`bool`, defaults to `False`): Whether missing weights are initialized at random.
 
     Attributes:
-        process (`int`): Which process this is.
-        processes (`int`): How many there are.
-        truncated (`int`): Number of requests of which this process has cut the beginning off.
+        process (`int`): Index of this process.
+        processes (`int`): Number of processes.
+        truncated (`int`): Number of requests whose beginning this process has cut off.
     """
 
     def __init__(self, *args, allow_missing: bool = False, **kwargs):
@@ -92,7 +92,7 @@ class EvalLM(HFLM):
         self._model = model.to(self.device)
 
     def _share_out(self, answer, requests: list, disable_tqdm: bool) -> list:
-        # By item: the choices of an item share a forward pass where they differ in one token.
+        # Keep the choices of an item together: they share a forward pass if they differ in one token.
         mine = [i for i, request in enumerate(requests) if request.doc_id % self.processes == self.process]
         error = answers = None
         try:
@@ -129,7 +129,7 @@ class EvalLM(HFLM):
             if len(continuation) > self.max_length:
                 raise ValueError(
                     f"An answer has {len(continuation)} tokens, more than the model's context of {self.max_length}: "
-                    f"{text[1][:80]!r}… Leave the task out or choose a longer --max_length."
+                    f"{text[1][:80]!r}… Leave the task out or choose a larger --max_length."
                 )
             room = self.max_length + 1 - len(continuation)  # the last token is predicted, not read
             self.truncated += len(context) > room
@@ -145,7 +145,7 @@ class EvalLM(HFLM):
 
 
 def score_of(metrics: dict) -> tuple[str, float, float] | None:
-    """A task's score among its metrics: the first of `SCORES`, as `(key, value, standard error)`."""
+    """Returns a task's score, the first of `SCORES` among its metrics, as `(key, value, standard error)`."""
     for score in SCORES:
         for key, value in metrics.items():
             if key.startswith(f"{score},"):
@@ -155,24 +155,24 @@ def score_of(metrics: dict) -> tuple[str, float, float] | None:
 
 
 def load_results(folder: str | Path) -> dict[str, dict[str, tuple[float, float | None]]]:
-    """The results in an output folder.
+    """Loads the results from an output folder.
 
     Args:
-        folder (`str` or `Path`): What `--output` was.
+        folder (`str` or `Path`): The folder of `--output`.
 
     Returns:
-        `dict`: `{task: {metric: (value, standard error)}}`, in lm-eval's units (accuracy from 0 to 1); the error is
-        `None` where lm-eval has none.
+        `dict`: `{task: {metric: (value, standard error)}}`, in lm-eval's units (accuracy from 0 to 1). The error is
+        `None` if lm-eval reports none.
 
     Raises:
-        UserError: If the folder holds no results.
+        UserError: If the folder has no results, or if they are damaged.
     """
     file = Path(folder) / "results.json"
     if not file.is_file():
         raise UserError(f"No results.json in {folder}: run eval/run_lm_eval.py with --output {folder} first.")
     found = read_json(file, f"results in {folder}").get("results")
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
-        raise UserError(f"{file} does not hold what eval/run_lm_eval.py writes: remove it and run that again.")
+        raise UserError(f"{file} is not a result of eval/run_lm_eval.py: remove the file and run that again.")
     results = {}
     for task, values in found.items():
         metrics = {key: value for key, value in values.items() if "," in key and "_stderr," not in key}
@@ -185,7 +185,7 @@ def load_results(folder: str | Path) -> dict[str, dict[str, tuple[float, float |
 
 
 def weights_of(model: str, config) -> str | list:
-    """What tells a model's weights from those that another training put in the same folder, without reading them."""
+    """Identifies a model's weights without reading them, by the sizes and times of files or the commit on the Hub."""
     files = [*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]
     if files:
         return sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)
@@ -193,23 +193,23 @@ def weights_of(model: str, config) -> str | list:
 
 
 def to_json(content: dict, **options) -> str:
-    """JSON, with null for numbers that are not finite, such as the error of a single item."""
+    """Serializes to JSON, with null for numbers that are not finite, such as the standard error of a single item."""
     plain = json.loads(json.dumps(content, default=handle_non_serializable))
     return json.dumps(finite(plain), allow_nan=False, **options) + "\n"
 
 
 def work_of(task, limit: float | None) -> float:
-    """Roughly how many characters a task has, to estimate the time that is left."""
+    """Estimates the number of characters in a task, from which the remaining time is estimated."""
     docs = task.eval_docs
     lengths = [len(str(docs[i])) for i in range(0, len(docs), len(docs) // 20 + 1)]
     return (get_sample_size(task, limit) or len(docs)) * sum(lengths) / len(lengths)
 
 
 def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """Reads the model's config and tokenizer, before anything slow, and returns the config."""
+    """Checks the model's config and tokenizer before anything slow is done, and returns the config."""
     for option, name in (("--model", args.model), ("--tokenizer", args.tokenizer)):
         if name and (Path(name).is_absolute() or name[0] == "." or name.count("/") > 1) and not Path(name).is_dir():
-            parser.error(f"{option} {name}: there is no such folder.")
+            parser.error(f"{option} {name} does not exist: name a folder or a repository of the Hub.")
     if Path(args.model).is_dir() and args.revision != "main":
         parser.error(f"--revision {args.revision} is for models of the Hub, but --model {args.model} is a folder.")
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
@@ -219,8 +219,8 @@ def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace):
     largest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
     if largest >= rows:
         parser.error(
-            f"--tokenizer {args.tokenizer or args.model}: it has the token {largest}, but the model's vocab_size is "
-            f"{rows}: it belongs to another model."
+            f"--tokenizer {args.tokenizer or args.model} has token {largest}, but the model's vocab_size is {rows}: "
+            "use the tokenizer of this model."
         )
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and (args.max_length or 0) > longest:
@@ -229,7 +229,7 @@ def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace):
 
 
 def done_tasks(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: dict, tasks: dict) -> list[str]:
-    """The tasks that `--output` holds already, with the same settings."""
+    """Lists the tasks whose results with the same settings are already in `--output`."""
     done = []
     for name, (_, shots) in tasks.items():
         file = args.output / "tasks" / f"{name}.json"
@@ -240,7 +240,7 @@ def done_tasks(parser: argparse.ArgumentParser, args: argparse.Namespace, settin
         try:
             found = read_json(file, "--output").get("settings")
             if not isinstance(found, dict):
-                raise UserError(f"--output: {file} holds no settings.")
+                raise UserError(f"--output: {file} has no settings.")
         except UserError as error:
             if args.overwrite:
                 continue
@@ -252,14 +252,14 @@ def done_tasks(parser: argparse.ArgumentParser, args: argparse.Namespace, settin
             done.append(name)
         elif not args.overwrite:
             parser.error(
-                f"--output {args.output}: it holds {name} with {'; '.join(differences)}. "
+                f"--output {args.output} already has {name} with {'; '.join(differences)}. "
                 "Choose another folder or give --overwrite."
             )
     return done
 
 
 def write_task(folder: Path, name: str, result: dict, truncated: int, settings: dict) -> None:
-    """Writes the items, and then the result, which marks the task as done."""
+    """Writes the items and then the result, which marks the task as done."""
     samples = result.pop("samples")[name]
     write_text(folder / f"{name}.jsonl", "".join(to_json(sample, ensure_ascii=False) for sample in samples))
     result |= {"truncated": {name: truncated}, "settings": settings}
@@ -269,19 +269,20 @@ def write_task(folder: Path, name: str, result: dict, truncated: int, settings: 
 def put_together(
     folder: Path, tasks: list[str], groups: dict[str, Group], entries: list[str], suite: str | None, errors: dict
 ) -> dict:
-    """Merges the results of the tasks that are done into one, in lm-eval's format.
+    """Merges the results of finished tasks in lm-eval's format.
 
     Args:
-        folder (`Path`): Where the tasks' results are.
-        tasks (`list[str]`): The tasks that are done.
-        groups (`dict[str, Group]`): lm-eval's groups of the tasks, each after the groups that it holds.
-        entries (`list[str]`): The tasks and groups that were asked for.
-        suite (`str`, *optional*): The suite's name, if all entries are its own.
-        errors (`dict[str, str]`): What went wrong, by task.
+        folder (`Path`): The folder with the results of the tasks.
+        tasks (`list[str]`): The finished tasks.
+        groups (`dict[str, Group]`): lm-eval's groups of the tasks. Nested groups come before the groups around them.
+        entries (`list[str]`): The tasks and groups that were requested.
+        suite (`str`, *optional*): The name of the suite, if there are no other entries.
+        errors (`dict[str, str]`): The error of each task that failed.
 
     Returns:
-        `dict`: lm-eval's results, with `truncated` (requests cut off, by task), `entries`, `errors`, and, when every
-        entry has a score, `average`: their mean, its standard error (of independent tasks) and the suite's name.
+        `dict`: lm-eval's results with `truncated` (the number of truncated requests of each task), `entries` and
+        `errors`. If every entry has a score, also `average`: the mean score, its standard error (for independent
+        tasks) and the name of the suite.
     """
     merged = {}
     for task in tasks:
@@ -306,32 +307,33 @@ def put_together(
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace, dict]:
-    """Reads the options and checks what can be checked before anything is loaded.
+    """Parses the options, and checks them as far as possible before anything is loaded.
 
     Returns:
-        `(parser, args, entries)`: `entries` are the numbers of examples (or `None`) of the tasks and groups asked for.
+        `(parser, args, entries)`: `entries` maps the requested tasks and groups to their number of few-shot examples
+        (or `None`).
     """
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", required=True, help="folder of a saved model, or its name on the Hub")
-    parser.add_argument("--tokenizer", help="folder or name of the tokenizer; that of the model when unset")
+    parser.add_argument("--tokenizer", help="folder or name of the tokenizer (default: that of the model)")
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
-    parser.add_argument("--trust_remote_code", action="store_true", help="let the model's folder bring its own code")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code from the model's folder")
     parser.add_argument("--suite", help=f"one of: {', '.join(SUITES)}")
     parser.add_argument("--tasks", help="comma-separated tasks or groups, in addition to the suite's")
-    parser.add_argument("--num_fewshot", type=int, help="examples for --tasks; a suite states its own")
+    parser.add_argument("--num_fewshot", type=int, help="few-shot examples for --tasks; suites set their own")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--overwrite", action="store_true", help="run tasks again that are done with other settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace results of other settings")
     parser.add_argument(
         "--limit", type=float, help="only the first items of each task: a number, or a fraction below 1"
     )
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--max_length", type=int, help="most tokens of an item; the model's longest when unset")
+    parser.add_argument("--max_length", type=int, help="most tokens of an item (default: the model's limit)")
     add_device_arguments(parser)
     args = parser.parse_args(argv)
     if args.suite is not None and args.suite not in SUITES:
-        parser.error(f"--suite {args.suite}: not one of {', '.join(SUITES)}.")
+        parser.error(f"--suite {args.suite} must be one of {', '.join(SUITES)}.")
     entries = dict(SUITES.get(args.suite, {}))
     named = [task.strip() for task in args.tasks.split(",")] if args.tasks else []
     if not all(named):
@@ -340,7 +342,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     if not entries:
         parser.error("give a --suite, --tasks or both.")
     if args.output.suffix == ".json":
-        parser.error(f"--output {args.output}: name a folder.")
+        parser.error(f"--output {args.output} must be a folder, not a .json file.")
     if args.limit is not None and not 0 < args.limit < math.inf:
         parser.error(f"--limit {args.limit:g} must be greater than 0.")
     if args.limit is not None and args.limit > 1 and not args.limit.is_integer():
@@ -349,7 +351,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
         if (value := getattr(args, option)) is not None and value < least:
             parser.error(f"--{option} {value} must be at least {least}.")
     if args.num_fewshot is not None and not args.tasks:
-        parser.error("--num_fewshot is for --tasks: suites.yaml states how many examples a suite's tasks are given.")
+        parser.error("--num_fewshot is for --tasks: suites.yaml sets the number of examples for a suite.")
     check_writable(args.output / "results.json", "--output", '"entries"')
     check_writable(args.output / "tasks" / "items.jsonl", "--output")
     check_device_arguments(args)
@@ -357,7 +359,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
 
 
 def check_offline(parser: argparse.ArgumentParser, entries: dict) -> int:
-    """Checks that offline tasks can run as asked, and returns how many of the entries are such tasks."""
+    """Checks that the offline tasks can run, and returns the number of offline tasks."""
     offline = [task for task in entries if task.startswith(PREFIX.rstrip("_"))]
     if offline:
         try:
@@ -367,38 +369,38 @@ def check_offline(parser: argparse.ArgumentParser, entries: dict) -> int:
     for task in offline:
         name = task.removeprefix(PREFIX)
         if entries[task] and name in TASKS and TASKS[name].examples is None:
-            parser.error(f"--num_fewshot: {task} holds no items to take examples from, so it is zero-shot.")
+            parser.error(f"--num_fewshot: {task} has no items for few-shot examples: leave the option out.")
     return len(offline)
 
 
 def load_tasks(
     parser: argparse.ArgumentParser, entries: dict
 ) -> tuple[TaskManager, dict[str, tuple], dict[str, Group], list[str], dict[str, str]]:
-    """Loads the tasks asked for.
+    """Loads the requested tasks.
 
     Returns:
-        `(manager, tasks, groups, names, errors)`: tasks with their numbers of examples, groups, the names under which
-        scores are found, and what went wrong with tasks that cannot be loaded.
+        `(manager, tasks, groups, names, errors)`: the tasks with their number of examples, the groups, the names of
+        the scores, and the errors of tasks that cannot be loaded.
     """
     offline = check_offline(parser, entries)
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder))
-        # Reading the stock tasks' files takes a quarter of a minute.
+        # Include the stock tasks only if they are needed, because reading their files takes 15 seconds.
         manager = TaskManager(include_path=folder, include_defaults=offline < len(entries))
         if unknown := [name for name in entries if name not in manager.task_index]:
             parser.error(
-                f"Tasks not found: {', '.join(unknown)}. There are {', '.join(PREFIX + name for name in TASKS)}, "
-                f"{PREFIX}mmlu and what `lm-eval ls tasks` lists."
+                f"Tasks not found: {', '.join(unknown)}. Choose from {', '.join(PREFIX + name for name in TASKS)}, "
+                f"{PREFIX}mmlu and the tasks that `lm-eval ls tasks` lists."
             )
         tasks, groups, errors, names = {}, {}, {}, []
         for entry, shots in entries.items():
             try:
                 loaded = manager.load(entry)
-            except Exception as error:  # whatever a task's code raises: the others must not suffer
+            except Exception as error:  # a task's code can raise any error, which must not stop the other tasks
                 errors[entry] = f"{type(error).__name__}: {one_line(error)}"
                 names.append(entry)
                 continue
-            names += [entry] if entry in loaded["groups"] else loaded["tasks"]  # a tag has several, and no score
+            names += [entry] if entry in loaded["groups"] else loaded["tasks"]  # a tag has no score of its own
             tasks |= {name: (task, shots) for name, task in loaded["tasks"].items()}
             groups |= dict(reversed(loaded["groups"].items()))
     if not tasks:
@@ -423,7 +425,7 @@ def make_lm(args: argparse.Namespace) -> EvalLM:
 def run_tasks(
     lm: EvalLM, manager: TaskManager, waiting: dict, args: argparse.Namespace, settings: dict, errors: dict
 ) -> list[str]:
-    """Runs tasks one by one, writes the result of each, and returns the names of those that are done."""
+    """Runs tasks one by one, writes the result of each, and returns the names of the finished tasks."""
     done, folder = [], args.output / "tasks"
     work = {name: work_of(task, args.limit) for name, (task, _) in waiting.items()}
     started, finished = time.monotonic(), 0
@@ -456,13 +458,13 @@ def main(argv: list[str] | None = None) -> dict | None:
     """Checks the arguments, then runs the tasks one by one.
 
     Args:
-        argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
+        argv (`list[str]`, *optional*): The command-line arguments. Defaults to those of the process.
 
     Returns:
-        `dict`: What is in `results.json`; `None` in all processes but the first.
+        `dict`: The content of `results.json`, or `None` in all processes but the first.
 
     Raises:
-        SystemExit: If an argument cannot work, before any work; or, at the end, if a task failed.
+        SystemExit: If an argument is not valid (before anything is run), or if a task failed (at the end).
         UserError: If the model cannot be used.
     """
     parser, args, entries = parse_arguments(argv)
@@ -473,12 +475,12 @@ def main(argv: list[str] | None = None) -> dict | None:
         "weights": weights_of(args.model, config),
         "tokenizer": args.tokenizer,
         **{key: getattr(args, key) for key in ("revision", "dtype", "max_length", "limit")},
-        "allow_missing": args.allow_missing or None,  # as results hold that were written before there was the option
+        "allow_missing": args.allow_missing or None,  # equal to that of results from before the option existed
     }
     done = done_tasks(parser, args, settings, tasks)
     waiting = {name: task for name, task in tasks.items() if name not in done}
     if done:
-        print(f"Done before: {len(done)} of {len(tasks)} tasks.")
+        print(f"Already done: {len(done)} of {len(tasks)} tasks.")
     if waiting:
         lm = make_lm(args)
         done += run_tasks(lm, manager, waiting, args, settings, errors)
@@ -487,7 +489,7 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     failed = "; ".join(f"{task}: {message}" for task, message in errors.items())
     if not done:
-        raise SystemExit(f"error: {len(errors)} of the tasks failed, and none is done: {failed}")
+        raise SystemExit(f"error: all {len(errors)} tasks failed: {failed}")
     suite = args.suite if not args.tasks else None
     merged = put_together(args.output / "tasks", sorted(done), groups, names, suite, errors)
     write_text(args.output / "results.json", to_json(merged, indent=2))
@@ -495,7 +497,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if "average" in merged:
         print("Average of {} tasks: {value:.4f} ± {stderr:.4f}".format(len(names), **merged["average"]))
     if cut := {task: count for task, count in merged.get("truncated", {}).items() if count}:
-        print(f"Longer than the context, so cut off at their beginning (requests): {cut}", file=sys.stderr)
+        print(f"Truncated at the beginning to fit into the context (number of requests): {cut}", file=sys.stderr)
     if errors:
         raise SystemExit(f"error: {len(errors)} of the tasks failed; the others are in {args.output}: {failed}")
     return merged

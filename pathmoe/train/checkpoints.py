@@ -1,11 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints that are complete or not there at all, hold no pickle, and load on any number of ranks.
+"""Training checkpoints. They are written atomically, contain no pickle, and load on any number of ranks.
 
 step-00000100/
-  shard-*.safetensors   weights and AdamW moments, each rank its part
-  rank-N.json           random state and place in the data of rank N
+  shard-*.safetensors   weights and AdamW moments; each rank writes its own shards
+  rank-N.json           random state and data position of rank N
   state.json            step, schedule, counters
-  manifest.json         size and CRC-32 of all of these
+  manifest.json         size and CRC-32 of the other files
 """
 
 import json
@@ -26,11 +26,18 @@ from pathmoe.command import UserError
 from pathmoe.files import follow_umask
 from pathmoe.text.reader import DataError
 from pathmoe.train.output import set_aside
-from pathmoe.train.recipe import CHANGEABLE_ON_RESUME, FREE_TO_CHANGE, Recipe, RecipeError, list_changes, read_recipe
+from pathmoe.train.recipe import (
+    CHANGEABLE_ON_RESUME,
+    CHANGEABLE_ON_RESUME,
+    Recipe,
+    RecipeError,
+    list_changes,
+    read_recipe,
+)
 from pathmoe.train.state import TrainState
 
 
-# It is said of every run on one process, which is not mistaken.
+# torch warns in every run with one process, where this is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -41,14 +48,14 @@ UNFINISHED = re.compile(r"step-\d{8,}(\.stale)?\.partial")
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint could not be written or read. The message names the file and what to do."""
+    """A checkpoint could not be written or read. The message names the file and the fix."""
 
 
 def list_checkpoints(recipe: Recipe) -> list[Path]:
-    """The checkpoints of a run, oldest first. What has a name of another form, such as a copy, is not one of them.
+    """Lists the checkpoints of a run, oldest first. Folders with other names, such as copies, are left out.
 
     Raises:
-        RecipeError: If `checkpoints` is there and is not a folder.
+        RecipeError: If `checkpoints` exists and is not a folder.
     """
     folder = Path(recipe.output_dir) / "checkpoints"
     if not os.path.lexists(folder):
@@ -62,12 +69,12 @@ def list_checkpoints(recipe: Recipe) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of optimizer steps that a checkpoint has behind it."""
+    """Returns the number of optimizer steps after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def summarise(files: list[Path]) -> dict[str, list[int]]:
-    """Size and CRC-32 of each file."""
+    """Returns the size and CRC-32 of each file."""
     found = {}
     for file in files:
         checksum, size = 0, 0
@@ -79,7 +86,7 @@ def summarise(files: list[Path]) -> dict[str, list[int]]:
 
 
 def read_manifest(folder: Path) -> dict[str, list[int]] | None:
-    """Size and CRC-32 of each file of a checkpoint; `None` when its manifest is damaged."""
+    """Reads the size and CRC-32 of each file of a checkpoint. Returns `None` if the manifest is damaged."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         whole = {"state.json", "rank-0.json"} <= set(manifest) and any(name.startswith("shard-") for name in manifest)
@@ -89,7 +96,7 @@ def read_manifest(folder: Path) -> dict[str, list[int]] | None:
 
 
 def find_fault(folder: Path, accelerator: Accelerator) -> str | None:
-    """What is wrong with a checkpoint; `None` when it is whole."""
+    """Describes the first fault of a checkpoint. Returns `None` if the checkpoint is intact."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         return f"{manifest} is missing"
@@ -112,19 +119,19 @@ def find_fault(folder: Path, accelerator: Accelerator) -> str | None:
         if found[name][0] < size:
             return f"{folder / name} is truncated: {found[name][0]:,} of {size:,} bytes"
         if found[name] != [size, checksum]:
-            return f"{folder / name} is damaged: its checksum is another"
+            return f"{folder / name} is damaged: its checksum is wrong"
     if (step := json.loads((folder / "state.json").read_text())["step"]) != step_of(folder):
         return f"{folder} holds the checkpoint of step {step}: someone has renamed it"
     return None
 
 
 def find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:
-    """The checkpoint to resume from, the newest one that is whole; `None` starts anew.
+    """Finds the checkpoint to resume from: the newest one that is intact. Returns `None` to start a new run.
 
     Raises:
         RecipeError: If the folder holds a run and `resume` is not set, if the checkpoint is missing, or if the run was
-            started from another recipe.
-        CheckpointError: If the checkpoint that was asked for is damaged, or with `"auto"` all are.
+            started from a different recipe.
+        CheckpointError: If the requested checkpoint is damaged or, with `"auto"`, all of them are.
     """
     output, checkpoints = Path(recipe.output_dir), list_checkpoints(recipe)
     before = read_recipe(output / "recipe.yaml")
@@ -135,13 +142,15 @@ def find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:
     if recipe.resume != "auto":
         checkpoints = [path for path in checkpoints if os.path.realpath(path) == os.path.realpath(recipe.resume)]
         if not checkpoints:
-            raise RecipeError(f"resume={recipe.resume!r} is no checkpoint of {output / 'checkpoints'}: use 'auto'.")
+            raise RecipeError(f"resume={recipe.resume!r} is not a checkpoint in {output / 'checkpoints'}: use 'auto'.")
     if before is not None:
         if changed := list_changes(before, vars(recipe)):
-            raise RecipeError(f"the run in {output} has another recipe ({', '.join(changed)}): use a new output_dir.")
+            raise RecipeError(
+                f"{output} has a run of a different recipe ({', '.join(changed)}): use a new output_dir."
+            )
     elif (output / "metrics.jsonl").exists() and not checkpoints:
         raise RecipeError(
-            f"{output / 'metrics.jsonl'} is not of this run: move it away, or choose another output_dir."
+            f"{output / 'metrics.jsonl'} does not belong to this run: move it away, or choose another output_dir."
         )
     faults = []
     for checkpoint in reversed(checkpoints):
@@ -150,17 +159,17 @@ def find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:
         faults.append(fault)
         accelerator.print(f"WARNING: {fault}; looking for an older checkpoint.")
     if faults:
-        raise CheckpointError(f"no checkpoint is whole ({'; '.join(faults)}): start anew in another output_dir.")
+        raise CheckpointError(f"no checkpoint is intact ({'; '.join(faults)}): start again in another output_dir.")
     return None
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """Writes and loads the checkpoints of one run.
 
     Args:
         recipe (`Recipe`): The recipe.
         accelerator (`Accelerator`): The engine.
-        state (`TrainState`): What is saved; `load` restores it.
+        state (`TrainState`): The state that `save` writes and `load` restores.
         inputs (`dict[str, str]`): Fingerprints of the files that the run reads.
     """
 
@@ -175,7 +184,7 @@ class Checkpoints:
         accelerator.wait_for_everyone()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        # A tied weight once, under the first of its names.
+        # A tied weight is saved once, under its first name.
         own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items() if name in own}
         for name, parameter in self.model.named_parameters():
@@ -184,11 +193,12 @@ class Checkpoints:
         return tensors
 
     def save(self, step: int):
-        """Writes the checkpoint aside, renames it when all of it is on the disk, and removes old ones, unless
-        `counters["healthy"]` says that the training does not go well.
+        """Writes a checkpoint to a temporary folder, and renames the folder when all files are on the disk.
+
+        Old checkpoints are removed afterwards if `counters["healthy"]` is true.
 
         Raises:
-            CheckpointError: If it could not be written. The checkpoints before it are as they were.
+            CheckpointError: If the checkpoint could not be written. Earlier checkpoints are unchanged.
         """
         folder = Path(self.recipe.output_dir) / "checkpoints" / f"step-{step:08d}"
         partial = folder.with_name(folder.name + ".partial")
@@ -202,22 +212,22 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"{folder} could not be written ({faults[0]}). The checkpoints before it are whole: see to the disk, "
-                "then --resume auto goes on from the newest."
+                f"{folder} could not be written ({faults[0]}). Earlier checkpoints are intact: check the disk, then "
+                "pass --resume auto to continue from the newest one."
             )
 
     def draw_step(self, step: int, accumulation: int) -> list[torch.Tensor]:
-        """Draws the micro-batches of a step. If a stream breaks, the steps before are saved, on one process.
+        """Draws the micro-batches of a step. If a stream breaks in a run of one process, a checkpoint is saved first.
 
         Raises:
-            DataError: If the text cannot be read on; the message names the place and the checkpoint.
+            DataError: If the text cannot be read. The message names the place in the text and the checkpoint.
         """
         rows, streaming = self.recipe.micro_batch_size, self.recipe.streaming
         before = self.state.batches.state_dict() if streaming else None
         try:
             return [self.state.batches.next_batch(rows) for _ in range(accumulation)]
         except DataError as error:
-            # Other processes would wait for this one in the middle of their step.
+            # With several processes, the others would wait for this one in the middle of their step.
             if not streaming or self.accelerator.num_processes > 1 or step == 1:
                 raise
             self.state.batches.load_state_dict(before)
@@ -225,11 +235,11 @@ class Checkpoints:
             if not folder.exists():
                 self.save(step - 1)
             raise DataError(
-                f"{error} {folder} holds the run up to there: mend the text, then --resume auto."
+                f"{error} {folder} holds the run up to there: fix the text, then pass --resume auto."
             ) from error
 
     def _attempt(self, write) -> tuple[list[str], list]:
-        """Runs `write` on all ranks. Returns what went wrong on any of them, and what they returned."""
+        """Runs `write` on all ranks. Returns the faults of the ranks that failed, and the results of all ranks."""
         fault = result = None
         try:
             result = write()
@@ -265,7 +275,9 @@ class Checkpoints:
                 "optimizer_steps": steps,
                 "counters": self.state.counters,
                 "inputs": self.inputs,
-                "recipe": {name: value for name, value in vars(self.recipe).items() if name not in FREE_TO_CHANGE},
+                "recipe": {
+                    name: value for name, value in vars(self.recipe).items() if name not in CHANGEABLE_ON_RESUME
+                },
             }
             (partial / "state.json").write_text(json.dumps(state))
             own.append(partial / "state.json")
@@ -287,38 +299,38 @@ class Checkpoints:
         whole = [path for path in list_checkpoints(self.recipe) if read_manifest(path) is not None]
         for old in whole[: -self.recipe.keep_last] if self.state.counters["healthy"] else []:
             if {path.name for path in old.iterdir()} - {"manifest.json", *read_manifest(old)}:
-                continue  # someone keeps files of their own in it
+                continue  # the user keeps files in this folder
             if not (self.recipe.keep_every and step_of(old) % self.recipe.keep_every == 0):
-                # Renamed first, so that a run killed here does not leave half of it under its name.
+                # Rename it first: a run that is killed here must not leave half a checkpoint under this name.
                 shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
 
     def _set_newer_aside(self, folder: Path):
-        """Renames the checkpoints after the one that the run goes on from: what they hold is not its future."""
+        """Renames the checkpoints that are newer than `folder`. The resumed run does not continue from them."""
         for path in list_checkpoints(self.recipe) if self.accelerator.is_main_process else []:
             if step_of(path) > step_of(folder) and (path / "manifest.json").is_file():
-                self.accelerator.print(f"{path} is newer than the one resumed from and is kept as {set_aside(path)}.")
+                self.accelerator.print(f"{path} is newer than {folder.name} and is kept as {set_aside(path)}.")
         self.accelerator.wait_for_everyone()
 
     def _note_changes(self, before: dict, step: int):
-        """Notes what of the recipe is another than when the checkpoint was written, for the log and the model card."""
+        """Records for the log and the model card which recipe fields have changed since the checkpoint was written."""
         now = vars(self.recipe)
         if before and (changed := list_changes(before, now)):
-            raise RecipeError(f"the checkpoint has another recipe ({', '.join(changed)}): use a new output_dir.")
+            raise RecipeError(f"the checkpoint has a different recipe ({', '.join(changed)}): use a new output_dir.")
         self.state.counters["changes"] = self.state.counters["changes"] + [
             {"step": step, "field": name, "before": before[name], "after": now[name]}
-            for name in sorted(CHANGEABLE_ON_RESUME - FREE_TO_CHANGE)
+            for name in sorted(CHANGEABLE_ON_RESUME - CHANGEABLE_ON_RESUME)
             if name in before and before[name] != now[name]
         ]
 
     def load(self, folder: Path) -> int:
-        """Restores everything and returns the number of steps done."""
+        """Restores the state of the run from a checkpoint. Returns the number of completed steps."""
         saved = json.loads((folder / "state.json").read_text())
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         same_world = saved["world_size"] == world_size
         if self.recipe.streaming and not same_world:
             raise RecipeError(
-                f"{folder} was written by {saved['world_size']} processes that each read a part of the stream: resume "
-                f"with as many, not {world_size}."
+                f"{folder} was written by {saved['world_size']} processes, each of which read a part of the stream: "
+                f"resume with {saved['world_size']} processes, not {world_size}."
             )
         for name, parameter in self.model.named_parameters():
             if name in saved["optimizer_steps"]:
@@ -337,8 +349,8 @@ class Checkpoints:
         self.state.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if (rate := self.state.scheduler.get_last_lr()[0]) != saved["learning_rate"]:
             self.accelerator.print(
-                f"WARNING: with this recipe (max_steps={self.recipe.max_steps}) the learning rate goes on at "
-                f"{rate:.3e}; the checkpoint was to go on at {saved['learning_rate']:.3e}."
+                f"WARNING: with this recipe (max_steps={self.recipe.max_steps}) the learning rate continues at "
+                f"{rate:.3e}, but the checkpoint recorded {saved['learning_rate']:.3e}."
             )
         self.state.counters |= saved["counters"]
         self._note_changes(saved.get("recipe", {}), saved["step"])
@@ -351,15 +363,15 @@ class Checkpoints:
         else:
             torch.manual_seed(self.recipe.seed + saved["step"] * world_size + rank)
             self.accelerator.print(
-                f"{folder} was written by {saved['world_size']} processes and goes on with {world_size}: random "
-                "numbers (dropout) and the order of sums are others from here on."
+                f"{folder} was written by {saved['world_size']} processes and continues with {world_size}: random "
+                "numbers (dropout) and the order of sums are different from now on."
             )
         self._set_newer_aside(folder)
         return saved["step"]
 
 
 def sync(path: Path):
-    """Waits until a file or folder is on the disk."""
+    """Waits until a file or folder has been written to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The text of a run, from its sources to batches, and the tokenizer that it is packed with."""
+"""Loads the text of a run, packs it into batches, and loads or trains the tokenizer."""
 
 import glob
 import hashlib
@@ -30,15 +30,20 @@ def build_tokenizer(
     accelerator: Accelerator,
     fresh: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """Loads the recipe's tokenizer, or the one that this run has trained or now trains on its text.
+    """Loads the tokenizer of the recipe, or of the checkpoint `model`. If there is neither, trains one on the text.
+
+    A resumed run loads the tokenizer that it has trained.
 
     Args:
         recipe (`Recipe`): The recipe.
-        texts (`list`): The sources and their text, needed where a tokenizer is trained.
-        vocab_size (`int`): The model's.
+        texts (`list`): The sources and their text, from which a tokenizer is trained.
+        vocab_size (`int`): The vocabulary size of the model.
         accelerator (`Accelerator`): The engine.
-        fresh (`bool`, defaults to `True`): Whether nothing has been trained yet. A tokenizer that an earlier start
-            left, on whatever text, is then set aside.
+        fresh (`bool`, defaults to `True`): Whether nothing has been trained yet. If so, an existing folder `tokenizer`
+            is renamed and not used.
+
+    Raises:
+        RecipeError: If the tokenizer cannot be loaded, has no end-of-text token or has too many tokens.
     """
     name = recipe.tokenizer
     if name is None and not recipe.model.endswith(".json"):
@@ -46,9 +51,9 @@ def build_tokenizer(
     if name is None:
         folder = Path(recipe.output_dir) / "tokenizer"
         if accelerator.is_main_process and fresh and os.path.lexists(folder):
-            accelerator.print(f"{folder} was there before this run and is kept as {set_aside(folder)}.")
+            accelerator.print(f"{folder} existed before this run and is kept as {set_aside(folder)}.")
         if accelerator.is_main_process and not folder.exists():
-            # A sample is enough for the merges and keeps this short on large data.
+            # A sample of the documents is enough to learn the merges, and quick on large data.
             sample = (row[source.text_column] for source, text in texts for row in text.take(50_000 // len(texts)))
             tokenizer = train_tokenizer(tqdm(sample, desc="train tokenizer", disable=None, unit="doc"), vocab_size)
             with write_aside(folder) as partial:
@@ -57,7 +62,7 @@ def build_tokenizer(
         name = str(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # a damaged file ends in an error of any kind
+    except Exception as error:  # a damaged file can raise any type of error
         raise RecipeError(f"tokenizer={name!r} could not be loaded: {type(error).__name__}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"tokenizer={name!r} has no end-of-text token, which separates packed documents.")
@@ -70,14 +75,14 @@ def build_tokenizer(
 
 
 def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int, fresh: bool = True):
-    """Loads and packs the text; every complaint about the data is made here, before there is a model.
+    """Loads and packs the text. All errors in the data are raised here, before a new model is built.
 
     Args:
         recipe (`Recipe`): The recipe.
         accelerator (`Accelerator`): The engine.
-        vocab_size (`int`): The model's.
-        fresh (`bool`, defaults to `True`): Whether nothing has been trained yet, so that nothing which an earlier
-            start left is used.
+        vocab_size (`int`): The vocabulary size of the model.
+        fresh (`bool`, defaults to `True`): Whether nothing has been trained yet. If so, a tokenizer and validation
+            text that an earlier run left in the output folder are renamed and not used.
 
     Returns:
         `tuple`: the tokenizer, the training batches and the validation blocks, an int array of shape
@@ -97,7 +102,7 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int, fresh:
         if recipe.streaming:
             file = Path(recipe.output_dir) / f"validation-{number}.npy"
             if accelerator.is_main_process and fresh and os.path.lexists(file):
-                accelerator.print(f"{file} was there before this run and is kept as {set_aside(file)}.")
+                accelerator.print(f"{file} existed before this run and is kept as {set_aside(file)}.")
             if accelerator.is_main_process and not file.exists():
                 hold_out_stream(recipe, file, validation, tokenizer, source, share)
             accelerator.wait_for_everyone()
@@ -113,7 +118,7 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int, fresh:
         sources.append(PackedBlocks(trained_on, recipe.seed))
         if source.validation_split is not None and np.array_equal(blocks[:1], trained_on[:1]):
             warn_of_same_text(source)
-        # Spread over the whole text, whose parts may follow one another.
+        # Take blocks from the whole text, because its beginning may be of one kind only.
         held_out.append(blocks[np.linspace(0, len(blocks) - 1, min(len(blocks), share)).round().astype(int)])
     batches = Batches(sources, weights, rank, world_size, split=recipe.streaming)
     return tokenizer, Prefetch(batches) if recipe.streaming else batches, np.concatenate(held_out)
@@ -121,14 +126,17 @@ def build_data(recipe: Recipe, accelerator: Accelerator, vocab_size: int, fresh:
 
 def warn_of_same_text(source: Source):
     tqdm.write(
-        f"WARNING: validation_split={source.validation_split!r} of dataset={source.dataset!r} is what is trained on: "
-        "the validation loss will be too low."
+        f"WARNING: validation_split={source.validation_split!r} of dataset={source.dataset!r} is also the training "
+        "text: the validation loss will be too low."
     )
 
 
 def hold_out_stream(recipe: Recipe, file: Path, validation, tokenizer, source: Source, share: int):
-    """Writes the first `share` validation blocks of a stream to a file. They are read once, by the main process, and
-    kept: to come by one held-out document a hundred others may have to be read."""
+    """Writes the first `share` validation blocks of a stream to a file.
+
+    The main process reads the blocks once and saves them, because finding one held-out document may require reading
+    many others.
+    """
     stream = PackedStream(validation, tokenizer, source.text_column, recipe.sequence_length)
     try:
         blocks = [stream.next_block() for _ in tqdm(range(share), desc="read validation text", disable=None)]
@@ -139,13 +147,15 @@ def hold_out_stream(recipe: Recipe, file: Path, validation, tokenizer, source: S
 
 
 def is_held_out(text: str, every: int) -> bool:
-    """Whether a document belongs to the validation text: one in `every` does, wherever it stands and whoever reads it,
-    and all copies of it."""
+    """Returns whether a document belongs to the validation text, which contains one in `every` documents.
+
+    The choice depends only on the text of the document: it is the same on all ranks and for all copies.
+    """
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) % every == 0
 
 
 def find_paths(source: Source, split: str) -> set[str]:
-    """What a split is read from: its files under their real names, or without files the split itself."""
+    """Returns the real paths of the files of a split, or the split itself if `data_files` is not set."""
     files = source.data_files
     files = files.get(split) if isinstance(files, dict) else split if files is None else files
     entries = files if isinstance(files, list) else [files]
@@ -156,7 +166,14 @@ def find_paths(source: Source, split: str) -> set[str]:
 
 
 def load_source(recipe: Recipe, source: Source):
-    """One source of text, its training part and its validation part."""
+    """Loads the training text and the validation text of a source.
+
+    Returns:
+        `tuple`: the source, its training text and its validation text.
+
+    Raises:
+        DataError: If the text cannot be read, or has too few documents to hold some of them out.
+    """
     load = partial(
         load_text,
         source.dataset,
@@ -177,17 +194,17 @@ def load_source(recipe: Recipe, source: Source):
     if not recipe.streaming and not (len(train) and len(validation)):
         raise DataError(
             f"dataset={source.dataset!r} has too few documents to hold out one in {every} of them for validation: "
-            "name a validation_split or lower holdout_every."
+            "set validation_split or lower holdout_every."
         )
     return source, train, validation
 
 
 def make_inputs(tokens: torch.Tensor, recipe: Recipe, end_of_text: int) -> dict[str, torch.Tensor]:
-    """What the model is given for a batch of packed sequences of shape `(rows, sequence_length)`."""
+    """Returns the model inputs for packed sequences of shape `(rows, sequence_length)`."""
     if not recipe.document_mask:
         return {"input_ids": tokens, "labels": tokens}
     positions = document_positions(tokens, end_of_text)
-    # The first token of a document would be predicted from the end of another.
+    # The label is masked, because the first token of a document cannot be predicted from the previous document.
     return {"input_ids": tokens, "position_ids": positions, "labels": tokens.masked_fill(positions == 0, -100)}
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What happens when a loss, a gradient, a weight or an evaluation is not finite."""
+"""Handling of losses, gradients, weights and evaluations that are not finite."""
 
 import math
 
@@ -15,17 +15,21 @@ from pathmoe.train.recipe import Recipe
 
 
 WAY_OUT = (
-    "Go on from an older checkpoint with a lower learning rate: --resume OUTPUT_DIR/checkpoints/step-… "
+    "Resume from an older checkpoint with a lower learning rate: --resume OUTPUT_DIR/checkpoints/step-… "
     "--learning_rate …"
 )
 
 
 class Diverged(UserError, ArithmeticError):
-    """The loss or the gradients have not been finite for several steps. What was saved before that is whole."""
+    """The training has diverged to values that are not finite. Checkpoints that were saved before are intact."""
 
 
 def skip_bad_step(recipe: Recipe, model, counters: dict, log: Log, step: int, loss: float, norm: float):
-    """Notes a step whose loss or gradients are not finite, which is not taken, and gives up after several in a row."""
+    """Logs a step that is skipped because its loss or gradients are not finite.
+
+    Raises:
+        Diverged: After `max_bad_steps` such steps in a row.
+    """
     counters["skipped_steps"] += 1
     counters["bad_steps_in_a_row"] += 1
     counters["healthy"] = False
@@ -38,7 +42,7 @@ def skip_bad_step(recipe: Recipe, model, counters: dict, log: Log, step: int, lo
         f"gradients of {', '.join(bad[:4])}{f' and {len(bad) - 4} more' if len(bad) > 4 else ''}" if bad else "loss"
     )
     log.write(
-        f"step {step} | WARNING: skipped, not finite: {where} (loss {loss}, gradient norm {norm})",
+        f"step {step} | WARNING: skipped because of non-finite {where} (loss {loss}, gradient norm {norm})",
         step=step,
         skipped_steps=counters["skipped_steps"],
         not_finite=bad[:16] or ["loss"],
@@ -48,16 +52,16 @@ def skip_bad_step(recipe: Recipe, model, counters: dict, log: Log, step: int, lo
             module.load.zero_()
     if counters["bad_steps_in_a_row"] >= recipe.max_bad_steps:
         raise Diverged(
-            f"{recipe.max_bad_steps} steps in a row were not finite, the last at step {step} (loss {loss}, gradient "
-            f"norm {norm}); not finite: {where}. Lower learning_rate={recipe.learning_rate}. {WAY_OUT}"
+            f"{recipe.max_bad_steps} steps in a row were not finite, most recently step {step} (loss {loss}, gradient "
+            f"norm {norm}, non-finite {where}). Lower learning_rate={recipe.learning_rate}. {WAY_OUT}"
         )
 
 
 def check_weights(model: torch.nn.Module, step: int):
-    """Refuses to save weights that are not finite.
+    """Checks that all weights are finite before they are saved.
 
     Raises:
-        Diverged: On all ranks, if any of them has such weights.
+        Diverged: On all ranks, if any rank has weights that are not finite.
     """
     bad = [
         name
@@ -65,11 +69,15 @@ def check_weights(model: torch.nn.Module, step: int):
         if not torch.isfinite(parameter.to_local() if isinstance(parameter, DTensor) else parameter).all()
     ]
     if bad := sorted(set(gather_object(bad))):
-        raise Diverged(f"step {step}: {bad[0]} holds values that are not finite. {WAY_OUT}")
+        raise Diverged(f"step {step}: {bad[0]} has values that are not finite. {WAY_OUT}")
 
 
 def check_evaluation(metrics: dict[str, float], step: int):
-    """Refuses a result whose evaluation is not finite."""
+    """Checks that the final evaluation is finite.
+
+    Raises:
+        Diverged: If it is not.
+    """
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise Diverged(f"step {step}: {name}={value} is not finite, so that no result is written. {WAY_OUT}")
+            raise Diverged(f"step {step}: {name}={value} is not finite, so no result is written. {WAY_OUT}")

@@ -23,11 +23,12 @@ from pathmoe.train.recipe import Recipe, RecipeError
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Starts Accelerate and makes sure that it is the engine that was asked for.
+    """Starts Accelerate and checks that it runs the engine that the recipe requests.
+
+    Accelerate falls back silently. In the worst case, the processes of one launch do not know of each other.
 
     Raises:
-        RecipeError: If it is another one. Accelerate falls back in silence: it can leave the processes of one launch
-            unaware of each other.
+        RecipeError: If Accelerate runs a different engine, or if its settings do not fit the recipe.
     """
     trackers = [str(name) for name in get_available_trackers()]
     if recipe.tracker not in (None, "all", *trackers):
@@ -39,8 +40,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=recipe.tracker,
         project_dir=recipe.output_dir,
-        # The other processes wait while the first one prepares the text; a text that takes longer can be prepared by a
-        # run of one process, whose tokens the next run finds.
+        # The other processes wait while the first one prepares the text. If that takes more than an hour, prepare it
+        # in a run with one process: the next run reuses the cached tokens.
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(hours=1)),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # or DDP holds all gradients twice
@@ -49,9 +50,9 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     on_cpu = accelerator.device.type == "cpu"
     asks_for_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     if asks_for_fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        accelerator.print("Accelerate leaves FSDP out on a CPU; it is put in force here, over gloo.")
+        accelerator.print("Accelerate ignores FSDP on CPU; enabling it here with the gloo backend.")
         plugin = FullyShardedDataParallelPlugin()
-        # The second state is copied over the first one whenever Accelerate looks at it.
+        # Both states must be set: Accelerate copies the second one over the first one on every access.
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     engines = {
@@ -70,15 +71,15 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         wanted = "fsdp" if asks_for_fsdp else "fsdp_ep" if recipe.ep_size > 1 else wanted
         if world_size != accelerator.num_processes:
             raise RecipeError(
-                f"{world_size} processes were launched but each trains alone: launch with `accelerate launch` and a "
-                "file of configuration/accelerate/."
+                f"{world_size} processes were launched but each would train alone: use `accelerate launch "
+                "--config_file` with a file of configuration/accelerate/."
             )
     if found != wanted:
         file = "ddp" if wanted == "fsdp_ep" else wanted
         raise RecipeError(
-            f"engine={wanted!r} was asked for (ep_size={recipe.ep_size}) but Accelerate runs {found!r} on "
+            f"engine={wanted!r} was requested (ep_size={recipe.ep_size}) but Accelerate runs {found!r} on "
             f"{accelerator.device.type}: launch with `accelerate launch --config_file configuration/accelerate/"
-            f"{file}.yaml` on a machine that has what it needs, or set engine={found!r}."
+            f"{file}.yaml` on a machine that supports it, or set engine={found!r}."
         )
     if found == "fsdp":
         plugin = accelerator.state.fsdp_plugin
@@ -87,10 +88,10 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         if plugin.activation_checkpointing:
             raise RecipeError(
                 "fsdp_activation_checkpointing of the Accelerate configuration renames parameters: turn it off and "
-                "set gradient_checkpointing of the recipe."
+                "set gradient_checkpointing=true in the recipe."
             )
         if recipe.precision == "bf16":
-            # Accelerate would also add up the gradients and return the loss in bfloat16.
+            # By default, Accelerate would reduce the gradients and return the loss in bfloat16, too.
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
@@ -102,15 +103,18 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def accumulate(accelerator: Accelerator, model: torch.nn.Module, last: bool):
-    """The context of one micro-batch. Replicas exchange their gradients with the last one alone; shards do so with
-    each, as whole gradients would not fit where a model has to be sharded."""
+    """Returns the context manager for the backward pass of one micro-batch.
+
+    Replicas exchange gradients only with the last micro-batch of a step. Sharded models do so with every micro-batch,
+    because full gradients do not fit into memory where a model has to be sharded.
+    """
     if last or isinstance(model, FSDPModule):
         return contextlib.nullcontext()
     return accelerator.no_sync(model)
 
 
 def by_mesh(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
-    """The parameters that have a gradient, in groups that live on the same ranks."""
+    """Groups the parameters that have a gradient by device mesh."""
     groups = defaultdict(list)
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -120,7 +124,7 @@ def by_mesh(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
 
 @torch.no_grad()
 def gradient_norm(model: torch.nn.Module) -> torch.Tensor:
-    """The 2-norm of all gradients, which are left as they are: clipping by a norm that is not finite would spoil them.
+    """Computes the 2-norm of all gradients without clipping them: a norm that is not finite would destroy them.
 
     Returns:
         `torch.Tensor`: A scalar, the same on all ranks.
@@ -131,7 +135,7 @@ def gradient_norm(model: torch.nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def clip_gradients(model: torch.nn.Module, max_norm: float, norm: float):
-    """Scales all gradients such that their norm, from [`gradient_norm`], is at most `max_norm`."""
+    """Scales all gradients in place so that their norm, as returned by [`gradient_norm`], is at most `max_norm`."""
     scale = max_norm / (norm + 1e-6)
     if scale >= 1:
         return
@@ -140,19 +144,19 @@ def clip_gradients(model: torch.nn.Module, max_norm: float, norm: float):
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, put together where it is spread over ranks."""
+    """Returns the full tensor of a `DTensor`, and any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class StopOnSignal:
-    """Notes SIGINT and SIGTERM, so that the run can stop after the step that it is in."""
+    """Records SIGINT and SIGTERM, so that the run can stop after the current step."""
 
     def __init__(self):
         self.signalled, self._before = False, {}
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+            with contextlib.suppress(ValueError):  # raised outside of the main thread: the caller handles signals
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

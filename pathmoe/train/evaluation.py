@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The validation loss."""
+"""Evaluation of the validation loss."""
 
 import math
 
@@ -13,18 +13,21 @@ from pathmoe.train.recipe import Recipe
 
 
 def loss_only_kwargs(model) -> dict[str, bool]:
-    """What makes a forward compute the loss without holding all logits: PathMoE can, unless its head is sharded."""
+    """Returns the arguments with which PathMoE computes the loss without holding all logits.
+
+    The result is empty for other models and when the head is sharded.
+    """
     return {"skip_logits": True} if getattr(model, "can_skip_logits", False) else {}
 
 
 @torch.no_grad()
 def evaluate(model, held_out: np.ndarray, recipe: Recipe, accelerator: Accelerator) -> dict[str, float]:
-    """Mean cross-entropy of the next token (nats) and its exponential over the validation blocks.
+    """Measures the mean cross-entropy of the next token (in nats) over the validation blocks, and its exponential.
 
-    Every rank runs equally many forwards, because a sharded model's forward is collective.
+    Every rank runs the same number of forwards, because the forward of a sharded model is a collective operation.
     """
     model.eval()
-    # Other MoE models add their balancing loss whenever they return router logits.
+    # Other MoE models add a balancing loss whenever they return router logits.
     unwrapped = accelerator.unwrap_model(model)
     plain = {"output_router_logits": False} if hasattr(unwrapped.config, "output_router_logits") else {}
     plain |= loss_only_kwargs(unwrapped)

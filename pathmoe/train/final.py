@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The result of a run: a folder that is ready for the Hub."""
+"""Saves the result of a run as a folder that is ready for the Hub."""
 
 import html
 import json
@@ -21,19 +21,22 @@ from pathmoe.train.recipe import Recipe, published
 def save_final(
     recipe: Recipe, accelerator: Accelerator, model, tokenizer: PreTrainedTokenizerBase, changes: list[dict]
 ) -> Path:
-    """Writes weights, code, tokenizer, recipe and model card, and replaces `final` when all of it is there.
+    """Writes weights, code, tokenizer, recipe and model card, and replaces `final` when all files are complete.
 
     Args:
         recipe (`Recipe`): The recipe.
         accelerator (`Accelerator`): The engine.
-        model: The trained model, as it was after `prepare`.
+        model: The trained model, as returned by `prepare`.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
-        changes (`list[dict]`): What was changed when the run was resumed; the model card lists it.
+        changes (`list[dict]`): The changes of the recipe and of input files on resume, which the model card lists.
+
+    Returns:
+        `Path`: The folder `final`.
     """
     folder = Path(recipe.output_dir) / "final"
     partial = folder.with_name(".final.partial")
     if accelerator.is_main_process and partial.exists():
-        if (partial / "config.json").is_file():  # which a run that was killed has written first
+        if (partial / "config.json").is_file():  # a run that was killed wrote this folder, starting with this file
             shutil.rmtree(partial)
         else:
             set_aside(partial)
@@ -44,7 +47,8 @@ def save_final(
     else:
         state_dict = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
-            own = dict(unwrapped.named_parameters()) | dict(unwrapped.named_buffers())  # tied weights once
+            # A tied weight is saved once.
+            own = dict(unwrapped.named_parameters()) | dict(unwrapped.named_buffers())
             state_dict = {name: tensor for name, tensor in state_dict.items() if name in own}
             unwrapped.save_pretrained(partial, state_dict=state_dict)
     accelerator.wait_for_everyone()
@@ -61,13 +65,12 @@ def save_final(
 
 
 def replace_final(folder: Path, partial: Path):
-    """Puts the new result in the place of the one before. An old folder in which the user has
-    edited or added files is kept."""
+    """Replaces the previous result. If the user has edited or added files in it, it is renamed and kept."""
     if not folder.exists():
         partial.rename(folder)
         return
     written = {file.name for file in partial.iterdir()}
-    # `save_final` writes the card right after recipe.yaml, and everything else before it.
+    # `save_final` writes the model card right after recipe.yaml, and all other files before it.
     saved = (folder / "recipe.yaml").stat().st_mtime if (folder / "recipe.yaml").exists() else 0
     foreign = [
         file
@@ -81,8 +84,10 @@ def replace_final(folder: Path, partial: Path):
 
 
 def drop_foreign_code(folder: Path):
-    """Removes references to code that the folder does not hold, such as a tokenizer's `auto_map`: readers who trust
-    this folder must not run the code of others."""
+    """Removes references to code outside the folder, such as a tokenizer's `auto_map`.
+
+    Users who trust this folder with `trust_remote_code` must not run code from elsewhere.
+    """
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         file = folder / name
         fields = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -99,8 +104,14 @@ def drop_foreign_code(folder: Path):
 
 
 def model_card(recipe: Recipe, config: PreTrainedConfig, changes: list[dict], evaluated: str = "") -> str:
-    """The model card: how to load the model, how it was trained, and the numbers that were measured; `evaluated` is a
-    table of those that were measured after training."""
+    """Formats the model card: how to load the model, how it was trained, and its metrics.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+        config (`PreTrainedConfig`): The model's configuration.
+        changes (`list[dict]`): The changes of the recipe and of input files on resume.
+        evaluated (`str`, defaults to `""`): A table of the results of evaluations after the training.
+    """
     metrics = read_metrics(Path(recipe.output_dir) / "metrics.jsonl")
     trained = ([m for m in metrics if "loss" in m] or [{"tokens": 0, "loss": math.nan}])[-1]
     last = [m for m in metrics if "eval_loss" in m][-1]

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Whether a resumed run reads what it read before: text, tokenizer and model configuration."""
+"""Checks that the text, tokenizer and model configuration of a resumed run have not changed."""
 
 import glob
 import hashlib
@@ -10,17 +10,17 @@ from pathmoe.train.output import list_inputs
 from pathmoe.train.recipe import Recipe, RecipeError
 
 
-PIECE, PIECES = 1 << 20, 16  # of a larger file, this many pieces are hashed, spread evenly
-OWN = "output_dir/"  # what the run has made itself, wherever its output folder lies
+PIECE, PIECES = 1 << 20, 16  # of larger files, only this many pieces are hashed, at equal distances
+OWN = "output_dir/"  # prefix of files that the run wrote itself, independent of where its output folder is
 
 
 def find_inputs(recipe: Recipe) -> dict[str, Path]:
-    """The files that a run reads, by the names that its recipe or its output folder has for them."""
+    """Returns the files that a run reads. The keys are their names in the recipe or in the output folder."""
     found, output = {}, Path(recipe.output_dir)
     for field, value in list_inputs(recipe):
         path = Path(value)
         if path.is_dir():
-            # Of a checkpoint to go on from, the weights are those of the run's own checkpoint by now.
+            # The weights of `model` do not matter on resume, because the run's own checkpoint replaces them.
             patterns = ("config.json", "tokenizer*.json") if field in ("model", "tokenizer") else ("**/*",)
             files = [file for pattern in patterns for file in path.glob(pattern)]
         else:
@@ -32,7 +32,7 @@ def find_inputs(recipe: Recipe) -> dict[str, Path]:
 
 
 def fingerprint(file: Path) -> str:
-    """A hash of a file's size and content; of a large file, of pieces of it."""
+    """Returns a hash of a file's size and content. Only `PIECES` pieces of a large file are hashed."""
     size = file.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
     with file.open("rb") as stream:
@@ -44,7 +44,7 @@ def fingerprint(file: Path) -> str:
 
 
 def fingerprint_inputs(recipe: Recipe) -> dict[str, str]:
-    """The [`fingerprint`] of each file that a run reads.
+    """Returns the [`fingerprint`] of each file that a run reads.
 
     Raises:
         RecipeError: If a file cannot be read.
@@ -56,27 +56,31 @@ def fingerprint_inputs(recipe: Recipe) -> dict[str, str]:
 
 
 def find_changed_inputs(recipe: Recipe, checkpoint: Path) -> list[dict]:
-    """The files that have changed since a checkpoint was written: `field`, its fingerprint `before` and `after`.
+    """Lists the files that have changed since a checkpoint was written.
+
+    Returns:
+        `list[dict]`: For each file `field` (its name), and its fingerprints `before` and `after` (`None` if missing).
 
     Raises:
-        RecipeError: If there are such files and the recipe does not accept them.
+        RecipeError: If files have changed and the recipe does not accept this, or if files were added to or removed
+            from a stream.
     """
     now = fingerprint_inputs(recipe)
     before = json.loads((checkpoint / "state.json").read_text()).get("inputs", now)  # unknown to older versions
     changed = [
         {"field": name, "before": before.get(name), "after": now.get(name)}
         for name in sorted(before | now)
-        if before.get(name) != now.get(name) and not (name.startswith(OWN) and name not in now)  # made again
+        if before.get(name) != now.get(name) and not (name.startswith(OWN) and name not in now)  # will be made again
     ]
-    # The place in a stream is one in its list of files.
+    # The position in a stream refers to the list of its files.
     fixed = recipe.streaming and any(None in change.values() for change in changed)
     if changed and (fixed or not recipe.accept_changed_inputs):
         name, was, is_now = changed[0].values()
-        what = "is new" if was is None else "is gone" if is_now is None else "has another content"
+        what = "was added" if was is None else "was removed" if is_now is None else "has changed"
         more = f", and {len(changed) - 1} more files differ" if len(changed) > 1 else ""
-        go_on = "" if fixed else ", or go on with what is there now by --accept_changed_inputs true"
+        go_on = "" if fixed else ", or continue with the new files by --accept_changed_inputs true"
         raise RecipeError(
-            f"{name} {what} since {checkpoint} was written{more}: put it back as it was, start anew in another "
+            f"{name} {what} since {checkpoint} was written{more}: restore the previous state, start again in another "
             f"output_dir{go_on}."
         )
     return changed

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What a run tells: `metrics.jsonl`, the log line, the tracker, and the pictures of `train_accelerate.py plot`."""
+"""Logging of a run to the terminal, `metrics.jsonl` and the tracker, and the plots of `pathmoe plot`."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from pathmoe.files import check_writable, write_aside, write_text
 from pathmoe.train.recipe import Recipe, RecipeError
 
 
-MARK = "PathMoE train_accelerate.py plot"  # in the picture, which may replace an earlier one
+MARK = "PathMoE train_accelerate.py plot"  # written into the PNG: only files with this mark are replaced
 
 
 matplotlib.use("Agg")
@@ -23,10 +23,10 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 def read_metrics(file: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`. A last line that a killed run left unfinished is left out.
+    """Reads a `metrics.jsonl`. If a run was killed while it wrote the last line, that line is ignored.
 
     Raises:
-        RecipeError: If a line is not one of metrics.
+        RecipeError: If a line is not a JSON object with a step.
     """
     if file.exists() and not file.is_file():
         raise RecipeError(f"{file} is not a file: move it away.")
@@ -43,12 +43,12 @@ def read_metrics(file: Path) -> list[dict]:
 
 
 class Log:
-    """Writes metrics on the main process alone; lines after `first_step` are cut off first.
+    """Logs metrics on the main process. Existing metrics of steps after `first_step` are removed first.
 
     Args:
         recipe (`Recipe`): The recipe.
-        accelerator (`Accelerator`): The engine, with its tracker.
-        first_step (`int`): The step that the run goes on from.
+        accelerator (`Accelerator`): The engine with the tracker.
+        first_step (`int`): The step from which the run continues.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, first_step: int):
@@ -77,12 +77,12 @@ class Log:
 
 
 def is_spike(counters: dict, loss: float) -> bool:
-    """Whether a step's loss is more than six standard deviations above its running mean, and notes the loss.
+    """Returns whether a loss is more than six standard deviations above the running mean, and updates the averages.
 
-    Mean and variance are exponential averages over about 50 steps; the first 50 losses are never spikes.
+    Mean and variance are exponential averages over about 50 steps. The first 50 losses are never spikes.
 
     Args:
-        counters (`dict`): Holds the averages from step to step.
+        counters (`dict`): The counters of the run, which hold the averages.
         loss (`float`): The loss of the step.
     """
     seen, mean, variance = counters["losses_seen"], counters["loss_mean"], counters["loss_variance"]
@@ -103,7 +103,7 @@ CURVES = {
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens per second",
     "load_cv": "expert load: coefficient of variation",
-    "effective_experts": "experts in effect (exp of load entropy)",
+    "effective_experts": "effective experts (exp of load entropy)",
     "dead_experts": "dead experts per layer",
     "router_entropy": "router entropy (bits)",
     "router_grad_norm": "router gradient norm",
@@ -114,10 +114,10 @@ CURVES = {
 
 
 def check_curves(run: str, metrics: list[dict]):
-    """Refuses figures that cannot be drawn.
+    """Checks that the metrics can be plotted.
 
     Raises:
-        RecipeError: With the field and the step.
+        RecipeError: If a value cannot be plotted. The message names the field and the step.
     """
     for line in metrics:
         for name in (CURVES.keys() | {"load"}) & line.keys():
@@ -127,23 +127,23 @@ def check_curves(run: str, metrics: list[dict]):
             if not numbers or len({len(row) for row in rows}) > 1:
                 raise RecipeError(
                     f"{run}/metrics.jsonl: {name} of step {line['step']} is {str(line[name])[:60]}, which cannot be "
-                    "drawn: remove the line."
+                    "plotted: remove the line."
                 )
 
 
 def plot(args: list[str]) -> Path:
-    """Draws the curves of one or several runs; of per-layer figures the mean, and the range over the layers.
+    """Plots the metrics of one or several runs, and for metrics of layers the mean and the range.
 
     Returns:
         `Path`: The PNG file.
 
     Raises:
-        RecipeError: If a folder holds no run, or its metrics are damaged.
-        UserError: If the picture cannot be written or would replace another file.
+        RecipeError: If a folder holds no run, or if the metrics are damaged.
+        UserError: If the PNG file cannot be written or would replace a file that is not a plot.
     """
     parser = ArgumentParser(prog=f"{Path(sys.argv[0]).name} plot", description=plot.__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs")
-    parser.add_argument("--output", help="PNG file; training.png in the first run when unset")
+    parser.add_argument("--output", help="PNG file (default: training.png in the first run)")
     options = parser.parse_args(args)
     runs = {}
     for run in options.runs:

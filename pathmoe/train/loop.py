@@ -26,14 +26,14 @@ from pathmoe.train.throughput import Throughput, measure_peak_memory
 
 @dataclass
 class Step:
-    """What came of one optimizer step.
+    """The result of one optimizer step.
 
     Args:
-        number (`int`): Its number, counted from 1.
-        loss (`float`): The mean cross-entropy over its targets.
-        grad_norm (`float`): The 2-norm of the gradients before they were clipped.
-        lr (`float`): The learning rate that it was taken with.
-        routing (`dict`, *optional*): From [`RoutingMonitor.measure`], if the routing was measured.
+        number (`int`): The number of the step, counted from 1.
+        loss (`float`): The mean cross-entropy over the targets of the step, in nats.
+        grad_norm (`float`): The 2-norm of the gradients before clipping.
+        lr (`float`): The learning rate of the step.
+        routing (`dict`, *optional*): The result of [`RoutingMonitor.measure`], if the routing was measured.
         stopping (`bool`): Whether any rank was asked to stop.
     """
 
@@ -50,15 +50,15 @@ class Step:
 
 
 class TrainingLoop:
-    """The optimizer steps of a run, with what is logged, measured and saved between them.
+    """Runs the optimizer steps, and logs, evaluates and saves between them.
 
     Args:
         recipe (`Recipe`): The recipe.
         accelerator (`Accelerator`): The engine.
-        state (`TrainState`): What is trained.
+        state (`TrainState`): The state that is trained.
         held_out (`np.ndarray` of shape `(blocks, sequence_length)`): The validation text.
-        checkpoints (`Checkpoints`): Those of `state`.
-        log (`Log`): Where the metrics go.
+        checkpoints (`Checkpoints`): The checkpoints of `state`.
+        log (`Log`): The log of the metrics.
     """
 
     def __init__(
@@ -83,10 +83,11 @@ class TrainingLoop:
         """Runs the steps after `first_step`.
 
         Returns:
-            `bool`: Whether all steps are done; `False` when the run was asked to stop.
+            `bool`: Whether all steps are done. `False` if a signal stopped the run.
 
         Raises:
-            Diverged: After `max_bad_steps` steps in a row whose loss or gradients were not finite.
+            Diverged: After `max_bad_steps` consecutive steps with a loss or gradients that are not finite, or if the
+                weights of a checkpoint or the last evaluation are not finite.
         """
         self.state.model.train()
         bar = tqdm(
@@ -109,7 +110,7 @@ class TrainingLoop:
         return True
 
     def next_batch(self, number: int) -> list[dict[str, torch.Tensor]]:
-        """This rank's micro-batches of a step, as the model is given them."""
+        """Returns the model inputs of this rank's micro-batches of a step."""
         recipe, device = self.recipe, self.accelerator.device
         with self.throughput.timed("data"):
             drawn = self.checkpoints.draw_step(number, self.accumulation)
@@ -119,7 +120,7 @@ class TrainingLoop:
         return [make_inputs(tokens.to(device, non_blocking=True), recipe, end_of_text) for tokens in drawn]
 
     def train_step(self, number: int, micro_batches: list[dict[str, torch.Tensor]]) -> Step:
-        """Takes one optimizer step, or leaves it out where its loss or gradients are not finite."""
+        """Takes one optimizer step. Skips the update if the loss or the gradients are not finite."""
         state, counters = self.state, self.state.counters
         monitored = self.monitor is not None and is_due(number, self.recipe.routing_every)
         loss, router_logits = self.forward_backward(micro_batches, monitored)
@@ -127,7 +128,7 @@ class TrainingLoop:
         loss, norm, stopping = reduce_step_stats(self.accelerator, loss, norm, self.stop.signalled)
         with self.throughput.timed("routing"):
             routing = self.monitor.measure(router_logits) if monitored else None
-        del router_logits  # before the optimizer makes its states
+        del router_logits  # free the memory before the optimizer allocates its states
         lr = float(state.scheduler.get_last_lr()[0])
         step = Step(number, loss, norm, lr, routing, stopping)
         if step.finite:
@@ -146,16 +147,16 @@ class TrainingLoop:
         return step
 
     def forward_backward(self, micro_batches: list[dict[str, torch.Tensor]], monitored: bool):
-        """Adds up the gradients of the micro-batches.
+        """Accumulates the gradients of the micro-batches.
 
         Returns:
-            `tuple`: this rank's share of the cross-entropy, a scalar tensor, and the router logits of the first
-            micro-batch, `None` unless `monitored`.
+            `tuple`: this rank's share of the cross-entropy (a scalar tensor), and the router logits of the first
+            micro-batch (`None` unless `monitored`).
         """
         accelerator, alone = self.accelerator, loss_only_kwargs(self.model)
         targets = torch.stack([count_targets(inputs) for inputs in micro_batches]).sum()
         if accelerator.num_processes > 1:
-            # Gradients are averaged over the ranks, each of which has its share of the targets.
+            # Gradients are averaged over the ranks, so the loss is divided by the mean number of targets per rank.
             targets = accelerator.reduce(targets.float(), reduction="mean")
         loss_sum, router_logits = torch.zeros((), device=accelerator.device), None
         for number, inputs in enumerate(micro_batches):
@@ -165,12 +166,12 @@ class TrainingLoop:
                 loss = output.loss
                 loss_sum += cross_entropy(output, self.config, count_targets(inputs) / targets)
                 router_logits = output.router_logits if wanted else router_logits
-                del output  # and with it, in most models, the logits: the largest tensor of all
+                del output  # free the logits, the largest tensor in most models
                 accelerator.backward(loss)
         return loss_sum, router_logits
 
     def report(self, step: Step):
-        """Logs the step and its routing, if they are due. A step that was left out has been logged already."""
+        """Logs the step and its routing if they are due. A skipped step has already been logged."""
         recipe, number = self.recipe, step.number
         self.throughput.steps += 1
         if not step.finite:
@@ -198,7 +199,7 @@ class TrainingLoop:
                 report_routing(step.routing, self.monitor.find_collapse(step.routing), self.log, number)
 
     def evaluate(self, step: Step):
-        """Measures the validation loss, if it is due."""
+        """Measures the validation loss if it is due."""
         last = step.number == self.recipe.max_steps
         if last or is_due(step.number, self.recipe.eval_every):
             metrics = evaluate(self.state.model, self.held_out, self.recipe, self.accelerator)
@@ -208,7 +209,7 @@ class TrainingLoop:
                 check_evaluation(metrics, step.number)
 
     def save(self, step: Step):
-        """Writes a checkpoint, if one is due or the run has to stop."""
+        """Writes a checkpoint if one is due or the run has to stop."""
         last = step.number == self.recipe.max_steps
         if last or step.stopping or is_due(step.number, self.recipe.checkpoint_every):
             check_weights(self.model, step.number)
@@ -216,14 +217,17 @@ class TrainingLoop:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that is done every `every` steps is due; 0 stands for never."""
+    """Returns whether `step` is a multiple of `every`. 0 means never."""
     return bool(every) and step % every == 0
 
 
 def reduce_step_stats(
     accelerator: Accelerator, loss: torch.Tensor, norm: torch.Tensor, signalled: bool
 ) -> tuple[float, float, bool]:
-    """The step's loss, its gradient norm, and whether any rank was asked to stop: one exchange and one wait a step."""
+    """Averages loss and gradient norm over the ranks, and returns whether any rank was asked to stop.
+
+    All three values share one collective and one device synchronization per step.
+    """
     values = torch.stack([loss, norm.to(loss), torch.tensor(float(signalled), device=loss.device)])
     if accelerator.num_processes > 1:
         values = accelerator.reduce(values, reduction="mean")
@@ -246,13 +250,13 @@ def report_routing(measured: dict, collapse: list[str], log: Log, step: int):
 
 
 def cross_entropy(output, config: PreTrainedConfig, share: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy in a micro-batch's loss: what is reported leaves the auxiliary router losses out.
+    """Subtracts the auxiliary router losses from a micro-batch's loss, so that the cross-entropy is reported.
 
     Args:
         output: The model's output.
-        config (`PreTrainedConfig`): Its configuration.
-        share (`torch.Tensor`): The micro-batch's share of the step's targets, by which PathMoE weighs its router
-            losses. Other models add theirs whole.
+        config (`PreTrainedConfig`): The model's configuration.
+        share (`torch.Tensor`): The micro-batch's share of the step's targets. PathMoE weights its router losses by
+            this share; other models do not.
     """
     loss = output.loss.detach()
     for name, coefficient in (("aux_loss", "router_aux_loss_coef"), ("z_loss", "router_z_loss_coef")):

@@ -7,8 +7,8 @@
     accelerate launch --config_file configuration/accelerate/ddp.yaml train_accelerate.py --config … --output_dir …
 
 Any field of the recipe can be given on the command line: `--learning_rate 1e-3 --model_overrides '{num_experts: 8}'`.
-The model ends in OUTPUT_DIR/final, ready for the Hub; metrics are in OUTPUT_DIR/metrics.jsonl. `--resume auto`
-continues an interrupted run from its newest checkpoint, with the same result as if it had not been interrupted.
+The run writes the model to OUTPUT_DIR/final, ready for the Hub, and metrics to OUTPUT_DIR/metrics.jsonl. `--resume
+auto` continues an interrupted run from its newest checkpoint, with the same result as if it had not been interrupted.
 """
 
 import signal
@@ -42,10 +42,13 @@ INTERRUPTED = 75  # exit status of a run that was asked to stop and can be resum
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs a recipe. Returns the exit status: 0, or `INTERRUPTED` when stopped by a signal after a checkpoint.
+    """Runs a recipe, `plot` or `plan`.
+
+    Returns:
+        `int`: The exit status: 0, or `INTERRUPTED` if a signal stopped the run, which has then written a checkpoint.
 
     Raises:
-        RecipeError, DataError: If the recipe or the data cannot be used; nothing has been trained then.
+        RecipeError, DataError: If the recipe or the data cannot be used.
     """
     args = sys.argv[1:] if args is None else args
     if args[:1] == ["plot"]:
@@ -84,7 +87,7 @@ def main(args: list[str] | None = None) -> int:
 def build(
     recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator, fresh: bool
 ) -> tuple[TrainState, PreTrainedTokenizerBase, np.ndarray]:
-    """Builds what is trained, with its text.
+    """Builds the model, the optimizer and the data of a run.
 
     Args:
         recipe (`Recipe`): The recipe.
@@ -96,7 +99,7 @@ def build(
         `tuple`: the state before the first step, the tokenizer and the validation blocks.
     """
     model = None
-    if not recipe.model.endswith(".json"):  # what is wrong with a checkpoint is found before the text is read
+    if not recipe.model.endswith(".json"):  # load a checkpoint before the text is read, so that errors come early
         model = build_model(recipe, config, build_tokenizer(recipe, [], config.vocab_size, accelerator), accelerator)
     tokenizer, batches, held_out = build_data(recipe, accelerator, config.vocab_size, fresh)
     if model is None:
@@ -111,16 +114,16 @@ def build(
 
 
 def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> int:
-    """Trains, from the start or from a checkpoint, and returns the exit status."""
+    """Trains from the start or from a checkpoint, and returns the exit status."""
     output = Path(recipe.output_dir)
     check_inputs(recipe)
     checkpoint = find_checkpoint(recipe, accelerator)
     if is_finished(recipe, checkpoint, 0 if checkpoint is None else step_of(checkpoint)):
-        accelerator.print(f"{output / 'final'} is done: max_steps={recipe.max_steps}.")
+        accelerator.print(f"{output / 'final'} is complete: max_steps={recipe.max_steps}.")
         return 0
     changed = []
     if checkpoint is not None:
-        read_metrics(output / "metrics.jsonl")  # damaged ones are found before anything is written
+        read_metrics(output / "metrics.jsonl")  # raise errors in the file before anything is written
         changed = find_changed_inputs(recipe, checkpoint)
     state, tokenizer, held_out = build(recipe, config, accelerator, fresh=checkpoint is None)
     counters, first_step = state.counters, 0
@@ -143,13 +146,13 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
         f"{accelerator.device.type}, {recipe.precision}"
     )
     if not TrainingLoop(recipe, accelerator, state, held_out, checkpoints, log).train(first_step):
-        accelerator.print("stopped after a checkpoint; --resume auto goes on.")
+        accelerator.print("stopped after writing a checkpoint; pass --resume auto to continue.")
         return INTERRUPTED
     accelerator.print(f"saved {save_final(recipe, accelerator, state.model, tokenizer, counters['changes'])}")
     return 0
 
 
 def command() -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the same: the run can be resumed
+    for number in (signal.SIGINT, signal.SIGTERM):  # both are handled alike: the run can be resumed
         signal.signal(number, signal.default_int_handler)
     return main()

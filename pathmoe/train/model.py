@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The model of a recipe: its configuration, checked before anything is built, and its weights."""
+"""Builds the model of a recipe. The configuration is checked before anything is built."""
 
 import copy
 import os
@@ -47,17 +47,17 @@ def read_fields(file: Path) -> dict:
 
 
 def check_fields(fields: dict):
-    """Refuses sizes that no machine can build, before anything is built."""
+    """Refuses more layers than any machine can build."""
     layers = fields.get("num_hidden_layers", 1)
     if isinstance(layers, int) and layers > MAX_LAYERS:
         raise ValueError(f"num_hidden_layers={layers} must be at most {MAX_LAYERS}.")
 
 
 def check_model(recipe: Recipe, config: PreTrainedConfig):
-    """Finds out before the text is read what would stop the model from being built.
+    """Checks that the model can be built, before the text is read.
 
     Raises:
-        RecipeError: If an implementation is not known or the weights do not fit into the memory of the machine.
+        RecipeError: If an implementation is unknown or the weights do not fit into the memory of the machine.
     """
     kwargs = {
         name: getattr(recipe, name)
@@ -75,19 +75,19 @@ def check_model(recipe: Recipe, config: PreTrainedConfig):
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_experts", "moe_intermediate_size")
         said = ", ".join(f"{name}={getattr(config, name)}" for name in sizes if hasattr(config, name))
         raise RecipeError(
-            f"model={recipe.model!r}: its weights take {size / 1e9:,.0f} GB in float32 and this machine has "
-            f"{memory / 1e9:,.0f} GB of memory ({said}): take a smaller model, or run `plan` for this one."
+            f"model={recipe.model!r}: the weights take {size / 1e9:,.0f} GB in float32 and this machine has "
+            f"{memory / 1e9:,.0f} GB of memory ({said}): use a smaller model, or run `plan` for this one."
         )
 
 
 def build_config(recipe: Recipe) -> PreTrainedConfig:
-    """Reads the model configuration that the recipe names and applies its overrides.
+    """Reads the model configuration of a recipe and applies `model_overrides`.
 
     Raises:
-        RecipeError: If there is none, or if it is wrong.
+        RecipeError: If the configuration is missing or not valid.
     """
     if recipe.model.endswith(".json") and not presets.find(recipe.model).is_file():
-        raise RecipeError(f"model={recipe.model!r}: there is no such file.")
+        raise RecipeError(f"model={recipe.model!r} does not exist: name a configuration file or a checkpoint.")
     try:
         if recipe.model.endswith(".json"):
             fields = read_fields(presets.find(recipe.model)) | recipe.model_overrides
@@ -104,10 +104,10 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
     if fixed := FIXED & set(recipe.model_overrides):
         raise RecipeError(f"model_overrides has {sorted(fixed)}, which cannot be overridden: see precision and model.")
     if unknown := set(recipe.model_overrides) - known:
-        raise RecipeError(f"model_overrides has {sorted(unknown)}, no fields of a {config.model_type} configuration.")
+        raise RecipeError(f"model_overrides has {sorted(unknown)}, unknown to {config.model_type}: remove them.")
     if recipe.model.endswith(".json") and (unknown := set(fields) - known):
         raise RecipeError(
-            f"model={recipe.model!r} has {sorted(unknown)}, no fields of a {config.model_type} configuration."
+            f"model={recipe.model!r} has the fields {sorted(unknown)}, unknown to {config.model_type}: remove them."
         )
     if recipe.sequence_length > config.max_position_embeddings:
         raise RecipeError(
@@ -124,10 +124,17 @@ def build_model(
     accelerator: Accelerator,
     frequencies: np.ndarray | None = None,
 ) -> PreTrainedModel:
-    """Builds a new model from the seed, or loads the checkpoint to go on from. `frequencies` is for `apply_start`.
+    """Builds a new model from the seed, or loads the checkpoint `model` of the recipe.
 
-    With expert parallelism each rank loads its shards alone, which takes a checkpoint: a new model is first written to
-    OUTPUT_DIR/initial by the main process, which has it whole in its memory for that time.
+    With expert parallelism, each rank loads only its own shards, which requires a checkpoint. The main process
+    therefore builds a new model in its own memory first, and writes it to OUTPUT_DIR/initial.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+        config (`PreTrainedConfig`): The model's configuration. Its special tokens are set to the tokenizer's.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        accelerator (`Accelerator`): The engine.
+        frequencies (`np.ndarray`, *optional*): Passed to [`~pathmoe.train.start.apply_start`] for a new model.
     """
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
@@ -147,7 +154,7 @@ def build_model(
             source = Path(recipe.output_dir) / "initial"
             if accelerator.is_main_process:
                 if os.path.lexists(source) and not list_checkpoints(recipe):
-                    accelerator.print(f"{source} was there before and is kept as {set_aside(source)}.")
+                    accelerator.print(f"{source} existed before this run and is kept as {set_aside(source)}.")
                 initial = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
                 apply_start(recipe, initial, frequencies)
                 initial.save_pretrained(source)
@@ -169,15 +176,18 @@ def build_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.compile:
         if recipe.routing_every:
-            install_all_output_capturing_hooks(model.base_model)  # a compiled forward cannot
+            install_all_output_capturing_hooks(model.base_model)  # a compiled forward cannot install them
         model.compile()
     return model
 
 
 @torch.no_grad()
 def find_experts_dtype(model, accelerator: Accelerator) -> str:
-    """The dtype in which the experts compute, seen in a forward of a few tokens: a kernel can ignore autocast, and
-    then runs float32 weights in float32, slowly and without a word. `"none"` for a model without experts."""
+    """Returns the dtype in which the experts compute, or `"none"` for a model without experts.
+
+    The dtype is observed in a forward of a few tokens, because a kernel may ignore autocast and silently run the
+    float32 weights in float32, which is slow.
+    """
     seen = []
     handles = [
         module.register_forward_pre_hook(lambda module, args: seen.append((args[0].dtype, module.down_proj.dtype)))

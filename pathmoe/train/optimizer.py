@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The optimizer of a recipe and its schedule."""
+"""Optimizer and learning rate scheduler of a recipe."""
 
 from collections import defaultdict
 
@@ -11,7 +11,7 @@ from pathmoe.train.start import parameters_of_start
 
 
 def build_optimizer(recipe: Recipe, model: torch.nn.Module):
-    """AdamW in which matrices decay and vectors do not, and its schedule."""
+    """Builds an AdamW optimizer, which applies weight decay to matrices but not to vectors, and its scheduler."""
     groups, keeps_start = defaultdict(list), parameters_of_start(recipe, model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -30,7 +30,7 @@ def build_optimizer(recipe: Recipe, model: torch.nn.Module):
         lr=recipe.learning_rate,
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.epsilon,
-        fused=recipe.ep_size == 1,  # no kernel takes parameters of several device meshes at once
+        fused=recipe.ep_size == 1,  # no kernel supports parameters of several device meshes at once
         foreach=False if recipe.ep_size > 1 else None,
     )
     if recipe.schedule == "cosine":

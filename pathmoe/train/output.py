@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The output folder of a run: which files in it are the run's own, and which it must not touch."""
+"""The output folder of a run, and the protection of files that the run did not write."""
 
 import contextlib
 import glob
@@ -13,16 +13,16 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from pathmoe.files import write_text
-from pathmoe.train.recipe import FREE_TO_CHANGE, Recipe, RecipeError, list_changes, published, read_recipe
+from pathmoe.train.recipe import CHANGEABLE_ON_RESUME, Recipe, RecipeError, list_changes, published, read_recipe
 
 
-# What a run writes in its output folder, besides `tokenizer`, which only a run that trains one writes.
+# Files and folders that every run may write. `tokenizer` is not listed: only runs that train a tokenizer write it.
 WRITTEN = ("final", "initial", "checkpoints", "recipe.yaml", "metrics.jsonl", "run.lock")
 
 
 @contextlib.contextmanager
 def lock_output_dir(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
-    """Creates the output folder and keeps other runs from writing to it. The lock ends with the process.
+    """Creates the output folder and keeps other runs from writing to it. The lock is released when the process ends.
 
     Raises:
         RecipeError: If the folder cannot be written, or if another run writes to it.
@@ -48,7 +48,7 @@ def lock_output_dir(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            # A run that has not begun leaves nothing: its recipe is the first that it writes for good.
+            # recipe.yaml is the first file that a run keeps. A run that fails before it leaves nothing behind.
             if locked_first and not (output / "recipe.yaml").exists():
                 (output / "run.lock").unlink()
             made = {path.name for path in output.glob("validation-*.npy")} | {"tokenizer"}
@@ -58,10 +58,11 @@ def lock_output_dir(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
 
 
 def check_inputs(recipe: Recipe):
-    """Refuses a run that would overwrite what it reads, under whatever name or link.
+    """Refuses a run that would overwrite one of its inputs. Links are followed.
 
     Raises:
-        RecipeError: If an input lies in a file or folder that the run writes, or a folder is where it writes a file.
+        RecipeError: If an input lies in a file or folder that the run writes, or if the run would write a file where
+            the output folder has something else, such as a folder.
     """
     output = Path(recipe.output_dir)
     for name in ("recipe.yaml", "metrics.jsonl"):
@@ -70,7 +71,7 @@ def check_inputs(recipe: Recipe):
     written = {Path(os.path.realpath(output / name)): output / name for name in WRITTEN}
     for field, value in list_inputs(recipe):
         for file in [value, *glob.glob(value, recursive=True)]:
-            path = Path(os.path.realpath(file))  # `resolve` fails at links that lead back to themselves
+            path = Path(os.path.realpath(file))  # `resolve` fails at cyclic links
             for target, name in written.items():
                 if path == target or target in path.parents:
                     raise RecipeError(
@@ -79,7 +80,7 @@ def check_inputs(recipe: Recipe):
 
 
 def list_inputs(recipe: Recipe) -> list[tuple[str, str]]:
-    """The fields of a recipe that name files to read, with each of their values."""
+    """Lists the inputs of a recipe that may be files, as pairs of field and value."""
     inputs = [("model", recipe.model), ("tokenizer", recipe.tokenizer)]
     for source in recipe.sources:
         files = source.data_files
@@ -90,26 +91,26 @@ def list_inputs(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def is_finished(recipe: Recipe, checkpoint: Path | None, steps: int) -> bool:
-    """Whether `final` is the result of this recipe, so that nothing is left to do.
+    """Returns whether `final` already is the result of this recipe, so that there is nothing left to do.
 
     Args:
         recipe (`Recipe`): The recipe.
         checkpoint (`Path`, *optional*): The checkpoint to resume from.
-        steps (`int`): The number of steps that the checkpoint has behind it.
+        steps (`int`): The number of steps after which the checkpoint was written.
 
     Raises:
-        RecipeError: If `final` is there and this run may not replace it.
+        RecipeError: If `final` exists and this run must not replace it.
     """
     final = Path(recipe.output_dir) / "final"
     if not os.path.lexists(final):
         return False
     if final.is_symlink() or not final.is_dir():
-        raise RecipeError(f"{final} is not a folder of this run: move it away, or choose another output_dir.")
+        raise RecipeError(f"{final} is not a folder that this run wrote: move it away, or choose another output_dir.")
     if not any(final.iterdir()):
         return False
     made_with = read_recipe(final / "recipe.yaml")
     now = published(vars(recipe))
-    changed = None if made_with is None else list_changes(made_with, now, FREE_TO_CHANGE - {"max_steps"})
+    changed = None if made_with is None else list_changes(made_with, now, CHANGEABLE_ON_RESUME - {"max_steps"})
     weights = [file for file in final.glob("*.safetensors") if file.stat().st_size]
     if (
         changed == []
@@ -119,7 +120,7 @@ def is_finished(recipe: Recipe, checkpoint: Path | None, steps: int) -> bool:
     ):
         return True
     if checkpoint is None:
-        reason = "has no recipe.yaml" if changed is None else ", ".join(changed) if changed else "it is not whole"
+        reason = "it has no recipe.yaml" if changed is None else ", ".join(changed) or "it is incomplete"
         raise RecipeError(
             f"{final} is not the result of this recipe ({reason}) and there is no checkpoint to resume from: choose "
             "another output_dir, or move that folder away."
@@ -128,14 +129,14 @@ def is_finished(recipe: Recipe, checkpoint: Path | None, steps: int) -> bool:
         raise RecipeError(f"{final} was not made by this run: move it away, or choose another output_dir.")
     if changed and steps >= recipe.max_steps:
         raise RecipeError(
-            f"{final} is done and was made with another recipe ({', '.join(changed)}): raise max_steps to go on, or "
-            "choose another output_dir."
+            f"{final} was made with a different recipe ({', '.join(changed)}): raise max_steps to continue the run, "
+            "or choose another output_dir."
         )
     return False
 
 
 def write_recipe(recipe: Recipe):
-    """Writes `recipe.yaml`. One that a person has written or edited, with comments, is kept under another name."""
+    """Writes `recipe.yaml`. If the user has written or edited the existing one, it is renamed and kept."""
     file = Path(recipe.output_dir) / "recipe.yaml"
     if (before := read_recipe(file)) is not None and file.read_text(encoding="utf-8") != to_yaml(before):
         print(f"{file} was not written by this run and is kept as {set_aside(file)}.")
@@ -147,7 +148,7 @@ def to_yaml(fields: dict) -> str:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a file or folder that is in the way, and returns its new path."""
+    """Renames a file or folder to make room for a new one. Returns the new path."""
     number = 1
     while os.path.lexists(target := path.with_name(f"{path.name}.set-aside-{number}")):
         number += 1

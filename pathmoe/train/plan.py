@@ -1,12 +1,12 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""How much memory a recipe takes on each GPU, before one is rented.
+"""Estimates how much memory a recipe takes on each GPU, without a GPU.
 
     pathmoe plan --config RECIPE.yaml [--gpus 8 16 64] [--memory 80 141] [--field value …]
 
-Parameters, gradients and optimizer state follow from the number of ranks. What a step holds for a while (activations,
-logits, gradients on their way) is counted while two and three layers of the model run with fake tensors, which have
-sizes and no contents, and is linear in the number of layers. Norms count as on a CPU; on a GPU each keeps one more
-tensor of its input's size: 4 GB of the paper's 16B model without checkpointing.
+Parameters, gradients and optimizer state follow from the number of ranks. Temporary tensors (activations, logits,
+gradients of activations) are counted in a run of two and of three layers with fake tensors, which have sizes but no
+contents, and are extrapolated linearly to the number of layers. Norms are counted as on a CPU. On a GPU, each norm
+keeps one more tensor of the size of its input: 4 GB for the paper's 16B model without checkpointing.
 """
 
 import dataclasses
@@ -38,11 +38,11 @@ GB = 1e9
 
 @dataclasses.dataclass
 class Memory:
-    """Bytes on each rank at the worst moment of a step.
+    """The peak memory of each rank during a step, in bytes.
 
     Args:
         states (`float`): float32 parameters, gradients and AdamW moments.
-        gathered (`float`): Copies of sharded weights in use, and their gradients before they are scattered.
+        gathered (`float`): Gathered copies of sharded weights, and the gradients of these before they are scattered.
         working (`float`): Activations, logits and temporary tensors.
     """
 
@@ -56,10 +56,10 @@ class Memory:
 
 
 def plan_memory(recipe: Recipe, config: PreTrainedConfig, engine: str, ranks: int) -> Memory:
-    """Plans the memory of one rank.
+    """Estimates the memory of one rank.
 
     Args:
-        recipe (`Recipe`): The recipe; its micro-batch, length, precision, checkpointing and `ep_size` count.
+        recipe (`Recipe`): The recipe.
         config (`PreTrainedConfig`): The model's configuration.
         engine (`str`): `"cpu"`, `"gpu"`, `"ddp"`, `"fsdp"` or `"fsdp_ep"`.
         ranks (`int`): Number of processes.
@@ -71,14 +71,14 @@ def plan_memory(recipe: Recipe, config: PreTrainedConfig, engine: str, ranks: in
     working = two + (three - two) * (config.num_hidden_layers - 2)
     states = 16 * share
     if engine != "ddp" and recipe.batch_size <= recipe.micro_batch_size * ranks:
-        # One micro-batch a step: when its activations are most, there are no gradients yet; when all gradients are
-        # there, only the first layer is left. (DDP holds the gradients all the time.)
+        # With one micro-batch per step, there are no gradients yet when the activations are at their peak. When all
+        # gradients exist, only the activations of the first layer are left. (DDP always holds the gradients.)
         late = 4 * share + trace_working_memory(recipe, config, 0, cast=sharded)
         states, working = 12 * share, max(working, late)
     rows = recipe.micro_batch_size * recipe.sequence_length * getattr(config, "num_experts_per_tok", 0)
     implementation = recipe.experts_implementation or ("pathmoe" if config.model_type == "pathmoe" else "grouped_mm")
     if implementation == "pathmoe":
-        # What all experts give, before it is summed up: inside an operator, where tracing does not look.
+        # The outputs of all experts before they are summed: they exist inside an operator, which tracing does not see.
         working += rows * config.hidden_size * half
     gathered = 0.0
     if sharded and ranks > 1:
@@ -87,24 +87,25 @@ def plan_memory(recipe: Recipe, config: PreTrainedConfig, engine: str, ranks: in
         experts = 3 * config.num_experts * config.hidden_size * config.moe_intermediate_size
         if engine == "fsdp_ep":
             layer -= experts * (1 - 1 / recipe.ep_size)
-        # The layer at work and the next one; then the float32 buffer in which the layer's gradients are summed up.
+        # The current layer and the next one, and the float32 buffer in which the layer's gradients are reduced.
         gathered = half * max(2 * layer, layer + embeddings) + 4 * layer
         if engine == "fsdp_ep":
             kept = 1 if recipe.gradient_checkpointing else config.num_hidden_layers
-            # Tokens that were sent to the experts of other ranks, and those that came; the latter take the place of
-            # the sorted ones where the experts keep these.
+            # Tokens sent to and received from other ranks. Where the experts keep the sorted tokens, the received ones
+            # replace them.
             working += (2 if implementation == "pathmoe" else 1) * kept * rows * config.hidden_size * half
     return Memory(states, gathered, working)
 
 
 def trace_working_memory(recipe: Recipe, config: PreTrainedConfig, layers: int, cast: bool) -> float:
-    """The most bytes that a forward and backward of a model with so many layers holds, its parameters left aside.
+    """Measures the peak memory of a forward and backward in bytes, without the parameters.
 
     Args:
         recipe (`Recipe`): The recipe.
         config (`PreTrainedConfig`): The model's configuration.
-        layers (`int`): Number of layers to run; 0 stands for a single one without the head and the loss.
-        cast (`bool`): Whether bfloat16 is what the weights are held in (sharded), or what autocast makes of them.
+        layers (`int`): Number of layers to run; 0 stands for one layer without the head and the loss.
+        cast (`bool`): Whether the weights are cast to bfloat16 (sharded) or autocast is used, if the precision is
+            `"bf16"`.
     """
     fields = config.to_dict() | {"num_hidden_layers": layers or 1, "router_block_size": 1}
     names = ("micro_batch_size", "sequence_length", "precision", "gradient_checkpointing")
@@ -116,7 +117,7 @@ def trace_working_memory(recipe: Recipe, config: PreTrainedConfig, layers: int, 
 def _trace(fields, rows, length, precision, checkpointing, attention, experts, cast, head) -> float:
     fields, bf16 = json.loads(fields), precision == "bf16"
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    # grouped_mm does not know float32 tensors that are fake; transformers' stand-in for it does.
+    # grouped_mm does not support fake float32 tensors; the fallback of transformers does.
     with FakeTensorMode(), mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: bf16):
         model = AutoModelForCausalLM.from_config(
             config,
@@ -126,7 +127,7 @@ def _trace(fields, rows, length, precision, checkpointing, attention, experts, c
         ).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for parameter in model.parameters():  # gradients that stay are counted among the states
+        for parameter in model.parameters():  # `Memory.states` counts the gradients of parameters
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         tokens = torch.zeros(rows, length, dtype=torch.int64)
         positions = torch.arange(length).expand_as(tokens)
@@ -134,7 +135,7 @@ def _trace(fields, rows, length, precision, checkpointing, attention, experts, c
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not cast):
                 inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
                 if head:
-                    # As in training: without all logits, unless the head is sharded, as all weights are then.
+                    # As in training, which does not hold all logits unless the head is sharded (like all weights).
                     alone = {"skip_logits": True} if config.model_type == "pathmoe" and not cast else {}
                     loss = model(**inputs, labels=tokens, num_items_in_batch=1, **alone).loss
                 else:
@@ -144,11 +145,13 @@ def _trace(fields, rows, length, precision, checkpointing, attention, experts, c
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that come into being and pass away, but for the known ones. (torch's own memory
-    tracker cannot follow modules whose parameters are replaced for a call, as those of the experts are in autocast.)
+    """Tracks the bytes of all tensors that are created and freed, and their peak.
+
+    torch's own memory tracker cannot follow modules whose parameters are replaced for a call, as those of the experts
+    are under autocast.
 
     Args:
-        known (`list[torch.Tensor]`): Tensors that do not count.
+        known (`list[torch.Tensor]`): Tensors that are not counted.
     """
 
     def __init__(self, known: list[torch.Tensor]):
@@ -174,7 +177,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def plan(args: list[str]) -> str:
-    """A table of the memory per GPU, for the recipe as it is and with the options that save memory."""
+    """Formats a table of the memory per GPU, with and without the options that save memory."""
     parser = ArgumentParser(prog=f"{Path(sys.argv[0]).name} plan", description=__doc__.split("\n")[0])
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--memory", type=float, nargs="+", default=[80, 141], metavar="GB")
@@ -188,7 +191,7 @@ def plan(args: list[str]) -> str:
     recipe = parse_recipe(rest)
     config = build_config(recipe)
     if config.model_type != "pathmoe":
-        raise RecipeError(f"model={recipe.model!r}: plan knows the memory of PathMoE, not of {config.model_type}.")
+        raise RecipeError(f"model={recipe.model!r}: plan supports PathMoE models, not of type {config.model_type}.")
     if config.num_experts % recipe.ep_size or all(gpus % recipe.ep_size for gpus in options.gpus):
         raise RecipeError(
             f"ep_size={recipe.ep_size} must divide num_experts={config.num_experts} and the number of GPUs "
@@ -213,6 +216,6 @@ def plan(args: list[str]) -> str:
                 rows.append(cells)
     return (
         f"{count['total']:,} parameters, {recipe.micro_batch_size} x {recipe.sequence_length:,} tokens in a "
-        f"micro-batch, {recipe.precision}. GB per GPU; a twentieth is left to the allocator and the libraries.\n\n"
+        f"micro-batch, {recipe.precision}. GB per GPU; 5 % are reserved for the allocator and the libraries.\n\n"
         + markdown_table(head, rows, left=(1, 2, *range(7, len(head))))
     )

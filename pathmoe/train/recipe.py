@@ -1,9 +1,9 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The recipe of a training run: its fields, their defaults and what is refused.
+"""The recipe of a training run: its fields, their defaults and their validation.
 
     pathmoe train --config quickstart --output_dir runs/mine --learning_rate 1e-3
 
-`--config` is a YAML file or the name of a shipped recipe, and any field can be given on the command line.
+`--config` takes a YAML file or the name of a shipped recipe. Any field can be set on the command line.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from pathmoe import presets
 from pathmoe.command import UserError
 
 
-MAX_COUNT = 10**9  # of steps, tokens, sequences and whatever else a recipe counts
-SMALLEST, LARGEST = 2.0**-126, 2.0**127  # what float32 holds in full precision
+MAX_COUNT = 10**9  # the most steps, tokens, sequences etc. that a recipe may ask for
+SMALLEST, LARGEST = 2.0**-126, 2.0**127  # the range in which float32 has full precision
 
 
 class RecipeError(UserError, ValueError):
@@ -33,68 +33,73 @@ class RecipeError(UserError, ValueError):
 @strict
 @dataclasses.dataclass
 class Recipe:
-    """One training run. Paths are relative to the working directory.
+    """The configuration of one training run. Paths are relative to the working directory.
 
     Args:
-        model (`str`): A model configuration (JSON file, or the name of a shipped one), or a checkpoint (folder or Hub
-            name) to go on from.
-        output_dir (`str`): Where everything goes.
-        max_steps (`int`): Optimizer steps.
-        sequence_length (`int`): Tokens in a sequence. Documents are packed, nothing is padded.
-        batch_size (`int`): Sequences in an optimizer step, over all processes and micro-batches.
-        micro_batch_size (`int`): Sequences that a process runs at once; the rest of the batch is accumulated.
-        model_overrides (`dict`): Configuration fields that differ from `model`.
-        tokenizer (`str`, *optional*): A tokenizer (folder or Hub name). When unset, that of the checkpoint to go on
-            from; for a new model, a byte-level BPE trained on the text.
-        dataset (`str`, *optional*): A text file, a folder written by `save_to_disk`, or what `datasets.load_dataset`
-            takes. Either this or `mixture`.
-        dataset_config, data_files, text_column, train_split, streaming: As for `datasets.load_dataset`.
-        validation_split (`str`, *optional*): When unset, one in `holdout_every` documents is held out, chosen by
-            its text.
-        max_bad_rows (`int`): How many rows of a source that hold no readable text are skipped; one more stops the run.
+        model (`str`): A model configuration (a JSON file, or the name of a shipped one) for a new model, or a
+            checkpoint (folder or Hub name) to continue from.
+        output_dir (`str`): The folder that the run writes to.
+        max_steps (`int`): Number of optimizer steps.
+        sequence_length (`int`): Number of tokens in a sequence. Documents are packed, so there is no padding.
+        batch_size (`int`): Number of sequences in an optimizer step, over all processes and micro-batches.
+        micro_batch_size (`int`): Number of sequences in one forward of a process. Gradients are accumulated until the
+            batch is complete.
+        model_overrides (`dict`): Configuration fields that replace those of `model`.
+        tokenizer (`str`, *optional*): A tokenizer (folder or Hub name). Defaults to the tokenizer of the checkpoint
+            `model`; for a new model, the run trains a byte-level BPE on the text.
+        dataset (`str`, *optional*): A text file, a folder written by `save_to_disk`, or a name that
+            `datasets.load_dataset` accepts. Set either this or `mixture`.
+        dataset_config, data_files, train_split, streaming: The arguments `name`, `data_files`, `split` and `streaming`
+            of `datasets.load_dataset`.
+        text_column (`str`): The column that holds the text.
+        validation_split (`str`, *optional*): The split to validate on. When unset, one in `holdout_every` documents is
+            held out, selected by a hash of its text.
+        max_bad_rows (`int`): Number of rows without readable text that are skipped in each source. If there are more,
+            the run stops.
         mixture (`list` of `dict`, *optional*): Several sources. Each has a `weight`, its share of the sequences in any
-            stretch of training, and the data fields above; those that it leaves out are the recipe's own.
-        document_mask (`bool`): Whether attention stays within a document. When off, a token sees all that precedes it
-            in its sequence, and the first token of a document is predicted from the one before.
-        shuffle_window (`int`): How many consecutive documents of a stream are shuffled among themselves. A resumed run
-            reads one window again. (Text that is not streamed is shuffled as a whole, by sequences.)
-        cache_dir (`str`, *optional*): Where token ids are kept and found by other runs on the same text; when unset,
-            `pathmoe` in the cache folder of `datasets`.
-        eval_sequences (`int`): How many validation sequences an evaluation reads at most.
-        learning_rate, weight_decay, beta1, beta2, epsilon, max_grad_norm: AdamW and gradient clipping. Matrices decay,
-            norms and biases do not.
-        router_learning_rate_scale (`float`): What the learning rate is multiplied by for the routers.
+            stretch of training, and any of the data fields above; the others are taken from the recipe.
+        document_mask (`bool`): Whether attention stays within a document. If not, a token attends to all tokens before
+            it in its sequence, and the first token of a document is predicted from the previous document.
+        shuffle_window (`int`): Number of consecutive documents of a stream that are shuffled among themselves. A
+            resumed run reads one window again. Text that is not streamed is shuffled as a whole, by sequences.
+        cache_dir (`str`, *optional*): The folder that caches token ids, so that other runs on the same text can reuse
+            them. Defaults to `pathmoe` in the cache folder of `datasets`.
+        eval_sequences (`int`): The most validation sequences that an evaluation reads.
+        learning_rate, weight_decay, beta1, beta2, epsilon, max_grad_norm: Settings of AdamW and of gradient clipping.
+            Weight decay applies to matrices, not to norms and biases.
+        router_learning_rate_scale (`float`): Factor on the learning rate of the routers.
         unigram_start (`bool`): Whether a new model starts from the token frequencies of the training text and from
-            embeddings of standard deviation 1, which do not decay, and neither does the head. It needs a head that is
-            not tied to the embeddings. Together with `zero_init_projections` it keeps the routing from collapsing in
+            embeddings of standard deviation 1. Embeddings and head then have no weight decay, and the head must not be
+            tied to the embeddings. Together with `zero_init_projections`, this keeps the routing from collapsing in
             the first steps; see `pathmoe/train/start.py`.
-        zero_init_projections (`bool`): Whether `o_proj` and `down_proj` of a new model are zero, so that no layer
-            changes the hidden state before the first step.
-        schedule (`str`): `"cosine"`, or `"wsd"` (constant, then falling in the last `decay_steps`).
-        warmup_steps, decay_steps (`int` or `float`): Steps over which the learning rate rises linearly and, with
-            `"wsd"`, falls; below 1, a share of `max_steps`.
-        min_lr_ratio (`float`): What is left of the learning rate at the end.
+        zero_init_projections (`bool`): Whether `o_proj` and `down_proj` of a new model are initialized to zero, so
+            that no layer changes the hidden state before the first step.
+        schedule (`str`): `"cosine"`, or `"wsd"` (constant, then a decay over the last `decay_steps`).
+        warmup_steps, decay_steps (`int` or `float`): Number of steps over which the learning rate rises linearly and,
+            with `"wsd"`, decays. A value below 1 is a fraction of `max_steps`.
+        min_lr_ratio (`float`): The final learning rate as a fraction of `learning_rate`.
         precision (`str`): `"fp32"`, or `"bf16"` (autocast over float32 weights).
-        engine (`str`): `"auto"`, or one that must be in force: `"cpu"`, `"gpu"`, `"ddp"`, `"fsdp"`,
+        engine (`str`): `"auto"`, or the engine that the launch must provide: `"cpu"`, `"gpu"`, `"ddp"`, `"fsdp"`,
             `"fsdp_ep"`.
-        ep_size (`int`): How many ranks share one copy of the experts. Above 1, transformers' own FSDP2 with expert
-            parallelism takes the place of Accelerate's engine (launch with the DDP file).
-        gradient_checkpointing, compile (`bool`): Memory against time; `torch.compile`.
-        attn_implementation, experts_implementation (`str`, *optional*): As in transformers.
-        eval_every, log_every, checkpoint_every (`int`): In steps; 0 means never, but the end is evaluated, logged and
-            saved.
-        routing_every (`int`): Every how many steps the routing is measured; 0 means never.
-        keep_last, keep_every (`int`): The last so many checkpoints are kept, and those of steps divisible by
+        ep_size (`int`): Number of ranks that share one copy of the experts. Above 1, the run uses transformers' own
+            FSDP2 with expert parallelism instead of Accelerate's engine (launch with the DDP file).
+        gradient_checkpointing (`bool`): Whether to recompute activations in the backward pass, which saves memory.
+        compile (`bool`): Whether to use `torch.compile`.
+        attn_implementation, experts_implementation (`str`, *optional*): Same as in transformers.
+        eval_every, log_every, checkpoint_every (`int`): Intervals in steps; 0 means never. The last step is always
+            evaluated, logged and saved.
+        routing_every (`int`): Number of steps between two measurements of the routing; 0 means never.
+        keep_last, keep_every (`int`): The run keeps the last `keep_last` checkpoints, and those of steps divisible by
             `keep_every` (0: none).
-        max_bad_steps (`int`): After how many steps in a row with a loss or a gradient that is not finite the run
+        max_bad_steps (`int`): Number of consecutive steps with a non-finite loss or gradient after which the run
             stops. Such steps are skipped and counted.
-        initialize_missing (`bool`): Whether tensors that the checkpoint `model` lacks are drawn from the seed. When
-            off, such a checkpoint is refused.
-        tracker (`str`, *optional*): `"tensorboard"`, `"wandb"` or another of Accelerate's trackers.
+        initialize_missing (`bool`): Whether tensors that are missing in the checkpoint `model` are initialized at
+            random. If not, the run refuses such a checkpoint.
+        tracker (`str`, *optional*): `"tensorboard"`, `"wandb"` or any other of Accelerate's trackers.
         seed (`int`): Seed of the weights and of the data order.
         resume (`str`, *optional*): `"auto"`, or a checkpoint folder of this run.
-        accept_changed_inputs (`bool`): Whether a resumed run may go on although files of its text, its tokenizer or
-            its model have changed since the checkpoint was written. The log and the model card record it.
+        accept_changed_inputs (`bool`): Whether a resumed run may continue although files of its text, tokenizer or
+            model have changed since the checkpoint was written. The log and the model card record the change.
     """
 
     model: str
@@ -166,11 +171,11 @@ class Recipe:
             value = getattr(self, field.name)
             kinds = getattr(field.type, "__args__", (field.type,))
             if isinstance(value, bool) and bool not in kinds:
-                raise ValueError(f"{field.name}={value} must not be a switch.")
+                raise ValueError(f"{field.name}={value} must not be a boolean.")
             if isinstance(value, int) and value > MAX_COUNT and field.name != "seed":
                 raise ValueError(f"{field.name}={value} must be at most {MAX_COUNT:,}.")
             if value == "" or (isinstance(value, str) and "\0" in value):
-                raise ValueError(f"{field.name}={value!r} is empty or has a zero byte: give a value, or leave it out.")
+                raise ValueError(f"{field.name}={value!r} is empty or has a null byte: set a value or omit the field.")
 
     def validate_numbers(self):
         for name in (
@@ -182,8 +187,8 @@ class Recipe:
         for name in ("learning_rate", "router_learning_rate_scale", "max_grad_norm", "epsilon"):
             if not SMALLEST <= getattr(self, name) <= LARGEST:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} must be positive, and from {SMALLEST:.1e} to {LARGEST:.1e}, which "
-                    "float32 can hold."
+                    f"{name}={getattr(self, name)} must be positive and in the range of float32, {SMALLEST:.1e} to "
+                    f"{LARGEST:.1e}."
                 )
         for name in (
             "eval_every", "log_every", "routing_every", "checkpoint_every", "keep_every", "warmup_steps",
@@ -198,7 +203,7 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to below 1.")
         for name in ("warmup_steps", "decay_steps"):
             if getattr(self, name) >= 1 and getattr(self, name) % 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be a whole number of steps, or a share below 1.")
+                raise ValueError(f"{name}={getattr(self, name)} must be a whole number of steps or a fraction < 1.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be from 0 to {2**32 - 1}.")
         if self.epsilon > 1:
@@ -207,7 +212,7 @@ class Recipe:
             raise ValueError(f"learning_rate={self.learning_rate} is too large to train with: lower it.")
         for name, what, most in (
             ("router_learning_rate_scale", "the routers' learning rate", 1e3),
-            ("weight_decay", "the share by which weights shrink in a step", 1.0),
+            ("weight_decay", "the fraction by which weights shrink in a step", 1.0),
         ):
             product = self.learning_rate * getattr(self, name)
             if product > most:
@@ -220,11 +225,11 @@ class Recipe:
         if self.holdout_every < 2:
             raise ValueError(f"holdout_every={self.holdout_every} must be at least 2, or nothing is left to train on.")
         if self.schedule == "cosine" and self.decay_steps:
-            raise ValueError(f"decay_steps={self.decay_steps} means nothing to schedule='cosine': use 'wsd'.")
+            raise ValueError(f"decay_steps={self.decay_steps} has no effect with schedule='cosine': use 'wsd'.")
         if self.steps("warmup_steps") + self.steps("decay_steps") > self.max_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} do not fit into "
-                f"max_steps={self.max_steps}: shorten them, or give them as shares below 1."
+                f"max_steps={self.max_steps}: shorten them, or set them to fractions below 1."
             )
         if self.schedule == "wsd" and self.steps("decay_steps") == 0:
             raise ValueError(
@@ -241,34 +246,34 @@ class Recipe:
             if not isinstance(source, dict) or "dataset" not in source or "weight" not in source:
                 raise ValueError(f"{where}={source!r} must be a mapping with a dataset and a weight.")
             if unknown := set(source) - fields:
-                raise ValueError(f"{where} has {sorted(unknown)}, no fields of a source: it knows {sorted(fields)}.")
+                raise ValueError(f"{where} has unknown fields {sorted(unknown)}: use some of {sorted(fields)}.")
             weight = source["weight"]
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not SMALLEST <= weight <= LARGEST:
-                raise ValueError(f"{where} has weight={weight!r}, which must be a positive number.")
+                raise ValueError(f"{where}: weight={weight!r} must be a positive number.")
             for name in set(source) - {"weight", "data_files"}:
                 optional = source[name] is None and name in ("dataset_config", "validation_split")
                 if not (optional or (isinstance(source[name], str) and source[name])):
-                    raise ValueError(f"{where} has {name}={source[name]!r}, which must be text.")
+                    raise ValueError(f"{where}: {name}={source[name]!r} must be a string that is not empty.")
         if names := [name for name in self.model_overrides if not isinstance(name, str)]:
-            raise ValueError(f"model_overrides has {names}, which are not names of fields.")
+            raise ValueError(f"model_overrides has the keys {names}, which must be names of fields.")
         if self.mixture == []:
-            raise ValueError("mixture=[] has no source: name at least one.")
+            raise ValueError("mixture=[] has no source: add at least one.")
 
     @property
     def sources(self) -> list["Source"]:
-        """The sources of text, one unless there is a mixture."""
+        """The sources of text: those of `mixture`, or the one that the recipe's own fields describe."""
         own = {field.name: getattr(self, field.name, 1.0) for field in dataclasses.fields(Source)}
         return [Source(**(own | source)) for source in self.mixture or [{}]]
 
     def steps(self, name: str) -> int:
-        """The number of steps that `warmup_steps` or `decay_steps` stands for."""
+        """Returns `warmup_steps` or `decay_steps` as a number of steps."""
         value = getattr(self, name)
         return round(value * self.max_steps) if 0 < value < 1 else int(value)
 
 
 @dataclasses.dataclass
 class Source:
-    """One source of text, with fields as in [`Recipe`]."""
+    """One source of text. The fields have the same meaning as in [`Recipe`]."""
 
     dataset: str
     dataset_config: str | None
@@ -279,15 +284,15 @@ class Source:
     weight: float
 
 
-# Fields that do not change what is trained; a run may be resumed with another value of these.
-FREE_TO_CHANGE = {
+# Fields that have no influence on what is trained. A run may be resumed with different values.
+CHANGEABLE_ON_RESUME = {
     "resume", "output_dir", "max_steps", "eval_every", "log_every", "routing_every", "checkpoint_every", "keep_last",
     "keep_every", "max_bad_steps", "max_bad_rows", "tracker", "engine", "ep_size", "micro_batch_size", "cache_dir",
     "accept_changed_inputs",
 }  # fmt: skip
 
-# Fields that do, and that may change on resume nevertheless: the log and the model card record it.
-CHANGEABLE_ON_RESUME = FREE_TO_CHANGE | {
+# Fields that have an influence may differ on resume if they are listed here. The log and the model card record them.
+CHANGEABLE_ON_RESUME = CHANGEABLE_ON_RESUME | {
     "learning_rate", "router_learning_rate_scale", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm",
     "schedule", "warmup_steps", "decay_steps", "min_lr_ratio", "precision", "gradient_checkpointing", "compile",
     "attn_implementation", "experts_implementation",
@@ -295,8 +300,10 @@ CHANGEABLE_ON_RESUME = FREE_TO_CHANGE | {
 
 
 def list_changes(before: dict, now: dict, allowed: Set[str] = frozenset(CHANGEABLE_ON_RESUME)) -> list[str]:
-    """The fields of two recipes that differ and may not, each as `name: before → now`. A field that an older version
-    did not know counts as its default."""
+    """Lists the fields outside `allowed` that differ between two recipes, each as `name: before → now`.
+
+    If `before` lacks a field because an older version wrote it, the field counts as the default.
+    """
     defaults = {"model_overrides": {}} | {
         field.name: field.default for field in dataclasses.fields(Recipe) if field.name != "model_overrides"
     }
@@ -306,7 +313,7 @@ def list_changes(before: dict, now: dict, allowed: Set[str] = frozenset(CHANGEAB
 
 
 def read_recipe(file: Path) -> dict | None:
-    """The recipe that a run has written; `None` if there is none.
+    """Reads a recipe that a run has written. Returns `None` if the file does not exist.
 
     Raises:
         RecipeError: If the file is damaged.
@@ -316,13 +323,13 @@ def read_recipe(file: Path) -> dict | None:
     values = read_yaml(file, str(file))
     if not isinstance(values, dict):
         raise RecipeError(
-            f"{file} is damaged: it must hold 'field: value' lines. Restore it, or use a new output_dir."
+            f"{file} is damaged: it must hold 'field: value' lines. Restore the file, or use a new output_dir."
         )
     return values
 
 
 def published(value):
-    """A recipe without what must not be published: the folders of this machine, and tokens and passwords."""
+    """Returns a recipe that can be published: without folders of this machine, access tokens and passwords."""
     if isinstance(value, dict):
         return {key: published(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -339,7 +346,7 @@ def published(value):
 
 
 def parse_recipe(args: list[str]) -> Recipe:
-    """Reads `--config RECIPE.yaml` and the overrides after it.
+    """Parses `--config RECIPE.yaml` and the fields that follow.
 
     Raises:
         RecipeError: If the file or a field is missing, unknown or of the wrong type.
@@ -364,7 +371,7 @@ def parse_recipe(args: list[str]) -> Recipe:
     if config is not None:
         file = presets.find(presets.expand(config, "train"))
         if not file.is_file():
-            raise RecipeError(f"--config {config}: there is no such file.")
+            raise RecipeError(f"--config {config} does not exist: pass a YAML file or the name of a shipped recipe.")
         values = read_yaml(file, f"--config {config}")
         if not isinstance(values, dict):
             raise RecipeError(f"--config {config} must hold 'field: value' lines.")
@@ -376,7 +383,7 @@ def parse_recipe(args: list[str]) -> Recipe:
     for name, value in values.items():
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, n=1)
-            raise RecipeError(f"{name} is no field of a recipe." + (f" Did you mean {close[0]}?" if close else ""))
+            raise RecipeError(f"unknown recipe field {name}." + (f" Did you mean {close[0]}?" if close else ""))
         if fields[name].type is float and isinstance(value, str | int) and not isinstance(value, bool):
             try:
                 values[name] = float(value)  # YAML reads 1e-3 as text
@@ -398,18 +405,18 @@ def parse_recipe(args: list[str]) -> Recipe:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without its traps: a key that stands twice is an error, 1e-3 is a number, and 1:30 and 010 are not."""
+    """A YAML loader that refuses duplicate keys and numbers like 1:30 and 010, and reads 1e-3 as a number."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice[0]}", node.start_mark)
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node):
         value = self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
         if ":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value):
-            problem = f"{node.value} would be read as {value} (to the base of 60 or 8): write that"
+            problem = f"{node.value} would be read as {value} (in base 60 or 8): write a decimal number"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return value
 
@@ -420,14 +427,18 @@ StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
-MAX_NODES = 100_000  # of a YAML file whose aliases are written out
+MAX_NODES = 100_000  # of a YAML file after its aliases are expanded
 
 
 def parse_yaml(text: str, what: str):
-    """Reads YAML.
+    """Parses YAML.
+
+    Args:
+        text (`str`): The YAML.
+        what (`str`): The name of the text in error messages.
 
     Raises:
-        RecipeError: If it is not valid, names a key twice, or grows beyond measure by its aliases.
+        RecipeError: If the YAML is not valid, repeats a key, or grows too large when its aliases are expanded.
     """
     try:
         check_size(yaml.compose(text, StrictLoader), {})
@@ -437,19 +448,19 @@ def parse_yaml(text: str, what: str):
 
 
 def check_size(node: yaml.Node | None, sizes: dict[int, float]) -> float:
-    """The number of nodes under a YAML node, aliases written out. An alias within its own anchor is endless."""
+    """Counts the nodes under a YAML node with expanded aliases. An alias inside its own anchor counts as infinite."""
     if id(node) not in sizes:
         sizes[id(node)] = math.inf
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         flat = [child for entry in children for child in (entry if isinstance(entry, tuple) else (entry,))]
         sizes[id(node)] = 1 + sum(check_size(child, sizes) for child in flat)
     if sizes[id(node)] > MAX_NODES:
-        raise ValueError("its aliases make it too large")
+        raise ValueError("the expanded aliases are too large")
     return sizes[id(node)]
 
 
 def read_yaml(file: Path, what: str):
-    """Reads a YAML file, as [`parse_yaml`]."""
+    """Reads a YAML file with [`parse_yaml`]."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

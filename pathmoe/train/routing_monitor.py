@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The dashboard of the routing: how the experts are used while they are trained, and a warning when they collapse."""
+"""Monitors how a training run uses the experts, and warns of routing collapse."""
 
 import math
 
@@ -10,7 +10,7 @@ from pathmoe.paths import adjacent_jaccard, path_counts
 from pathmoe.train.engine import gather_full
 
 
-SAMPLE = 8192  # tokens of one rank's first micro-batch: enough for shares of a percent, and quick
+SAMPLE = 8192  # tokens of each rank's first micro-batch: enough to resolve shares of a percent, and quick
 
 
 class RoutingMonitor:
@@ -26,24 +26,24 @@ class RoutingMonitor:
 
     @torch.no_grad()
     def measure(self, router_logits: tuple[torch.Tensor, ...]) -> dict:
-        """Statistics of the experts that were chosen; to be called on all ranks, between the backward pass
-        and the clipping of the gradients.
+        """Measures which experts are chosen. All ranks must call it, between the backward pass and gradient clipping.
 
         Args:
             router_logits (`tuple[torch.Tensor]`): One `(tokens, E)` tensor for each of the L layers.
 
         Returns:
-            `dict`: `load`, L lists of E shares of the tokens (each list sums to k); `load_cv`, L coefficients of
-            variation of the load; `dead_experts`, L numbers of experts that no token chose; `effective_experts`, L
-            exponentials of the load's entropy, from k or less (collapsed) to E (balanced); `router_entropy`, L mean
-            entropies of the routers' probabilities, in bits; `router_grad_norm`, one for each block; and of the main
-            process's tokens `sampled_tokens`, `adjacent_jaccard`, `distinct_paths`, `path_coverage_100`.
+            `dict`: With one entry per layer, `load` (the share of the tokens that choose each of the E experts, which
+            sums to k), `load_cv` (coefficient of variation of the load), `dead_experts` (number of experts that no
+            token chooses), `effective_experts` (exponential of the load's entropy, from k or less if collapsed to E if
+            balanced) and `router_entropy` (mean entropy of the router's probabilities, in bits). With one entry per
+            block, `router_grad_norm`. For the main process's tokens only, `sampled_tokens`, `adjacent_jaccard`,
+            `distinct_paths` and `path_coverage_100`.
         """
         config = self.config
         loads, entropies, experts = [], [], []
         for layer, logits in enumerate(router_logits):
             logits = logits[:SAMPLE].float()
-            # Where a block shares its decision, all its layers have the logits and the bias of its first one.
+            # If a block shares its decision, all of its layers use the logits and the bias of the first layer.
             block = config.router_blocks[config.layer_to_block[layer]]
             decides = block[0] if config.router_sharing == "decision" else layer
             _, indices = self.routers[str(config.layer_to_block[layer])].choose(logits, decides)
@@ -70,9 +70,9 @@ class RoutingMonitor:
         }
 
     def find_collapse(self, measured: dict) -> list[str]:
-        """A sentence for each layer that is collapsing, naming its busiest expert.
+        """Returns a warning for each layer that is collapsing. The warning names the busiest expert.
 
-        A layer counts as collapsing when its load is no broader than that of k + (E - k) / 4 equally busy experts.
+        A layer counts as collapsing when it has fewer than k + (E - k) / 4 effective experts.
         """
         experts, top_k = self.config.num_experts, self.config.num_experts_per_tok
         limit = top_k + (experts - top_k) / 4
@@ -89,7 +89,7 @@ class RoutingMonitor:
 
 
 def router_gradient_norm(router: torch.nn.Module) -> float | None:
-    """The 2-norm of a router's gradient; `None` where nothing is trained."""
+    """Returns the 2-norm of a router's gradient, or `None` if the router has no gradient."""
     gradients = [gather_full(parameter.grad) for parameter in router.parameters() if parameter.grad is not None]
     return float(f"{torch.nn.utils.get_total_norm(gradients).item():.6g}") if gradients else None
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""A start from which the experts of a new model are used evenly, without a balancing loss.
+"""An initialization with which a new model uses its experts evenly, without a balancing loss.
 
 A language model first learns how frequent each token is. With the usual initialisation it does so by writing the same
 large vector into the hidden state of every token. That vector drowns the small embeddings, the routers see the same
@@ -18,12 +18,12 @@ from pathmoe.text.batches import Batches, PackedBlocks, PackedStream, Prefetch
 from pathmoe.train.recipe import Recipe, RecipeError
 
 
-SAMPLED_TOKENS = 1 << 20  # of each rank's part of a stream, which may be too long to count
+SAMPLED_TOKENS = 1 << 20  # each rank counts only the beginning of a stream, which may be too long to count
 PROJECTIONS = ("o_proj", "down_proj")
 
 
 def check_start(recipe: Recipe, config: PreTrainedConfig):
-    """Refuses a start that the model cannot have.
+    """Checks that `unigram_start` and `zero_init_projections` can be applied to the model.
 
     Raises:
         RecipeError: If the model is a checkpoint to continue from, or if its head is tied to its embeddings.
@@ -42,11 +42,11 @@ def check_start(recipe: Recipe, config: PreTrainedConfig):
 
 
 def token_frequencies(batches: Batches | Prefetch, vocab_size: int, accelerator: Accelerator) -> np.ndarray:
-    """The share of each token in the training text, the same on all ranks.
+    """Returns the share of each token in the training text. The result is the same on all ranks.
 
-    Text in memory is counted as a whole, and of a stream each rank counts its first million tokens. Every count is
-    raised by one, so that a token which the text lacks is merely rare. Sources count by their weight. A stream goes
-    back to its first token afterwards.
+    Text in memory is counted as a whole. Of a stream, each rank counts the first million tokens (2**20) and then
+    returns to the start. Every count is raised by one, so that a token that the text lacks is merely rare. Sources
+    count by their weight.
 
     Returns:
         `np.ndarray` of shape `(vocab_size,)`, float64: Positive and summing to 1.
@@ -58,7 +58,7 @@ def token_frequencies(batches: Batches | Prefetch, vocab_size: int, accelerator:
 
 
 def count_tokens(source: PackedBlocks | PackedStream, vocab_size: int) -> np.ndarray:
-    """The number of times that each token stands in a source, or in the beginning of a stream."""
+    """Counts how often each token occurs in a source, or in the first `SAMPLED_TOKENS` tokens of a stream."""
     if isinstance(source, PackedBlocks):
         return np.bincount(source.blocks.reshape(-1), minlength=vocab_size)
     before = source.state_dict()
@@ -74,27 +74,27 @@ def apply_start(recipe: Recipe, model: PreTrainedModel, frequencies: np.ndarray 
 
     `unigram_start` draws the embeddings with standard deviation 1 and makes their first channel a constant 1. Before
     the first step the final norm leaves that channel near 1, so that the first column of the head is added to every
-    token's logits. It is set to the logarithm of the frequencies. Their mean is subtracted, which no probability
-    depends on, to keep the column small. The rest of the head stays small and random, and the first loss is therefore
-    close to the entropy of the frequencies. All of these values can be trained, and a model that has been trained from
-    them is an ordinary checkpoint.
+    token's logits. The column is set to the logarithm of the frequencies. Subtracting the mean keeps the column small
+    and changes no probability. The rest of the head stays small and random, and the first loss is therefore close to
+    the entropy of the frequencies. All of these values can be trained, and a model that has been trained from them is
+    an ordinary checkpoint.
 
     If the configuration of the model has `embedding_initializer_range`, the embeddings and the constant are multiplied
     by it. The first logits stay the same (normalisation removes the factor), but layers then change the hidden state
     faster (below 1) or more slowly (above 1) relative to its size.
 
     Args:
-        recipe (`Recipe`): Has the two fields, and the seed of the embeddings.
-        model (`PreTrainedModel`): A whole model on one device.
-        frequencies (`np.ndarray`, *optional*): From [`token_frequencies`]. If `None`, embeddings and head are left as
-            they are, because a checkpoint is about to replace them.
+        recipe (`Recipe`): The recipe, with the two fields and the seed of the embeddings.
+        model (`PreTrainedModel`): An unsharded model on one device.
+        frequencies (`np.ndarray`, *optional*): The result of [`token_frequencies`]. If `None`, embeddings and head are
+            not changed, because a checkpoint is about to replace them.
 
     Raises:
-        RecipeError: If the model has no projections of these names.
+        RecipeError: If the model has no projections with these names.
     """
     if recipe.unigram_start and frequencies is not None:
         embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        # A generator of its own: models of one seed that differ in their routers alone share all other weights.
+        # A separate generator: models with the same seed that differ only in the routers share all other weights.
         generator = torch.Generator().manual_seed(recipe.seed)
         scale = getattr(model.config, "embedding_initializer_range", None) or 1.0
         embeddings.copy_(scale * torch.randn(embeddings.shape, generator=generator))
@@ -115,11 +115,11 @@ def apply_start(recipe: Recipe, model: PreTrainedModel, frequencies: np.ndarray 
 
 
 def parameters_of_start(recipe: Recipe, model: PreTrainedModel) -> set[int]:
-    """The `id` of each parameter that must not decay: embeddings and head, if the model has had `unigram_start`.
+    """Returns the `id` of each parameter that must not decay: embeddings and head if `unigram_start` is set.
 
     Decay pulls weights toward zero, which suits weights that started as small noise. Here it would shrink the
-    frequencies in the head and the constant channel, and rare tokens, whose gradients are few, would lose their
-    embeddings: the hidden states would become alike again.
+    frequencies in the head and the constant channel. Rare tokens, which get few gradients, would lose their
+    embeddings, and the hidden states would become alike again.
     """
     if not recipe.unigram_start:
         return set()

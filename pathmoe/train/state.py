@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What changes while a model is trained: the loop changes it, and a checkpoint holds it."""
+"""The state of a training run, which the training loop updates and checkpoints save."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from pathmoe.text.batches import Batches, Prefetch
 
 
 def new_counters() -> dict:
-    """The counters before the first step."""
+    """Returns the counters before the first step."""
     averages = {"losses_seen": 0, "loss_mean": 0.0, "loss_variance": 0.0}
     return {"skipped_steps": 0, "bad_steps_in_a_row": 0, **averages, "healthy": True, "changes": []}
 
@@ -19,11 +19,11 @@ class TrainState:
     """The state of a run.
 
     Args:
-        model (`torch.nn.Module`): The model, as it was after `prepare`.
-        optimizer (`torch.optim.Optimizer`): AdamW, as it was after `prepare`.
-        scheduler (`torch.optim.lr_scheduler.LambdaLR`): The learning rate.
-        batches (`Batches` or `Prefetch`): The training text, and the place in it.
-        counters (`dict`): What else the run remembers from step to step, in JSON's types.
+        model (`torch.nn.Module`): The model returned by `prepare`.
+        optimizer (`torch.optim.Optimizer`): The AdamW optimizer returned by `prepare`.
+        scheduler (`torch.optim.lr_scheduler.LambdaLR`): The learning rate scheduler.
+        batches (`Batches` or `Prefetch`): The training text and the current position in it.
+        counters (`dict`): All other values that the run keeps from step to step. They must be JSON-serializable.
     """
 
     model: torch.nn.Module

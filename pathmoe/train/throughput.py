@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""How fast a run is, and how much memory it takes."""
+"""Measures the speed and the memory of a run."""
 
 import contextlib
 import math
@@ -19,9 +19,9 @@ from pathmoe.train.recipe import Recipe
 
 
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the best of five: what the utilisation is measured against."""
+    """Measures the best FLOP/s of several large square matrix products, to which the utilisation (MFU) refers."""
     size = 1024 if device.type == "cpu" else 8192
-    a = torch.ones(size, size, device=device, dtype=dtype)  # drawing numbers would change what a resumed run draws
+    a = torch.ones(size, size, device=device, dtype=dtype)  # random numbers would change those of a resumed run
     best = math.inf
     for _ in range(6):
         start = time.perf_counter()
@@ -31,7 +31,7 @@ def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure_peak_memory(accelerator: Accelerator) -> int:
-    """The most memory in bytes that any rank has had in use so far: of its GPU's, or of the machine's."""
+    """Returns the peak memory of the rank that uses most, in bytes: GPU memory, or main memory on a CPU."""
     if accelerator.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -41,13 +41,13 @@ def measure_peak_memory(accelerator: Accelerator) -> int:
 
 @dataclass
 class Speed:
-    """How fast a run was over several steps.
+    """The speed of a run over several steps.
 
     Args:
-        seconds_per_step (`float`): Seconds, evaluations and checkpoints left out.
-        tokens_per_s (`float`): Tokens per second, of all ranks together.
-        mfu (`float`): The model's FLOPs as a share of what the processors reach in a large matrix product.
-        shares (`dict[str, float]`): What the loop costs beside the steps, as shares of the time.
+        seconds_per_step (`float`): Seconds per step, without evaluations and checkpoints.
+        tokens_per_s (`float`): Tokens per second of all ranks together.
+        mfu (`float`): Model FLOP/s as a fraction of the FLOP/s of a large matrix product.
+        shares (`dict[str, float]`): Fractions of the time that data, logging and routing statistics take.
     """
 
     seconds_per_step: float
@@ -57,7 +57,7 @@ class Speed:
 
 
 class Throughput:
-    """Measures the speed of a run from one line of the log to the next.
+    """Measures the speed of a run between two lines of the log.
 
     Args:
         recipe (`Recipe`): The recipe.
@@ -75,20 +75,20 @@ class Throughput:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Counts the time of the block under `name`: `"data"`, `"log"` or `"routing"`."""
+        """Adds the time of the block to `name`: `"data"`, `"log"` or `"routing"`."""
         began = time.perf_counter()
         yield
         self._spent[name] += time.perf_counter() - began
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time of the block out."""
+        """Excludes the time of the block from the measurement."""
         began = time.perf_counter()
         yield
         self._start += time.perf_counter() - began
 
     def measure(self) -> Speed:
-        """The speed since the last call, or since the start."""
+        """Returns the speed since the last call, or since the start."""
         now = time.perf_counter()
         seconds = now - self._start
         tokens_per_s = self.tokens_per_step * self.steps / seconds

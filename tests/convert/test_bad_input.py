@@ -219,7 +219,7 @@ CONFIGS = [
     (
         "export path out",
         do.put("path/config.json", '{"model_type": "llama", "model_type": "pathmoe"}'),
-        "path/config.json model_type twice",
+        "path/config.json model_type duplicate",
     ),
     ("import qwen out", do.config("qwen", layer_types=["sliding_attention"] * 4), "layer_types sliding_attention"),
     (UPCYCLE, do.config("llama", text_config={"a": 1}), "llama/config.json"),

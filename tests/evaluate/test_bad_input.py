@@ -112,11 +112,11 @@ def refused(command, place, message, capsys):
 MODELS = [
     (lambda p: p.config(router_block_size=1), "missing (model.routers."),
     (lambda p: p.config(router_block_size=4), "unknown (model.routers.1"),
-    (lambda p: p.config(num_experts=8), "of another shape"),
+    (lambda p: p.config(num_experts=8), "of a different shape"),
     (lambda p: p.tensors(lambda t: t.pop("model.routers.1.weight")), "1 missing (model.routers.1.weight)"),
-    (lambda p: p.tensors(lambda t: t["model.norm.weight"].fill_(torch.nan)), "model.norm.weight holds values"),
-    (lambda p: p.tensors(lambda t: t["lm_head.weight"][0].fill_(math.inf)), "lm_head.weight holds values"),
-    (lambda p: p.tensors(lambda t: t["lm_head.weight"][0].fill_(-1e30)), "lm_head.weight holds values above 1e+18"),
+    (lambda p: p.tensors(lambda t: t["model.norm.weight"].fill_(torch.nan)), "model.norm.weight has values"),
+    (lambda p: p.tensors(lambda t: t["lm_head.weight"][0].fill_(math.inf)), "lm_head.weight has values"),
+    (lambda p: p.tensors(lambda t: t["lm_head.weight"][0].fill_(-1e30)), "lm_head.weight has values above 1e+18"),
     (lambda p: p.truncate("model.safetensors"), "the model could not be loaded"),
     (lambda p: p.damage("model.safetensors", b""), "the model could not be loaded"),
     (lambda p: (p.model / "model.safetensors").unlink(), "the model could not be loaded"),
@@ -201,7 +201,7 @@ def test_data_that_cannot_be_read_is_refused(command, place, name, content, mess
         (options("--batch_size", "0"), "--batch_size 0 must be at least 1"),
         (options("--limit", "-1"), "--limit -1 must be at least 1"),
         (options("--source_column", "where"), "has no column 'where'"),
-        (options("--text_column", ""), "--text_column is followed by nothing"),
+        (options("--text_column", ""), "--text_column must not be empty"),
         (
             lambda p: (p.give("a.jsonl", '{"text": "a", "of": ["b"]}\n'), options("--source_column", "of")(p)),
             "column 'of' holds ['b'], which is neither text nor a number",
@@ -211,8 +211,8 @@ def test_data_that_cannot_be_read_is_refused(command, place, name, content, mess
         (lambda p: (p.folder / "out.json").mkdir(), "is a folder: name a file"),
         (lambda p: setattr(p, "output", p.folder / "data.json"), "would overwrite the data"),
         (lambda p: setattr(p, "output", p.model / "config.json"), "is not an earlier result"),
-        (lambda p: setattr(p, "output", p.file("notes.json", "mine")), "notes.json is there and is not an earlier"),
-        (lambda p: p.file("out.jsonl", '{"mine": 1}'), "out.jsonl is there and is not an earlier result"),
+        (lambda p: setattr(p, "output", p.file("notes.json", "mine")), "notes.json exists and is not an earlier"),
+        (lambda p: p.file("out.jsonl", '{"mine": 1}'), "out.jsonl exists and is not an earlier result"),
         (lambda p: setattr(p, "data", p.folder / "model"), "neither a file, nor a folder that `save_to_disk` wrote"),
         (lambda p: setattr(p, "model", p.folder / "absent"), "absent: there is no such folder"),
     ],
@@ -236,8 +236,8 @@ def tagged(**columns):
         (tagged(starts=None), "starts, ends and tags must be lists of one length"),
         (tagged(tags=[1, 2]), "starts and ends must be whole numbers, and tags texts"),
         (lambda p: p.config(num_experts=1, num_experts_per_tok=1), "has one expert (num_experts: 1)"),
-        (lambda p: p.beside("paths.json", "[]"), "paths.json is there and is not an earlier result"),
-        (lambda p: p.beside("report.html", "<p>mine"), "report.html is there and is not an earlier result"),
+        (lambda p: p.beside("paths.json", "[]"), "paths.json exists and is not an earlier result"),
+        (lambda p: p.beside("report.html", "<p>mine"), "report.html exists and is not an earlier result"),
         (options("--resamples", "1000000000"), "--resamples 1000000000 must be at most"),
         (options("--resamples", "0"), "--resamples 0 must be at least 1"),
         (options("--seed", "-1"), "--seed -1 must be at least 0"),
@@ -260,7 +260,7 @@ def test_path_report_refuses(place, break_it, message, capsys):
         (options("--limit", "2.5"), "--limit 2.5 must be a whole number"),
         (options("--num_fewshot", "-1"), "--num_fewshot -1 must be at least 0"),
         (options("--tasks", "pathmoe_offline_piqa,,"), "a name between the commas is missing"),
-        (lambda p: p.beside("results.json", '{"results": {}}'), "results.json is there and is not an earlier result"),
+        (lambda p: p.beside("results.json", '{"results": {}}'), "results.json exists and is not an earlier result"),
     ],
 )
 def test_lm_eval_runner_refuses(place, break_it, message, capsys):
@@ -294,9 +294,9 @@ def perplexity_result(folder, name, nll=5.0, **changes):
         ),
         (lambda file: file.write_text(""), "two.json is damaged"),
         (lambda file: file.write_text("[]"), "must hold a JSON object"),
-        (lambda file: file.write_text("{}"), "does not hold what the evaluation writes"),
+        (lambda file: file.write_text("{}"), "is not a result of the evaluation"),
         (lambda file: file.write_bytes(b"\xff"), "two.json is damaged"),
-        (lambda file: file.with_suffix(".jsonl").write_text("{"), "does not hold what the evaluation writes"),
+        (lambda file: file.with_suffix(".jsonl").write_text("{"), "is not a result of the evaluation"),
         (lambda file: file.with_suffix(".jsonl").write_text(""), "two"),
         (lambda file: file.with_suffix(".jsonl").unlink(), "neither a folder of run_lm_eval.py"),
     ],
@@ -314,8 +314,8 @@ def test_compare_refuses_damaged_results(tmp_path, capsys, break_it, message):
     ("args", "message"),
     [
         (["one.json"], "RUN one.json: give at least two runs"),
-        (["one.json", "two.json", "--names", "a", " "], "give each of the 2 runs a name of its own"),
-        (["one.json", "one.json"], "give each of the 2 runs a name of its own"),
+        (["one.json", "two.json", "--names", "a", " "], "give each of the 2 runs a different name"),
+        (["one.json", "one.json"], "give each of the 2 runs a different name"),
     ],
 )
 def test_compare_refuses(tmp_path, capsys, monkeypatch, args, message):
@@ -336,7 +336,7 @@ def test_compare_replaces_its_own_results_alone(tmp_path, name):
     compare.main(args)
     compare.main(args)
     (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(UserError, match=f"{name} is there and is not an earlier result"):
+    with pytest.raises(UserError, match=f"{name} exists and is not an earlier result"):
         compare.main(args)
     assert (tmp_path / "out" / name).read_text() == "mine"
 
@@ -356,8 +356,8 @@ def test_reports_on_text_check_their_output_first(tmp_path, command):
     for output, message in (
         ("out/a.json", "cannot be written"),
         ("a.txt", "must end in .json"),
-        ("mine.json", "mine.json is there and is not an earlier result"),
-        ("other.json", "other.md is there and is not an earlier result"),
+        ("mine.json", "mine.json exists and is not an earlier result"),
+        ("other.json", "other.md exists and is not an earlier result"),
     ):
         with pytest.raises(UserError, match=message):
             command(["--data", str(tmp_path), "--suite", "quickstart", "--output", str(tmp_path / output)])
@@ -434,7 +434,7 @@ def test_rows_without_text_are_skipped_and_counted(place, capsys):
 def test_missing_weights_are_drawn_at_random_only_if_asked_for(place):
     place.config(router_block_size=1)
     place.options.append("--allow_missing")
-    with pytest.warns(UserWarning, match="2 missing tensors were drawn at random: model.routers.2"):
+    with pytest.warns(UserWarning, match="2 missing tensors were initialized at random: model.routers.2"):
         perplexity_command(place)
     assert json.loads(place.output.read_text())["settings"]["allow_missing"] is True
 

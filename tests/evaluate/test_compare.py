@@ -204,7 +204,7 @@ def change(folder, task, edit):
         (lambda result, items: result["versions"].update({TASKS[0]: 7}), f"version of {TASKS[0]} is 1.0 in one, 7 in"),
         (lambda result, items: result["n-shot"].update({TASKS[0]: 5}), f"num_fewshot of {TASKS[0]} is 0 in one, 5 in"),
         (lambda result, items: result["settings"].update(limit=30), "limit is 20.0 in one, 30 in two"),
-        (lambda result, items: items[0].update(doc_id=999), r"the items are others \(20 in one, 20 in two\)"),
+        (lambda result, items: items[0].update(doc_id=999), r"the items differ \(20 in one, 20 in two\)"),
         (lambda result, items: items[3]["arguments"][1].__setitem__(0, "Q"), f"1 items differ, such as {TASKS[0]}/3"),
         (lambda result, items: items[4].update(target="9"), f"1 items differ, such as {TASKS[0]}/4"),
     ],
@@ -248,9 +248,9 @@ def test_command_line_writes_table_figures_and_picture(folders, tmp_path, capsys
 
 def test_runs_that_cannot_be_read_are_named(folders, perplexities, tmp_path, capsys):
     for arguments, message in (
-        ([str(folders / "one"), "absent"], "absent: neither a folder of run_lm_eval.py"),
+        ([str(folders / "one"), "absent"], "absent is neither a folder of run_lm_eval.py"),
         ([str(folders / "one"), str(perplexities / "one.json")], "Some runs are of run_lm_eval.py and some of"),
-        ([str(folders / "one"), str(folders / "one")], "give each of the 2 runs a name of its own"),
+        ([str(folders / "one"), str(folders / "one")], "give each of the 2 runs a different name"),
         ([str(folders / "one"), str(folders / "two"), "--tasks", "piqa"], "has no piqa: choose from pathmoe_offline_"),
     ):
         with pytest.raises(SystemExit):

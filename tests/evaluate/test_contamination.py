@@ -73,7 +73,7 @@ def test_right_answer_is_part_of_the_item():
 
 def test_arguments_that_cannot_work_are_named(tmp_path, capsys):
     for options, message in (
-        (["--suite", "absent"], "--suite absent: not one of quickstart"),
+        (["--suite", "absent"], "--suite absent must be one of quickstart"),
         ([], "give a --suite, --tasks or both"),
         (["--suite", "quickstart", "--n", "0"], "--n 0 must be from 1 to 1000"),
     ):

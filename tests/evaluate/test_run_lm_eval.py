@@ -138,7 +138,7 @@ def test_task_that_is_done_with_other_settings_is_named(model_folder, tmp_path, 
     run(model_folder, tmp_path, [PIQA])
     with pytest.raises(SystemExit):
         run(model_folder, tmp_path, [PIQA], "--limit", "3")
-    assert f"it holds {PIQA} with limit=4.0 instead of 3.0. Choose another folder" in capsys.readouterr().err
+    assert f"already has {PIQA} with limit=4.0 instead of 3.0. Choose another folder" in capsys.readouterr().err
     run(model_folder, tmp_path, [PIQA], "--limit", "3", "--overwrite")
     assert len(samples(tmp_path, PIQA)) == 3
 
@@ -179,7 +179,7 @@ def test_what_is_cut_off_is_counted(model_folder, tokenizer, tmp_path, capsys):
         lengths = [len(tokenizer.encode(context + answer)) for context, answer in pairs]
         assert result["truncated"][task] == sum(length > 151 for length in lengths)
     assert result["truncated"][LAMBADA] == 4 > result["truncated"][PIQA]
-    assert f"cut off at their beginning (requests): {{'{LAMBADA}': 4" in capsys.readouterr().err
+    assert f"to fit into the context (number of requests): {{'{LAMBADA}': 4" in capsys.readouterr().err
 
 
 def test_what_is_cut_off_before_generation_is_counted(model_folder):
@@ -214,19 +214,19 @@ def test_no_results_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "./absent", "--suite", "quickstart"], "--model ./absent: there is no such folder"),
-        (["--suite", "quickstrat"], f"not one of {', '.join(SUITES)}"),
+        (["--model", "./absent", "--suite", "quickstart"], "--model ./absent does not exist"),
+        (["--suite", "quickstrat"], f"--suite quickstrat must be one of {', '.join(SUITES)}"),
         ([], "give a --suite, --tasks or both"),
         (
             ["--tasks", "pathmoe_offline_piqua"],
-            "Tasks not found: pathmoe_offline_piqua. There are pathmoe_offline_lam",
+            "Tasks not found: pathmoe_offline_piqua. Choose from pathmoe_offline_lam",
         ),
-        (["--suite", "quickstart", "--output", "out.json"], "--output out.json: name a folder"),
+        (["--suite", "quickstart", "--output", "out.json"], "--output out.json must be a folder"),
         (["--suite", "quickstart", "--limit", "0"], "--limit 0 must be greater than 0"),
         (["--suite", "quickstart", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
         (["--suite", "quickstart", "--batch_size", "auto"], "invalid int value: 'auto'"),
         (["--suite", "quickstart", "--num_fewshot", "5"], "--num_fewshot is for --tasks"),
-        (["--tasks", "pathmoe_offline_piqa", "--num_fewshot", "5"], "zero-shot"),
+        (["--tasks", "pathmoe_offline_piqa", "--num_fewshot", "5"], "no items for few-shot examples"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(model_folder, tmp_path, capsys, options, message):
@@ -246,7 +246,7 @@ def test_tokenizer_of_another_model_is_named(model_folder, tmp_path, capsys):
     PreTrainedTokenizerFast(tokenizer_object=larger._tokenizer).save_pretrained(tmp_path)
     with pytest.raises(SystemExit):
         run(model_folder, tmp_path / "out", [PIQA], "--tokenizer", str(tmp_path))
-    assert "the model's vocab_size is 300: it belongs to another model" in capsys.readouterr().err
+    assert "the model's vocab_size is 300: use the tokenizer of this model" in capsys.readouterr().err
 
 
 def test_missing_benchmark_package_names_the_command_that_installs_it(model_folder, tmp_path, capsys, monkeypatch):

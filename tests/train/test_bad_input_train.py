@@ -114,8 +114,8 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"seed: 1\nseed: 2\n", "seed stands there twice"),
-        (b"model_overrides: {a: 1, a: 2}\n", "a stands there twice"),
+        (b"seed: 1\nseed: 2\n", "duplicate key seed"),
+        (b"model_overrides: {a: 1, a: 2}\n", "duplicate key a"),
         (BOMB.encode(), "too large"),
         (b"a: &a [*a]\n", "too large"),
         (b"\xff\xfe\x00", "UTF-8"),
@@ -139,7 +139,7 @@ def test_recipe_file_is_refused(tmp_path, content, complaint):
         (b"", "model="),
         (b"[]", "must hold a JSON object"),
         (b'{"num_experts": 8', "model="),
-        (b'{"num_experts": 8, "num_experts": 4}', "'num_experts' stands in it twice"),
+        (b'{"num_experts": 8, "num_experts": 4}', "duplicate field 'num_experts'"),
         (b"\xff", "model="),
         (b'{"model_type": "nonesuch"}', "nonesuch"),
         (b'{"model_type": "bert"}', "bert.*is not a causal"),
@@ -239,11 +239,11 @@ def spoil_recipe(run):
     [
         (lambda run: None, {"max_steps": 3}, "max_steps: 2 → 3"),
         (lambda run: None, {"seed": 3}, "seed: 0 → 3"),
-        (lambda run: None, {"dataset": "gone.jsonl"}, "another recipe"),
+        (lambda run: None, {"dataset": "gone.jsonl"}, "a run of a different recipe"),
         (foreign_final, {}, "has no recipe.yaml"),
-        (link_final, {}, "not a folder of this run"),
+        (link_final, {}, "not a folder that this run wrote"),
         (spoil_recipe, {}, "recipe.yaml is damaged"),
-        (lambda run: (run / "final" / "config.json").unlink(), {}, "it is not whole"),
+        (lambda run: (run / "final" / "config.json").unlink(), {}, "it is incomplete"),
     ],
 )
 def test_result_that_is_not_this_runs_is_kept(trained, recipe, tmp_path, spoil, fields, complaint):
@@ -262,7 +262,7 @@ def test_longer_run_without_its_text_keeps_the_result(trained, recipe, tmp_path)
     main(recipe(run, max_steps=1, **fields))
     text.unlink()
     before = contents(run)
-    with pytest.raises(UserError, match="text.jsonl is gone since"):
+    with pytest.raises(UserError, match="text.jsonl was removed since"):
         main([*recipe(run, max_steps=2, **fields), "--resume", "auto"])
     assert contents(run) == before
 
@@ -339,11 +339,11 @@ def changed_validation(folder):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (changed_text, "text.jsonl has another content"),
-        (new_text, "more.jsonl is new"),
-        (changed_model, "model.json has another content"),
-        (changed_tokenizer, "output_dir/tokenizer/tokenizer.json has another content"),
-        (changed_validation, "output_dir/validation-0.npy has another content"),
+        (changed_text, "text.jsonl has changed"),
+        (new_text, "more.jsonl was added"),
+        (changed_model, "model.json has changed"),
+        (changed_tokenizer, "output_dir/tokenizer/tokenizer.json has changed"),
+        (changed_validation, "output_dir/validation-0.npy has changed"),
     ],
 )
 def test_resumed_run_goes_on_with_the_same_inputs(recipe, tmp_path, change, name):

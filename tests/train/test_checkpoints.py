@@ -93,7 +93,7 @@ def test_run_whose_checkpoints_are_all_damaged_does_not_start_over(whole, tmp_pa
     for checkpoint in (run / "checkpoints").iterdir():
         damage_truncate(checkpoint / "state.json")
     before = (run / "metrics.jsonl").read_text()
-    with pytest.raises(CheckpointError, match="no checkpoint is whole .*step-00000006/state.json is truncated"):
+    with pytest.raises(CheckpointError, match="no checkpoint is intact .*step-00000006/state.json is truncated"):
         main([*recipe_of(whole, run), "--resume", "auto"])
     assert (run / "metrics.jsonl").read_text() == before
 

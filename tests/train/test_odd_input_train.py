@@ -197,9 +197,9 @@ FIELDS = [
     ({"model_overrides": []}, "model_overrides"),
     ({"model_overrides": {3: 4}}, "model_overrides"),
     ({"model": "checkpoint", "model_overrides": {"router_block_size": 1}}, "missing"),
-    ({"model": "checkpoint", "model_overrides": {"num_experts": 8}}, "of another shape|num_experts"),
+    ({"model": "checkpoint", "model_overrides": {"num_experts": 8}}, "of a different shape|num_experts"),
     ({"model": "checkpoint", "model_overrides": {"num_hidden_layers": 1}}, "unknown"),
-    ({"model": "checkpoint", "model_overrides": {"hidden_size": 32}}, "of another shape"),
+    ({"model": "checkpoint", "model_overrides": {"hidden_size": 32}}, "of a different shape"),
 ]
 
 
@@ -234,8 +234,8 @@ def test_wrong_argument_is_refused(place, args, complaint):
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 RECIPES = {
-    "twice": (recipe_text().encode() + b"max_steps: 5\n", "max_steps stands there twice"),
-    "twice-nested": (b"model_overrides: {num_experts: 4, num_experts: 8}\n", "num_experts stands there twice"),
+    "twice": (recipe_text().encode() + b"max_steps: 5\n", "duplicate key max_steps"),
+    "twice-nested": (b"model_overrides: {num_experts: 4, num_experts: 8}\n", "duplicate key num_experts"),
     "latin-1": ("# für\n".encode("latin-1"), "UTF-8"),
     "utf-16": (recipe_text().encode("utf-16"), "r.yaml"),
     "binary": (bytes(range(256)), "r.yaml"),
