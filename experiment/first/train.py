@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from pathmoe.files import write_text
 from pathmoe.text.reader import load_text, train_tokenizer
 from pathmoe.train.log import read_metrics
-from pathmoe.train.recipe import CHANGEABLE_ON_RESUME, Recipe, RecipeError, list_changes, published, read_recipe
+from pathmoe.train.recipe import OPERATIONAL_FIELDS, Recipe, RecipeError, list_changes, published, read_recipe
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_accelerate.py"
@@ -65,7 +65,7 @@ class ExperimentRun:
             return False
         trained = read_recipe(final / "recipe.yaml")
         wanted = published(vars(Recipe(**self.recipe, output_dir=str(folder), tokenizer=trained["tokenizer"])))
-        if changed := list_changes(trained, wanted, CHANGEABLE_ON_RESUME):
+        if changed := list_changes(trained, wanted, OPERATIONAL_FIELDS):
             raise RecipeError(
                 f"{final} was trained with another {', '.join(sorted(changed))}: remove {folder / self.name} to train "
                 "it anew, or choose another --output_dir."

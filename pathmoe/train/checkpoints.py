@@ -28,7 +28,7 @@ from pathmoe.text.reader import DataError
 from pathmoe.train.output import set_aside
 from pathmoe.train.recipe import (
     CHANGEABLE_ON_RESUME,
-    CHANGEABLE_ON_RESUME,
+    OPERATIONAL_FIELDS,
     Recipe,
     RecipeError,
     list_changes,
@@ -275,9 +275,7 @@ class Checkpoints:
                 "optimizer_steps": steps,
                 "counters": self.state.counters,
                 "inputs": self.inputs,
-                "recipe": {
-                    name: value for name, value in vars(self.recipe).items() if name not in CHANGEABLE_ON_RESUME
-                },
+                "recipe": {name: value for name, value in vars(self.recipe).items() if name not in OPERATIONAL_FIELDS},
             }
             (partial / "state.json").write_text(json.dumps(state))
             own.append(partial / "state.json")
@@ -318,7 +316,7 @@ class Checkpoints:
             raise RecipeError(f"the checkpoint has a different recipe ({', '.join(changed)}): use a new output_dir.")
         self.state.counters["changes"] = self.state.counters["changes"] + [
             {"step": step, "field": name, "before": before[name], "after": now[name]}
-            for name in sorted(CHANGEABLE_ON_RESUME - CHANGEABLE_ON_RESUME)
+            for name in sorted(CHANGEABLE_ON_RESUME - OPERATIONAL_FIELDS)
             if name in before and before[name] != now[name]
         ]
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from pathmoe.files import write_text
-from pathmoe.train.recipe import CHANGEABLE_ON_RESUME, Recipe, RecipeError, list_changes, published, read_recipe
+from pathmoe.train.recipe import OPERATIONAL_FIELDS, Recipe, RecipeError, list_changes, published, read_recipe
 
 
 # Files and folders that every run may write. `tokenizer` is not listed: only runs that train a tokenizer write it.
@@ -110,7 +110,7 @@ def is_finished(recipe: Recipe, checkpoint: Path | None, steps: int) -> bool:
         return False
     made_with = read_recipe(final / "recipe.yaml")
     now = published(vars(recipe))
-    changed = None if made_with is None else list_changes(made_with, now, CHANGEABLE_ON_RESUME - {"max_steps"})
+    changed = None if made_with is None else list_changes(made_with, now, OPERATIONAL_FIELDS - {"max_steps"})
     weights = [file for file in final.glob("*.safetensors") if file.stat().st_size]
     if (
         changed == []

@@ -285,14 +285,14 @@ class Source:
 
 
 # Fields that have no influence on what is trained. A run may be resumed with different values.
-CHANGEABLE_ON_RESUME = {
+OPERATIONAL_FIELDS = {
     "resume", "output_dir", "max_steps", "eval_every", "log_every", "routing_every", "checkpoint_every", "keep_last",
     "keep_every", "max_bad_steps", "max_bad_rows", "tracker", "engine", "ep_size", "micro_batch_size", "cache_dir",
     "accept_changed_inputs",
 }  # fmt: skip
 
 # Fields that have an influence may differ on resume if they are listed here. The log and the model card record them.
-CHANGEABLE_ON_RESUME = CHANGEABLE_ON_RESUME | {
+CHANGEABLE_ON_RESUME = OPERATIONAL_FIELDS | {
     "learning_rate", "router_learning_rate_scale", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm",
     "schedule", "warmup_steps", "decay_steps", "min_lr_ratio", "precision", "gradient_checkpointing", "compile",
     "attn_implementation", "experts_implementation",

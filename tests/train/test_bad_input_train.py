@@ -139,7 +139,7 @@ def test_recipe_file_is_refused(tmp_path, content, complaint):
         (b"", "model="),
         (b"[]", "must hold a JSON object"),
         (b'{"num_experts": 8', "model="),
-        (b'{"num_experts": 8, "num_experts": 4}', "duplicate field 'num_experts'"),
+        (b'{"num_experts": 8, "num_experts": 4}', "duplicate key 'num_experts'"),
         (b"\xff", "model="),
         (b'{"model_type": "nonesuch"}', "nonesuch"),
         (b'{"model_type": "bert"}', "bert.*is not a causal"),
