@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Running a model over the user's text: what the conversions measure that are not exact."""
+"""Runs a model over the user's text, to measure conversions that are not exact."""
 
 import math
 from pathlib import Path
@@ -17,10 +17,10 @@ MOST_TOKENS = 10**8
 
 
 def check_text(file: str | Path, num_tokens: int):
-    """Refuses a text that is not there or of another kind, and a number of tokens that cannot be.
+    """Checks that a text file exists and has a known type, and that the number of tokens is in range.
 
     Raises:
-        UserError: With the file or the number.
+        UserError: If not; the message names the file or the number.
     """
     if not 1 <= num_tokens <= MOST_TOKENS:
         raise UserError(f"--tokens {num_tokens} must be from 1 to {MOST_TOKENS}.")
@@ -30,10 +30,10 @@ def check_text(file: str | Path, num_tokens: int):
 def read_text(file: str | Path) -> str:
     """Reads the documents of a text or JSON file and joins them with blank lines.
 
-    Rows without a text are left out, which is reported.
+    Rows without a text are skipped, and their number is printed.
 
     Raises:
-        UserError: If the file cannot be read, or most of its rows have no text; names the line.
+        UserError: If the file cannot be read, or most of its rows have no text; the message names the line.
     """
     texts = [row.get("text") for row in read_all_rows(file, "--text")]
     kept = [texts[row] for row in select_texts(texts, "text", f"--text {file}")]
@@ -43,18 +43,18 @@ def read_text(file: str | Path) -> str:
 
 
 def read_windows(source: Checkpoint, file: str | Path, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokenises a text and cuts it into windows, the last fifth of which is for measuring.
+    """Tokenises a text and cuts it into windows, of which the last fifth is held out for measuring.
 
     Args:
-        source (`Checkpoint`): Whose tokenizer to use.
+        source (`Checkpoint`): The checkpoint with the tokenizer.
         file (`str` or `Path`): A text file, or a JSON file with a column `text`.
-        num_tokens (`int`): How many tokens to take from the start.
+        num_tokens (`int`): Number of tokens to read from the start.
 
     Returns:
-        `tuple`: token ids `(windows, length)` for fitting, and as many columns of others for measuring.
+        `tuple`: token ids of shape `(windows, length)` for fitting, and such token ids for measuring.
 
     Raises:
-        UserError: If there is no tokenizer, or too little text.
+        UserError: If the checkpoint has no tokenizer, or the text is too short.
     """
     if source.tokenizer is None:
         raise UserError(f"{source.folder} has no tokenizer, which is needed to read {file}.")
@@ -76,7 +76,7 @@ def read_windows(source: Checkpoint, file: str | Path, num_tokens: int) -> tuple
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
-    """exp of the mean cross-entropy of all tokens but each window's first."""
+    """Returns exp of the mean cross-entropy of all tokens except the first of each window."""
     losses = [model(window[None], labels=window[None], use_cache=False).loss for window in windows]
     result = torch.stack(losses).double().mean().exp().item()
     if not math.isfinite(result):
@@ -86,7 +86,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
 
 @torch.no_grad()
 def router_inputs(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
-    """What the routers of a PathMoE see, `(layers, tokens, D)`, in float32."""
+    """Returns the inputs of a PathMoE's routers in float32, of shape `(layers, tokens, D)`."""
     seen = []
     hooks = [
         router.register_forward_pre_hook(lambda module, args: seen.append(args[0].float()))

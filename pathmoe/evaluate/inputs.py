@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Inputs and outputs of the evaluation scripts: each mistake of a user ends in one line that says what to mend."""
+"""Reads the inputs of the evaluation commands. Each mistake of a user ends in one line that states how to fix it."""
 
 import argparse
 import glob
@@ -39,7 +39,7 @@ def load_file(file: str | Path, option: str = "--data") -> Dataset:
             raise UserError(f"{option} {file} cannot be read as a table: {first_line(error)}.") from error
     try:
         rows = load_dataset(builder, data_files=glob.escape(str(file)), split="train")
-    except Exception as error:  # whatever a damaged file makes the readers of three formats raise
+    except Exception as error:  # a damaged file can make the readers of three formats raise anything
         cause = error.__cause__ or error
         reason = "holds no rows" if isinstance(cause, StopIteration) else f"cannot be read: {first_line(cause)}"
         if builder == "csv" and (line := find_undecodable(read_lines(file))) is not None:
@@ -62,10 +62,10 @@ def keep_texts(rows: Dataset, column: str, what: str) -> tuple[Dataset, int]:
 
 
 def check_sources(values: list, column: str, what: str):
-    """Refuses sources that are neither texts nor numbers.
+    """Checks that sources are texts or numbers.
 
     Raises:
-        UserError: With the column and the value.
+        UserError: If a source has another type; the message names the column and the value.
     """
     for value in values:
         if value is not None and not isinstance(value, str | int | float):
@@ -73,19 +73,19 @@ def check_sources(values: list, column: str, what: str):
 
 
 def add_device_arguments(parser: argparse.ArgumentParser):
-    """Adds the options of how a model is loaded."""
+    """Adds the options that state how a model is loaded."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="auto", help="such as bfloat16; that of the checkpoint when unset")
+    parser.add_argument("--dtype", default="auto", help="such as bfloat16; by default that of the checkpoint")
     parser.add_argument(
         "--allow_missing", action="store_true", help="initialise weights that the checkpoint lacks at random"
     )
 
 
 def check_device_arguments(options: argparse.Namespace):
-    """Refuses a `--device` or `--dtype` that torch does not have.
+    """Checks that torch has the `--device` and the `--dtype`.
 
     Raises:
-        UserError: With the option and its value.
+        UserError: If it has not; the message names the option and its value.
     """
     dtype = getattr(torch, options.dtype, None)
     if options.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -100,16 +100,17 @@ def load_config(source: str, option: str = "--model", **options) -> PreTrainedCo
     """Reads the configuration of a model.
 
     Raises:
-        UserError: If it cannot be read, is of an unknown kind, or the index of the weights is damaged.
+        UserError: If the configuration cannot be read, its model type is unknown, or the index of the weights is
+            damaged.
     """
     switch = " without --trust_remote_code" if "trust_remote_code" in options else ""
-    options = {"trust_remote_code": False} | options  # unset, transformers would ask
+    options = {"trust_remote_code": False} | options  # by default, transformers would ask the user
     model_type = None
     if Path(source).is_dir():
         model_type = read_json(Path(source) / "config.json", option).get("model_type")
         for file in sorted(Path(source).glob("*.safetensors")):
             if not file.is_file():
-                raise UserError(f"{option}: {file} is not a file, or a link to none: download the checkpoint again.")
+                raise UserError(f"{option}: {file} is a folder or a broken link: download the checkpoint again.")
         for file in sorted(Path(source).glob("*.index.json")):
             shards = read_json(file, option).get("weight_map")
             if not isinstance(shards, dict):
@@ -117,8 +118,8 @@ def load_config(source: str, option: str = "--model", **options) -> PreTrainedCo
             for shard in sorted(set(map(str, shards.values()))):
                 if Path(shard).name != shard or not (Path(source) / shard).is_file():
                     raise UserError(
-                        f"{option}: {file} names {shard!r}, which is not a file beside it: download the checkpoint "
-                        "again, or remove the index if the weights are in one file."
+                        f"{option}: {file} lists {shard!r}, which is not a file in the same folder: download "
+                        "the checkpoint again, or remove the index if the weights are in one file."
                     )
     try:
         return AutoConfig.from_pretrained(source, **options)
@@ -126,18 +127,18 @@ def load_config(source: str, option: str = "--model", **options) -> PreTrainedCo
         if model_type in CONFIG_MAPPING or options["trust_remote_code"] or "trust_remote_code" not in str(error):
             raise UserError(f"{option} {source}: its config.json cannot be used: {one_line(error)}") from error
         raise UserError(
-            f"{option} {source}: config.json names the model_type {model_type!r}, which transformers does not know, "
-            f"and code of its own, which is not run{switch}."
+            f"{option} {source}: config.json has the model_type {model_type!r}, which transformers does not know, "
+            f"and refers to code in the checkpoint, which is not run{switch}."
         ) from error
-    except Exception as error:  # whatever a damaged or foreign config makes transformers raise
+    except Exception as error:  # a damaged or foreign config can make transformers raise anything
         raise UserError(f"{option} {source}: its config.json cannot be used: {one_line(error)}") from error
 
 
 def load_tokenizer(source: str, option: str = "--model", **options) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer of a model.
+    """Loads the tokenizer of a model.
 
     Raises:
-        UserError: If it cannot be read.
+        UserError: If the tokenizer cannot be loaded.
     """
     options = {"trust_remote_code": False} | options
     files = [Path(source) / "tokenizer.json", Path(source) / "tokenizer_config.json"]
@@ -145,26 +146,26 @@ def load_tokenizer(source: str, option: str = "--model", **options) -> PreTraine
         read_json(file, option)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # whatever damaged or missing files make transformers and tokenizers raise
+    except Exception as error:  # damaged or missing files can make transformers and tokenizers raise anything
         absent = Path(source).is_dir() and not any(map(Path.is_file, files))
         reason = "it holds no tokenizer.json" if absent else first_line(error)
         raise UserError(
-            f"{option} {source}: no tokenizer can be loaded from there: {reason}. Put the tokenizer's files there."
+            f"{option} {source}: the tokenizer could not be loaded: {reason}. Copy its files into that folder."
         ) from error
 
 
 def check_model_folder(folder: str, option: str = "--model"):
-    """Refuses what is not a folder.
+    """Checks that a model is a folder.
 
     Raises:
-        UserError: With the option and its value.
+        UserError: If it is not; the message names the option and its value.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"{option} {folder}: there is no such folder. Download a model from the Hub first.")
+        raise UserError(f"{option} {folder}: this folder does not exist. Download a model from the Hub first.")
 
 
 def check_whole(settings: dict, what: str):
-    """Refuses results that may come from weights drawn at random.
+    """Checks that results do not come from randomly initialised weights.
 
     Args:
         settings (`dict`): The settings of an evaluation.
@@ -175,18 +176,18 @@ def check_whole(settings: dict, what: str):
     """
     if settings.get("allow_missing"):
         raise UserError(
-            f"{what} was evaluated with --allow_missing, so that its scores may be those of random weights: evaluate "
+            f"{what} was evaluated with --allow_missing, so its scores may come from random weights: evaluate "
             "a whole checkpoint without that option."
         )
 
 
 def finite(figures, undefined: list[str] | None = None, place: str = ""):
-    """Figures with `None` where a number is not finite, as JSON has no such numbers.
+    """Replaces numbers that are not finite, which JSON cannot express, by `None`.
 
     Args:
         figures: Nested dicts, lists and values.
         undefined (`list[str]`, *optional*): Receives `place: value` of each number that is replaced.
-        place (`str`): Where the figures stand in the whole.
+        place (`str`): Path of the figures within the whole result.
     """
     if isinstance(figures, dict):
         return {key: finite(value, undefined, f"{place}.{key}".lstrip(".")) for key, value in figures.items()}
@@ -200,7 +201,7 @@ def finite(figures, undefined: list[str] | None = None, place: str = ""):
 
 
 def explained(figures: dict) -> dict:
-    """[`finite`] figures with `undefined`, the places and values of those that are not, if there are any."""
+    """Applies [`finite`], and lists the places and values of the replaced numbers under `undefined`."""
     undefined = []
     figures = finite(figures, undefined)
     return figures | {"undefined": undefined} if undefined else figures

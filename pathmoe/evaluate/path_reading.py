@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What a model does with texts: their tokens, the paths of these, and where each comes from."""
+"""Runs a model over texts and records the path and the place of each token."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +17,19 @@ from pathmoe.evaluate.inputs import (
 from pathmoe.paths import PathTrace, record_paths
 
 
-# Of a document that has as many, at least so many tokens are read, and perturbed: few of many documents tell more.
+# Tokens that are read and perturbed of each document: a few of many documents are more informative than many of a few.
 DOCUMENT_TOKENS = 512
 CONTEXT = 45  # characters on each side of an example
 
 
 @dataclass
 class Reading:
-    """What a model made of the text: T tokens of some documents, read piece by piece.
+    """Holds the T tokens of some documents, which the model read in pieces, and their paths.
 
     Attributes:
         documents (`list[dict]`): Rows of the data.
         pieces (`list[list[int]]`): Token ids; no piece crosses a document.
-        piece_documents (`list[int]`): Index of the document that each piece is of.
+        piece_documents (`list[int]`): Index of the document of each piece.
         offsets (`list[tuple[int, int]]` of length T): The characters of each token in its document's text.
         trace (`PathTrace`): The paths of the T tokens, with probabilities.
     """
@@ -44,7 +44,7 @@ class Reading:
         self.experts = self.trace.experts.long()
         lengths = torch.tensor([len(piece) for piece in self.pieces])
         self.document_ids = torch.tensor(self.piece_documents).repeat_interleave(lengths)
-        # Where several tokens make up a character, the first one has it.
+        # If several tokens make up one character, the character belongs to the first.
         self.texts, last, taken = [], None, 0
         for document, (start, end) in zip(self.document_ids.tolist(), self.offsets):
             taken = taken if document == last else 0
@@ -53,7 +53,7 @@ class Reading:
 
 
 def read_documents(files: list[Path]) -> list[list[dict]]:
-    """The rows of each file that hold text.
+    """Reads the rows with text of each file.
 
     Raises:
         UserError: If a file cannot be read, has no column `text`, no text, or tags that do not fit its words.
@@ -76,7 +76,7 @@ def read_documents(files: list[Path]) -> list[list[dict]]:
 
 
 def check_tags(row: dict, file: Path):
-    """Refuses gold tags without a place for each in the text."""
+    """Checks that each gold tag has a place in the text."""
     if row.get("tags") is None:
         return
     columns = [row.get(column) for column in ("starts", "ends", "tags")]
@@ -92,13 +92,16 @@ def check_tags(row: dict, file: Path):
 def encode(
     tokenizer: PreTrainedTokenizerBase, documents: list[dict], max_tokens: int, each: int
 ) -> list[tuple[dict, list[int], list[tuple[int, int]]]]:
-    """The first tokens of some documents, at most `each` of each: `(document, token ids, offsets)` of those reached.
+    """Tokenises documents up to `max_tokens` in total and `each` per document.
+
+    Returns:
+        `list[tuple]`: `(document, token ids, offsets)` of each document that was reached.
 
     Raises:
         UserError: If the tokenizer is not a fast one.
     """
     if not tokenizer.is_fast:
-        raise UserError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed.")
+        raise UserError(f"{type(tokenizer).__name__} has no character offsets: use a fast tokenizer.")
     result = []
     for document in documents:
         if max_tokens == 0:
@@ -112,7 +115,7 @@ def encode(
 
 @torch.no_grad()
 def record(model: PreTrainedModel, pieces: list[list[int]], probabilities: bool = False) -> PathTrace:
-    """The paths of the tokens of some pieces, which are run one by one."""
+    """Records the paths of the tokens of some pieces, which are run one by one."""
     with record_paths(model, probabilities=probabilities) as trace:
         for piece in tqdm(pieces, desc="paths", disable=None):
             model(torch.tensor([piece], device=model.device), use_cache=False)
@@ -120,7 +123,7 @@ def record(model: PreTrainedModel, pieces: list[list[int]], probabilities: bool 
 
 
 def read_text(model: PreTrainedModel, encoded: list[tuple], max_length: int) -> Reading:
-    """Runs the model over documents, in pieces of `max_length` tokens at most, and records their paths."""
+    """Runs the model over documents in pieces of at most `max_length` tokens and records their paths."""
     documents, pieces, piece_documents, all_offsets = [], [], [], []
     for document, ids, offsets in encoded:
         cut = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
@@ -132,14 +135,14 @@ def read_text(model: PreTrainedModel, encoded: list[tuple], max_length: int) -> 
 
 
 def align_tags(offsets: list[tuple[int, int]], document: dict) -> list[str | None]:
-    """The gold tag of the word that each token belongs to.
+    """Returns the gold tag of the word that each token belongs to.
 
-    A token belongs to the word that holds its first character that is not white space; so all sub-words of a word have
-    its tag, and a token that spans two words has the first one's.
+    A token belongs to the word that contains the token's first character that is not white space. So all sub-words of
+    a word have the word's tag, and a token that spans two words has the tag of the first.
 
     Args:
         offsets (`list[tuple[int, int]]`): The characters of each token, end exclusive.
-        document (`dict`): `text`, and of each word `starts`, `ends` and `tags`.
+        document (`dict`): `text`, and `starts`, `ends` and `tags` of the words.
 
     Returns:
         `list[str | None]`: `None` where a token is special, white space, or in no word.
@@ -155,7 +158,7 @@ def align_tags(offsets: list[tuple[int, int]], document: dict) -> list[str | Non
 
 
 def tags_of(reading: Reading) -> list[str | None]:
-    """The gold tag of each token, or `None` where there is none."""
+    """Returns the gold tag of each token, or `None` if it has none."""
     tags = []
     for number, document in enumerate(reading.documents):
         offsets = [reading.offsets[i] for i in (reading.document_ids == number).nonzero()[:, 0].tolist()]

@@ -51,10 +51,10 @@ def load_documents(
 
     Args:
         data (`str`): A file, a folder written by `save_to_disk`, or the name of a dataset.
-        columns (`list[str]`): The columns to read; a .txt file has `text` alone.
-        split (`str`): The split, where the data has several.
+        columns (`list[str]`): The columns to read; a .txt file has only `text`.
+        split (`str`): The split, if the data has several.
         name (`str`, *optional*): The configuration of a named dataset.
-        limit (`int`, *optional*): How many documents to take from the start; all when unset.
+        limit (`int`, *optional*): Number of documents to read from the start; by default all.
 
     Returns:
         `Dataset`: The documents, with these columns.
@@ -70,9 +70,9 @@ def load_documents(
     else:
         try:
             dataset = load_from_disk(data) if path.is_dir() else load_dataset(data, name)
-        except Exception as error:  # whatever `datasets` raises of a folder or name that is not one of its own
+        except Exception as error:  # `datasets` may raise anything for a folder or name that it does not know
             raise UserError(
-                f"--data {data}: neither a file, nor a folder that `save_to_disk` wrote, nor a dataset that can be "
+                f"--data {data}: not a file, a folder that `save_to_disk` wrote, or a dataset that can be "
                 f"loaded: {first_line(error)}"
             ) from error
         if isinstance(dataset, DatasetDict):
@@ -88,17 +88,19 @@ def load_documents(
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the options and checks what can be checked before anything is loaded."""
+    """Parses the options and checks them before anything is loaded."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a saved model and its tokenizer")
     parser.add_argument("--data", required=True, help="file, folder or name of a dataset")
     parser.add_argument("--name", help="configuration of a named dataset")
-    parser.add_argument("--split", default="validation", help="split, where the data has several")
+    parser.add_argument("--split", default="validation", help="split, if the data has several")
     parser.add_argument("--text_column", default="text")
-    parser.add_argument("--source_column", help="also give the results of each value of this column")
+    parser.add_argument("--source_column", help="also report the results of each value of this column")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the result, with a .jsonl beside it")
-    parser.add_argument("--max_length", type=int, help="most tokens in a window; the model's longest when unset")
-    parser.add_argument("--stride", type=int, help="how far windows move; half of max_length when unset")
+    parser.add_argument(
+        "--max_length", type=int, help="largest number of tokens in a window; by default the model's longest"
+    )
+    parser.add_argument("--stride", type=int, help="distance between windows; by default half of max_length")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--limit", type=int, help="only the first documents")
     add_device_arguments(parser)
@@ -110,7 +112,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{option} {value} must be at least 1.")
     if args.stride and args.max_length and args.stride > args.max_length:
         parser.error(
-            f"--stride {args.stride} must be at most --max_length {args.max_length}: tokens would be left out."
+            f"--stride {args.stride} must be at most --max_length {args.max_length}: some tokens would not be scored."
         )
     for file, mark in ((args.output, '"bits_per_byte"'), (args.output.with_suffix(".jsonl"), '"text_sha"')):
         if os.path.realpath(file) == os.path.realpath(args.data):
@@ -122,7 +124,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_lengths(args: argparse.Namespace, longest: int | None):
-    """Refuses windows that the model cannot read."""
+    """Checks that the model can read the windows."""
     if args.max_length is None and longest is None:
         raise UserError(f"--max_length is needed: the config of {args.model} states no max_position_embeddings.")
     if longest is not None and (args.max_length or 0) > longest:
@@ -134,10 +136,10 @@ def check_lengths(args: argparse.Namespace, longest: int | None):
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Loads, scores, prints and writes the result.
+    """Scores the data, prints the result and writes it.
 
     Args:
-        argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
+        argv (`list[str]`, *optional*): Command-line arguments; by default those of the process.
 
     Returns:
         `dict`: The sums over all documents, those of each source, and the settings.

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Perplexity of a causal language model: the one scorer, in sliding windows that never span two texts."""
+"""Computes the perplexity of a causal language model in sliding windows that never span two texts."""
 
 import hashlib
 import math
@@ -19,12 +19,12 @@ def sliding_windows(length: int, max_length: int, stride: int) -> Iterator[tuple
 
     Args:
         length (`int`): Number of inputs; input i predicts token i + 1.
-        max_length (`int`): Most inputs in a window.
-        stride (`int`): Most positions that a window after the first scores, at most `max_length`.
+        max_length (`int`): The largest number of inputs in a window.
+        stride (`int`): The largest number of positions that a window after the first scores, at most `max_length`.
 
     Yields:
         `(start, first, end)`: the window's inputs are `[start, end)`, and it scores the positions `[first, end)`, each
-        with `max_length - stride` inputs before it, or all that there are.
+        with `max_length - stride` inputs before it, or all inputs if there are fewer.
     """
     end = 0
     while end < length:
@@ -34,34 +34,35 @@ def sliding_windows(length: int, max_length: int, stride: int) -> Iterator[tuple
 
 @torch.no_grad()
 def resolve_windows(model: PreTrainedModel, max_length: int | None, stride: int | None) -> tuple[int, int]:
-    """The length and the stride of [`score`], with their defaults.
+    """Returns the length and the stride of the windows of [`score`], with defaults where they are `None`.
 
     Raises:
-        ValueError: If they do not fit the model or each other.
+        ValueError: If they are out of range.
     """
     longest = getattr(model.config, "max_position_embeddings", None)
     max_length = longest if max_length is None else max_length
     if max_length is None:
-        raise ValueError("The model's config states no max_position_embeddings: give max_length.")
+        raise ValueError("The model's config has no max_position_embeddings: pass max_length.")
     stride = max(1, max_length // 2) if stride is None else stride
     if max_length < 1 or (longest is not None and max_length > longest):
         raise ValueError(f"max_length={max_length} must be from 1 to the model's max_position_embeddings={longest}.")
     if not 1 <= stride <= max_length:
-        raise ValueError(f"stride={stride} must be from 1 to max_length={max_length}, or tokens would be left out.")
+        raise ValueError(f"stride={stride} must be from 1 to max_length={max_length}, or tokens would not be scored.")
     return max_length, stride
 
 
 def refuse_foreign_tokens(model: PreTrainedModel, encoded: list[list[int]]):
-    """Refuses token ids that the model does not have, as those of another model's tokenizer."""
+    """Checks that the model has all token ids, which it does not if the tokenizer belongs to another model."""
     largest, embeddings = max(max(ids, default=0) for ids in encoded), model.get_input_embeddings().num_embeddings
     if largest >= embeddings:
         raise ValueError(
-            f"The tokenizer gives token {largest} to a model of {embeddings}: it belongs to another model."
+            f"The tokenizer produces token {largest}, but the model has {embeddings} embeddings: use the model's own "
+            "tokenizer."
         )
 
 
 def unscored(text: str, ids: list[int]) -> dict[str, Any]:
-    """The entry of a document before its tokens are scored."""
+    """Returns the entry of a document before its tokens are scored."""
     return {
         "text_sha": hashlib.sha256(text.encode("utf-8")).hexdigest()[:16],
         "nll": 0.0,
@@ -88,20 +89,21 @@ def score(
         model (`PreTrainedModel`): A causal language model; it is used in evaluation mode.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         texts (`list[str]`): The documents.
-        max_length (`int`, *optional*): Most tokens in a window; the model's `max_position_embeddings` when unset.
-        stride (`int`, *optional*): How far windows move: tokens see at least `max_length - stride` others, where there
-            are that many; `max_length // 2` when unset.
-        batch_size (`int`): Windows per forward pass. It does not change the result beyond rounding.
+        max_length (`int`, *optional*): The largest number of tokens in a window; by default the model's
+            `max_position_embeddings`.
+        stride (`int`, *optional*): The distance between windows, by default `max_length // 2`. Each token has at least
+            `max_length - stride` tokens of context, or all tokens before it if there are fewer.
+        batch_size (`int`): Windows per forward pass. It changes the result by rounding errors only.
 
     Returns:
         `(documents, settings)`: for each text a dict of `nll`, its negative log-likelihood in nats; the numbers of
         `tokens` that were scored, of `words` as lm-eval counts them (`re.split(r"\\s+", text)`) and of UTF-8 `bytes`;
-        and `text_sha`, by which two runs can be paired. Settings hold the arguments as they were resolved, and
-        `prefix_token`, which is `None` where first tokens were not scored.
+        and `text_sha`, by which two runs can be paired. Settings hold the resolved arguments and `prefix_token`,
+        which is `None` if first tokens were not scored.
 
     Raises:
-        ValueError: If a length does not fit the model or the others, the tokenizer is another model's, there is no
-            text, or no token can be scored.
+        ValueError: If a length is out of range, the tokenizer belongs to another model, there is no text, or no token
+            can be scored.
     """
     max_length, stride = resolve_windows(model, max_length, stride)
     if batch_size < 1:
@@ -122,7 +124,7 @@ def score(
     if not rows:
         raise ValueError("No token can be scored: the documents have one token each and the tokenizer no BOS or EOS.")
     refuse_foreign_tokens(model, encoded)
-    # The longest first: windows of one length need no padding, and a lack of memory shows at once.
+    # Longest windows first: equal lengths need no padding, and an out-of-memory error occurs in the first batch.
     rows.sort(key=lambda row: row[1] - row[3])
 
     documents = [unscored(text, ids) for text, ids in zip(texts, encoded)]
@@ -151,7 +153,7 @@ def score(
 
 
 def summarize(documents: list[dict]) -> dict:
-    """Puts the scores of documents together.
+    """Sums up the scores of documents.
 
     Args:
         documents (`list[dict]`): What [`score`] returns.
@@ -163,7 +165,7 @@ def summarize(documents: list[dict]) -> dict:
     """
     nll, *counts = (sum(document[key] for document in documents) for key in ("nll", "tokens", "words", "bytes"))
     counts = dict(zip(("tokens", "words", "bytes"), counts))
-    # In torch, for which the exponential of a large number is infinite and no error.
+    # torch returns infinity for the exponential of a large number, where Python raises an error.
     per = {unit: torch.tensor(nll, dtype=torch.float64) / count for unit, count in counts.items()}
     empty = sum(not document["bytes"] for document in documents)
     return {
@@ -177,6 +179,6 @@ def summarize(documents: list[dict]) -> dict:
 
 
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings) -> dict:
-    """The perplexity of a model on texts: [`score`] and [`summarize`] in one, with `settings` beside the sums."""
+    """Computes the perplexity of a model on texts: [`summarize`] of [`score`], with the settings added."""
     documents, settings = score(model, tokenizer, texts, **settings)
     return summarize(documents) | {"settings": settings}

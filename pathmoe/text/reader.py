@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""From a data source to blocks of token ids: load, train a tokenizer, tokenise, pack."""
+"""Turns a data source into blocks of token ids: loads it, trains a tokenizer, tokenises and packs the text."""
 
 import glob
 import hashlib
@@ -22,8 +22,8 @@ from pathmoe.text.rows import READERS, DataError, find_builder
 
 END_OF_TEXT = "<|endoftext|>"
 QUICKSTART_HINT = "`python -m pathmoe.text.quickstart` writes the quick start's text."
-PEEKED = 1000  # rows of a stream, among which one must hold more than blanks
-PROBLEM = "pathmoe_problem"  # column that says where a row without text stands and what is wrong with it
+PEEKED = 1000  # at least one of the first rows of a stream must hold more than white space
+PROBLEM = "pathmoe_problem"  # column with the place of a row without text and the reason why it has none
 
 
 def load_text(
@@ -36,37 +36,37 @@ def load_text(
     cache_dir: str | Path | None = None,
     max_bad_rows: int = 100,
 ) -> Dataset | IterableDataset:
-    """Loads one split of a text data set, checks that it holds text, and leaves out rows without any.
+    """Loads one split of a text data set, checks that it holds text, and removes rows without text.
 
     Args:
-        dataset (`str`): A file (.txt, .md, .jsonl, .json, .parquet, .csv, .arrow; text and JSON also compressed as
-            .gz, .bz2 or .xz), a folder written by `save_to_disk`, or whatever `datasets.load_dataset` takes: a builder
-            such as `"json"` with `data_files`, or a Hub name.
-        split (`str`): Name of the split; `"train"` for a lone file. In .txt files, blank lines part the documents.
+        dataset (`str`): A file (.txt, .md, .jsonl, .json, .parquet, .csv, .arrow; text, JSON and CSV also compressed
+            as .gz, .bz2 or .xz; [`pathmoe.text.rows`] states what each holds), a folder written by `save_to_disk`, or
+            anything that `datasets.load_dataset` accepts: a builder such as `"json"` with `data_files`, or a Hub name.
+        split (`str`): Name of the split; `"train"` for a single file.
         text_column (`str`): Column that holds the text.
         config (`str`, *optional*): Configuration name of a Hub data set.
         data_files (`str`, `list` or `dict`, *optional*): As for `load_dataset`; relative to the working directory.
-        streaming (`bool`): Whether to read as it goes instead of preparing all of it first.
-        cache_dir (`str` or `Path`, *optional*): Where `datasets` keeps what it prepares.
-        max_bad_rows (`int`, defaults to 100): How many rows without readable text are left out: null, of another
-            type, without the column, broken JSON, invalid UTF-8. With one more, a `DataError` names the row.
+        streaming (`bool`): Whether to read the rows during training instead of preparing all of them first.
+        cache_dir (`str` or `Path`, *optional*): Where `datasets` keeps prepared data.
+        max_bad_rows (`int`, defaults to 100): The number of rows without readable text that may be skipped: null,
+            another type, no such column, broken JSON, invalid UTF-8. One more raises a `DataError` that names the row.
 
     Returns:
         `Dataset` or `IterableDataset`: The split, with only its text column.
 
     Raises:
-        DataError: If a file or the split or the column is missing, or there is no text in it. A stream raises it where
-            it meets the row.
+        DataError: If a file, the split or the column is missing, or holds no text. A stream raises the error when it
+            reaches the row.
     """
     path, source = Path(dataset), dataset
     if (kind := find_builder(path)) is not None:
         if data_files is not None:
             raise DataError(
-                f"dataset={dataset!r} is a file already: name both files in data_files, with dataset={kind!r}."
+                f"dataset={dataset!r} is a file already: list both files in data_files, with dataset={kind!r}."
             )
         if split != "train":
             raise DataError(
-                f"dataset={dataset!r} is one file and has no split {split!r}: name a file for it in data_files."
+                f"dataset={dataset!r} is one file and has no split {split!r}: add a file for that split to data_files."
             )
         dataset, data_files = kind, {split: dataset}
     files = find_files(data_files, split)
@@ -98,10 +98,10 @@ def load_text(
 
 
 def find_files(data_files: str | list | dict | None, split: str) -> list[str] | None:
-    """The local files of a split in order, `None` when there are none or some are remote.
+    """Returns the local files of a split in order, or `None` if there are none or some are remote.
 
     Raises:
-        DataError: If the split is not there, or if a file of any split is missing, empty or a folder.
+        DataError: If the split does not exist, or if a file of any split is missing, empty or a folder.
     """
     if data_files is None:
         return None
@@ -119,7 +119,7 @@ def find_files(data_files: str | list | dict | None, split: str) -> list[str] | 
                 hint = f" {QUICKSTART_HINT}" if file.startswith("runs/quickstart/data/") else ""
                 raise DataError(f"data file {file!r} does not exist (looked in {Path.cwd()}).{hint}")
             if Path(files[0]).is_dir():
-                raise DataError(f"data file {file!r} is a folder: name the files in it, such as {file}/*.jsonl.")
+                raise DataError(f"data file {file!r} is a folder: list its files, such as {file}/*.jsonl.")
             if not any(Path(name).stat().st_size for name in files):
                 raise DataError(f"data file {file!r} is empty.")
             found[name] = found.get(name, []) + files
@@ -129,7 +129,7 @@ def find_files(data_files: str | list | dict | None, split: str) -> list[str] | 
 
 
 def load_saved(dataset: str, split: str, streaming: bool) -> Dataset | IterableDataset:
-    """A split of a folder that `save_to_disk` has written."""
+    """Loads a split of a folder that `save_to_disk` wrote."""
     try:
         data = load_from_disk(dataset)
     except Exception as error:
@@ -170,12 +170,12 @@ def read_column(files: list[tuple], column: str, builder: str) -> Iterator[dict]
 
 
 class BadRows:
-    """Leaves rows without text out of a stream, and counts them.
+    """Filters rows without text out of a stream and counts them.
 
     Args:
         source (`str`): The data set, for the message.
         column (`str`): Column that holds the text.
-        limit (`int`): How many of them there may be.
+        limit (`int`): The largest number of such rows.
     """
 
     def __init__(self, source: str, column: str, limit: int):
@@ -186,7 +186,7 @@ class BadRows:
         if isinstance(text, str):
             return True
         problem = row.get(PROBLEM) or f"row {index + 1} of {self.source} holds {text!r} where a text should be"
-        if problem not in self.seen:  # a later epoch meets the row again
+        if problem not in self.seen:  # later epochs reach the same row
             self.seen.add(problem)
             tqdm.write(f"WARNING: skipped: {problem}.")
             check_bad_rows(self.source, list(self.seen), problem, self.limit)
@@ -196,13 +196,13 @@ class BadRows:
 def check_bad_rows(source: str, problems: list[str], last: str, limit: int):
     if len(problems) > limit:
         raise DataError(
-            f"dataset={source!r} has more than max_bad_rows={limit} rows without text: {last}. Mend the rows, or "
+            f"dataset={source!r} has more than max_bad_rows={limit} rows without text: {last}. Fix the rows, or "
             "raise max_bad_rows."
         )
 
 
 def leave_out_bad_rows(data: Dataset | IterableDataset, source: str, column: str, limit: int):
-    """The data set with its text column alone, without the rows that hold no text."""
+    """Removes the rows without text, and all columns but the text."""
     if isinstance(data, IterableDataset):
         rows = BadRows(source, column, limit)
         data = data.filter(rows, with_indices=True).select_columns([column])
@@ -241,11 +241,11 @@ def has_text(text: str | None) -> bool:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer whose one special token begins, ends and pads.
+    """Trains a byte-level BPE tokenizer with one special token that begins, ends and pads documents.
 
     Args:
         texts (`Iterable[str]`): Documents.
-        vocab_size (`int`): Size of the vocabulary; at least 257, the bytes and the special token.
+        vocab_size (`int`): Size of the vocabulary; at least 257, for all bytes and the special token.
 
     Raises:
         DataError: If `vocab_size` cannot hold all bytes.
@@ -266,7 +266,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each document, with the end-of-text token after it."""
+    """Returns the token ids of each document, followed by the end-of-text token."""
     for text in texts:
         if not isinstance(text, str):
             raise DataError(f"the text column holds {text!r} where a text should be: remove or fill such rows.")
@@ -281,21 +281,21 @@ def pack(
     sequence_length: int,
     cache_dir: str | Path,
 ) -> np.ndarray:
-    """Tokenises all documents and lays them end to end in blocks, with nothing padded.
+    """Tokenises all documents and concatenates them into blocks without padding.
 
-    The token ids are kept in `cache_dir` and used again for the same text, tokenizer and length, by any run. Processes
-    that want the same text at the same time wait for the first.
+    The token ids are cached in `cache_dir`, and any run with the same text, tokenizer and length uses them. Processes
+    that ask for the same text at the same time wait for the first one.
 
     Args:
         dataset (`Dataset`): Documents.
-        tokenizer (`PreTrainedTokenizerBase`): With an end-of-text token, which ends every document.
+        tokenizer (`PreTrainedTokenizerBase`): With an end-of-text token, which is appended to every document.
         text_column (`str`): Column that holds the text.
         sequence_length (`int`): Tokens in a block.
-        cache_dir (`str` or `Path`): Where the token ids are kept.
+        cache_dir (`str` or `Path`): Folder of the cached token ids.
 
     Returns:
-        `np.ndarray` of shape `(blocks, sequence_length)`, int32, memory-mapped. The last tokens that do not fill a
-        block are left out.
+        `np.ndarray` of shape `(blocks, sequence_length)`, int32, memory-mapped. The last tokens, which do not
+        fill a block, are dropped.
 
     Raises:
         DataError: If the text is shorter than one block.
@@ -305,7 +305,7 @@ def pack(
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     file = Path(cache_dir) / f"tokens-{name}.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
-    # The lock goes away with its process, however that ends.
+    # The operating system releases the lock even if the process is killed.
     with FileLock(file.with_suffix(".lock")):
         if not file.exists():
             batches = tqdm(dataset.iter(1000), total=-(-len(dataset) // 1000), desc="tokenise", disable=None)
@@ -316,18 +316,18 @@ def pack(
             if blocks == 0:
                 raise DataError(
                     f"the text has {len(tokens)} tokens, fewer than one sequence of sequence_length="
-                    f"{sequence_length}: give more text or shorten the sequence."
+                    f"{sequence_length}: use more text or a shorter sequence."
                 )
             try:
                 with write_aside(file) as partial:
                     np.save(partial, tokens[: blocks * sequence_length].reshape(blocks, sequence_length))
-            except OSError as error:  # NumPy's own, of a full disk, has no number
+            except OSError as error:  # NumPy raises one without an errno on a full disk
                 raise DataError(f"{file} cannot be written: {error}. Choose another cache_dir.") from error
     return read_blocks(file, sequence_length)
 
 
 def read_blocks(file: Path, sequence_length: int) -> np.ndarray:
-    """Blocks of token ids that an earlier run has kept, memory-mapped.
+    """Opens the memory-mapped blocks of token ids that an earlier run cached.
 
     Raises:
         DataError: If the file does not hold such blocks.
@@ -335,10 +335,10 @@ def read_blocks(file: Path, sequence_length: int) -> np.ndarray:
     try:
         blocks = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{file} is damaged ({error}): remove it, and it is made again.") from error
+        raise DataError(f"{file} is damaged ({error}): remove it, and the next run writes it again.") from error
     if not isinstance(blocks, np.ndarray) or blocks.dtype != np.int32 or blocks.shape[1:] != (sequence_length,):
         raise DataError(
-            f"{file} does not hold token ids in sequences of sequence_length={sequence_length}: move it away, and it "
-            "is made again."
+            f"{file} does not hold token ids in sequences of sequence_length={sequence_length}: move it away, and "
+            "the next run writes it again."
         )
     return blocks

@@ -129,7 +129,7 @@ MODELS = [
     (lambda p: p.config(num_experts_per_tok=9), "config.json cannot be used"),
     (lambda p: p.damage("tokenizer.json", b""), "tokenizer.json is damaged"),
     (lambda p: p.truncate("tokenizer.json"), "tokenizer.json is damaged"),
-    (lambda p: p.damage("tokenizer.json", b"{}"), "no tokenizer can be loaded"),
+    (lambda p: p.damage("tokenizer.json", b"{}"), "the tokenizer could not be loaded"),
     (lambda p: p.damage("tokenizer.json", b"7"), "must hold a JSON object, but holds 7"),
     (lambda p: [file.unlink() for file in p.model.glob("tokenizer*")], "it holds no tokenizer.json"),
     (lambda p: p.config(model_type=None), "the model_type None, which transformers does not know"),
@@ -137,7 +137,7 @@ MODELS = [
     (lambda p: p.file("model/model.safetensors.index.json", "{}"), "model.safetensors.index.json has no weight_map"),
     (
         lambda p: p.file("model/model.safetensors.index.json", '{"weight_map": {"a": "../data.jsonl"}}'),
-        "names '../data.jsonl', which is not a file beside it",
+        "lists '../data.jsonl', which is not a file in the same folder",
     ),
     (lambda p: p.file("model/generation_config.json", "{"), "generation_config.json is damaged"),
     (options("--dtype", "float99"), "--dtype float99: choose auto, float32"),
@@ -214,7 +214,7 @@ def test_data_that_cannot_be_read_is_refused(command, place, name, content, mess
         (lambda p: setattr(p, "output", p.file("notes.json", "mine")), "notes.json exists and is not an earlier"),
         (lambda p: p.file("out.jsonl", '{"mine": 1}'), "out.jsonl exists and is not an earlier result"),
         (lambda p: setattr(p, "data", p.folder / "model"), "neither a file, nor a folder that `save_to_disk` wrote"),
-        (lambda p: setattr(p, "model", p.folder / "absent"), "absent: there is no such folder"),
+        (lambda p: setattr(p, "model", p.folder / "absent"), "absent: this folder does not exist"),
     ],
 )
 def test_perplexity_refuses(place, break_it, message, capsys):

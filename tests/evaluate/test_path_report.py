@@ -211,7 +211,7 @@ def refused(error, message, tmp_path, models, data, *options):
 
 def test_models_that_cannot_be_shown_are_named(model_folder, dense_folder, data, tmp_path, capsys):
     refused(UserError, "LlamaForCausalLM has no routers", tmp_path, [model_folder, dense_folder], data)
-    refused(UserError, "--model .*absent: there is no such folder", tmp_path, [tmp_path / "absent"], data)
+    refused(UserError, "--model .*absent: this folder does not exist", tmp_path, [tmp_path / "absent"], data)
     refused(SystemExit, "2", tmp_path, [model_folder] * 3, data)
     assert "--model is given 3 times" in capsys.readouterr().err
 

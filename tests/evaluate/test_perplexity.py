@@ -264,5 +264,5 @@ def test_empty_document_is_counted_and_changes_nothing(model, tokenizer, texts):
 def test_tokenizer_of_another_model_is_named(model, tokenizer):
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens(["wug"])
-    with pytest.raises(ValueError, match="gives token 300 to a model of 300: it belongs to another model"):
+    with pytest.raises(ValueError, match="produces token 300, but the model has 300 embeddings: use the model's own"):
         perplexity(model, larger, ["one wug"])
