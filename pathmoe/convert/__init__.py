@@ -1,11 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Conversion of checkpoints to and from the architectures that the world serves.
+"""Converts checkpoints to and from architectures that common servers support.
 
     pathmoe convert export SRC DST --to qwen3_moe
 
-A conversion is a plan, a dict from the names of the target's tensors to pieces of the source's, that is written shard
-by shard. The target is written aside, compared with its source and renamed; `conversion.json` in it says what became
-what.
+A conversion is a plan: a dict from the names of the target's tensors to pieces of the source's tensors. The target is
+written shard by shard to a temporary folder, compared with the source, and renamed. Its `conversion.json` lists the
+source of every tensor.
 """
 
 from .exporting import export_checkpoint

@@ -14,7 +14,7 @@ from .upcycling import upcycle
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     main_parser = ArgumentParser(prog="pathmoe convert", description=__doc__)
     commands = main_parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -37,38 +37,38 @@ def parser() -> argparse.ArgumentParser:
 
     def add_text(command, required=False):
         command.add_argument(
-            "--text", required=required, help=".txt, .md, .json or .jsonl file (column text), like the model's use"
+            "--text", required=required, help="text or JSON file (column text) that resembles the model's use"
         )
         command.add_argument(
-            "--tokens", dest="num_tokens", type=int, default=8192, help="how many to use of it (8192)"
+            "--tokens", dest="num_tokens", type=int, default=8192, help="number of its tokens to use (8192)"
         )
 
-    export = add("export", export_checkpoint, "PathMoE to Qwen3-MoE or Mixtral, exactly")
+    export = add("export", export_checkpoint, "convert PathMoE to Qwen3-MoE or Mixtral, exactly")
     export.add_argument("--to", choices=["auto", "qwen3_moe", "mixtral"], default="auto")
 
-    importer = add("import", import_checkpoint, "Qwen3-MoE or Mixtral to PathMoE")
+    importer = add("import", import_checkpoint, "convert Qwen3-MoE or Mixtral to PathMoE")
     importer.add_argument("--block-size", type=int, default=1, help="layers that share a router (1: exact)")
     add_text(importer)
 
-    cycle = add("upcycle", upcycle, "dense Llama, Mistral or Qwen3 to PathMoE")
+    cycle = add("upcycle", upcycle, "convert a dense Llama, Mistral or Qwen3 to PathMoE")
     cycle.add_argument("--experts", dest="num_experts", type=int, required=True)
     cycle.add_argument("--top-k", dest="num_experts_per_tok", type=int, required=True)
     cycle.add_argument("--block-size", type=int, default=4, help="layers that share a router (4)")
     cycle.add_argument(
-        "--noise", type=float, default=0.0, help="added to the experts, in standard deviations; not exact"
+        "--noise", type=float, default=0.0, help="noise added to the experts, in standard deviations; not exact"
     )
-    cycle.add_argument("--drop", type=float, default=0.0, help="share of neurons drawn anew; not exact")
-    cycle.add_argument("--granularity", type=int, default=1, help="experts that one dense network is cut into")
+    cycle.add_argument("--drop", type=float, default=0.0, help="share of neurons to redraw at random; not exact")
+    cycle.add_argument("--granularity", type=int, default=1, help="number of experts that one dense network forms")
     cycle.add_argument("--seed", type=int, default=0)
 
-    average = add("average", average_checkpoints, "the average of PathMoE checkpoints", sources="SRC...")
-    average.add_argument("--weights", type=float, nargs="+", help="one a source, summing to 1; equal when unset")
+    average = add("average", average_checkpoints, "average PathMoE checkpoints", sources="SRC...")
+    average.add_argument("--weights", type=float, nargs="+", help="one per source, summing to 1; equal when unset")
 
-    prune = add("prune", prune_experts, "PathMoE with fewer experts, by measured path use")
-    prune.add_argument("--experts", dest="num_experts", type=int, required=True, help="how many of a layer to keep")
+    prune = add("prune", prune_experts, "remove the experts of a PathMoE that paths use least")
+    prune.add_argument("--experts", dest="num_experts", type=int, required=True, help="number to keep in each layer")
     add_text(prune, required=True)
 
-    inspect = commands.add_parser("inspect", help="what is in a checkpoint, without loading it")
+    inspect = commands.add_parser("inspect", help="describe a checkpoint without loading it")
     inspect.set_defaults(function=inspect_checkpoint)
     inspect.add_argument("src", metavar="SRC", help="folder of a saved model")
     return main_parser
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None):
         argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
 
     Raises:
-        UserError: If an input cannot be used; says what to do.
+        UserError: If an input cannot be used; the message contains the fix.
     """
     arguments = vars(parser().parse_args(argv))
     logging.disable_progress_bar()
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None):
 
 
 def summary(dst: str, manifest: dict) -> str:
-    """What the terminal is told of a conversion."""
+    """Returns the report of a conversion for the terminal."""
     target, lines = manifest["target"], []
     lines.append(f"{dst}: {target['model_type']}, {target['bytes'] / 1e6:,.1f} MB in {target['shards']} file(s)")
     if checked := manifest["verified"]:
@@ -109,7 +109,7 @@ def summary(dst: str, manifest: dict) -> str:
         lines.append(f"choices that fell on the kept experts, by block: {_percent(manifest['choices_kept'])}")
         lines.append(f"tokens whose whole path is kept: {manifest['paths_kept']:.1%}")
     if perplexity := manifest.get("perplexity"):
-        text = "perplexity of {tokens} other tokens: {before:.4g} before, {after:.4g} after"
+        text = "perplexity of {tokens} held-out tokens: {before:.4g} before, {after:.4g} after"
         lines.append(text.format(**perplexity))
     if "note" in manifest:
         lines.append(manifest["note"])
@@ -121,7 +121,7 @@ def _percent(shares: list[float]) -> str:
 
 
 def description(found: dict) -> str:
-    """What the terminal is told of a checkpoint."""
+    """Returns the description of a checkpoint for the terminal."""
     blocks = found.pop("blocks", None)
     lines = [f"{name:14} {f'{value:,}' if isinstance(value, int) else value}" for name, value in found.items()]
     if blocks:

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints on disk: read one tensor at a time, described before it is read, written aside shard by shard."""
+"""Reads checkpoints one tensor at a time, and writes them shard by shard to a folder that is renamed at the end."""
 
 import functools
 import importlib.metadata
@@ -34,12 +34,12 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
-# Fields that name code, which whoever trusts the target would run; ours is added when a PathMoE is saved.
+# Fields that refer to code, which users who trust the target would run. Saving a PathMoE adds its own code.
 FOREIGN_CODE = ("auto_map", "custom_generate", "custom_pipelines")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_SIZE = re.compile(r"\d{1,12}(\.\d{1,9})?\s*[KMGT]B", re.IGNORECASE)
 VERIFY_BATCH, VERIFY_LENGTH = 2, 64
-# Two implementations of one function in float32, relative to the largest logit.
+# The largest difference between two implementations of one function in float32, relative to the largest logit.
 EXACT = 1e-4
 
 
@@ -50,8 +50,8 @@ class Piece:
     Attributes:
         shape (`tuple[int, ...]`): Its shape.
         dtype (`torch.dtype`): Its dtype.
-        sources (`tuple[str, ...]`): What it is made of, for the manifest.
-        read (`Callable[[], torch.Tensor]`): Makes it.
+        sources (`tuple[str, ...]`): The tensors and steps that it is made of, for the manifest.
+        read (`Callable[[], torch.Tensor]`): Reads or computes the tensor.
     """
 
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class Piece:
     read: Callable[[], torch.Tensor]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor], note: str) -> "Piece":
-        """The piece after `function`, which keeps shape and dtype."""
+        """Returns this piece with `function` applied, which must keep shape and dtype."""
         return Piece(self.shape, self.dtype, (*self.sources, note), lambda: function(self.read()))
 
 
@@ -72,7 +72,7 @@ class Checkpoint:
 
     Raises:
         UserError: If a file is missing, damaged, or a link that leads out of the folder, or if the weights are
-            quantised, not those of a causal language model, or of other names or sizes than the index says.
+            quantised, not those of a causal language model, or not in the files that the index lists.
     """
 
     def __init__(self, folder: str | Path):
@@ -80,8 +80,8 @@ class Checkpoint:
         self.config_file = self.folder / "config.json"
         if not str(folder) or not os.path.isfile(self.config_file):
             raise UserError(
-                f"SRC {str(folder)!r} is not a folder with a config.json: give that of a saved model (`hf download` "
-                "fetches one)."
+                f"SRC {str(folder)!r} is not a folder with a config.json: pass the folder of a saved model "
+                "(`hf download` fetches one)."
             )
         check_links(self.folder)
         self._check_kind()
@@ -96,12 +96,12 @@ class Checkpoint:
         fields = read_json(self.config_file)
         if (self.folder / "adapter_config.json").exists():
             raise UserError(
-                f"{self.folder} holds an adapter (adapter_config.json): merge it into its model, and convert that."
+                f"{self.folder} holds an adapter (adapter_config.json): merge it into its model and convert the model."
             )
         if fields.get("transformers_weights"):
             raise UserError(
-                f"{self.config_file}: transformers_weights={fields['transformers_weights']!r} names other weights "
-                f"than {SINGLE}: rename them, and remove the field."
+                f"{self.config_file}: transformers_weights={fields['transformers_weights']!r} is not {SINGLE}: rename "
+                "that file, and remove the field."
             )
         if fields.get("quantization_config"):
             raise UserError(
@@ -125,7 +125,7 @@ class Checkpoint:
                 part = handle.get_slice(name)
                 if part.get_dtype() not in DTYPES:
                     raise UserError(
-                        f"{name} in {self.folder / file} is {part.get_dtype()}: only {', '.join(DTYPES)} are "
+                        f"{name} in {self.folder / file} is {part.get_dtype()}: only {', '.join(DTYPES)} can be "
                         "converted."
                     )
                 if not CONSTANTS.search(name):
@@ -147,7 +147,7 @@ class Checkpoint:
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise UserError(
-                    f"{index}: {name} is said to be in {file!r}, which is not a .safetensors file beside it."
+                    f"{index}: {name} is listed in {file!r}, which is not a .safetensors file of this folder."
                 )
         return weight_map
 
@@ -157,12 +157,12 @@ class Checkpoint:
         ):
             raise UserError(
                 f"{self.config_file}: tie_word_embeddings is true, but lm_head.weight differs from the embedding: "
-                "correct it."
+                "correct the field."
             )
         del self._tensors["lm_head.weight"]
 
     def _handle(self, file: str) -> safe_open:
-        # One file is mapped at a time, so that the memory in use stays that of one shard.
+        # Only one file is mapped at a time, so that the memory in use is that of one shard.
         if self._open is None or self._open[0] != file:
             self._open = None
             path = self.folder / file
@@ -193,7 +193,7 @@ class Checkpoint:
         return {name: dtype for name, (_, _, dtype) in self._tensors.items()}
 
     def piece(self, name: str, *index: int | slice) -> Piece:
-        """A tensor, or the part of it at `index`."""
+        """Returns the piece of a tensor, or of the part of it at `index`."""
         file, shape, dtype = self._tensors[name]
         label = name
         if index:
@@ -202,7 +202,7 @@ class Checkpoint:
             label = f"{name}[{', '.join(parts)}]"
 
         def read():
-            # A copy: what safetensors gives lies in the mapped file, and one router goes into several layers.
+            # Copied, because safetensors returns memory of the mapped file, and one router goes into several layers.
             handle = self._handle(file)
             tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name).clone()
             if not tensor.isfinite().all():
@@ -219,16 +219,16 @@ class Checkpoint:
         self._open = None
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor."""
+        """Reads a tensor."""
         return self.piece(name).read()
 
     def unchanged(self) -> dict[str, Piece]:
-        """The tensors outside of feed-forward layers, experts and routers: all architectures here name them alike."""
+        """Returns the tensors other than feed-forward layers, experts and routers. Architectures name them alike."""
         return {name: self.piece(name) for name in self if not re.search(r"\.(mlp|block_sparse_moe|routers)\.", name)}
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Its tokenizer, or `None` where there is none.
+        """The tokenizer of the checkpoint, or `None` if it has none.
 
         Raises:
             UserError: If it cannot be loaded, or has ids beyond the vocabulary.
@@ -238,37 +238,37 @@ class Checkpoint:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
             largest = max(tokenizer.get_vocab().values(), default=-1)
-        except Exception as error:  # whatever damaged or foreign files make transformers and tokenizers raise
+        except Exception as error:  # damaged or foreign files can make transformers and tokenizers raise anything
             code = "trust_remote_code" in str(error)
-            reason = "it needs code of its own, which is not run" if code else one_line(error) or type(error).__name__
+            reason = "it needs custom code, which is not run" if code else one_line(error) or type(error).__name__
             raise UserError(
                 f"{self.folder}: its tokenizer cannot be loaded: {reason:.200}. Replace or remove its files."
             ) from error
         if largest >= self.config.vocab_size:
             raise UserError(
                 f"The tokenizer in {self.folder} has the token id {largest}, but vocab_size is "
-                f"{self.config.vocab_size}: it belongs to another model."
+                f"{self.config.vocab_size}: it belongs to a different model."
             )
         return tokenizer
 
     def check_fit(self):
-        """Refuses tensors that are not those of the configuration.
+        """Refuses tensors that do not match the configuration.
 
         Raises:
-            UserError: With the tensors.
+            UserError: If they do not; lists the tensors.
         """
         try:
             check_tensors(self.config_file, self.config, self.shapes)
         except UserError:
             raise
-        except Exception as error:  # whatever odd fields make transformers raise when it builds the model
+        except Exception as error:  # odd fields can make transformers raise anything when it builds the model
             raise UserError(f"{self.config_file} cannot be used: {one_line(describe(error))}") from error
 
     def check_to_convert(self):
-        """Refuses a checkpoint whose tensors do not fit its configuration, or whose other files are damaged.
+        """Refuses a checkpoint whose tensors do not match its configuration, or whose other files are damaged.
 
         Raises:
-            UserError: With the file or the tensors.
+            UserError: If so; names the file or the tensors.
         """
         self.check_fit()
         for name in CARRIED_FILES:
@@ -280,17 +280,17 @@ class Checkpoint:
         _ = self.tokenizer
 
     def carried(self) -> list[Path]:
-        """The files that go along unchanged, but for references to code."""
+        """Returns the files that are copied to the target, unchanged except for references to code."""
         return [self.folder / name for name in CARRIED_FILES if (self.folder / name).is_file()]
 
 
 def check_links(folder: Path):
-    """Refuses links to files outside of a checkpoint: what they lead to would be read, or copied into the target.
+    """Refuses links to files outside of a checkpoint, which would be read, or copied into the target.
 
-    The links of a snapshot in the Hub's cache lead to the blobs of its repository, and are accepted.
+    Links from a snapshot in the Hub's cache to the blobs of its repository are accepted.
 
     Raises:
-        UserError: With the link.
+        UserError: If there is such a link; names it.
     """
     root = Path(os.path.realpath(folder))  # resolve() fails on a link to itself
     allowed = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
@@ -298,16 +298,16 @@ def check_links(folder: Path):
         parents = Path(os.path.realpath(file)).parents
         if not file.exists() or not any(place in parents for place in allowed):
             raise UserError(
-                f"{file} is a link to {file.readlink()}, which is not there or outside of the checkpoint: put a copy "
-                "in its place, or remove it."
+                f"{file} is a link to {file.readlink()}, which does not exist or is outside of the checkpoint: put a "
+                "copy in its place, or remove it."
             )
 
 
 def check_request(dst: str | Path, sources: list[str | Path], max_shard_size: int | str):
-    """Refuses a target that cannot be written, before any work.
+    """Refuses a target that cannot be written, before the conversion starts.
 
     Raises:
-        UserError: With the target or the size.
+        UserError: If the target or the size is not valid.
     """
     size = max_shard_size
     if not (size > 0 if isinstance(size, int) else SHARD_SIZE.fullmatch(size) and float(size[:-2]) * 1000 >= 1):
@@ -316,19 +316,19 @@ def check_request(dst: str | Path, sources: list[str | Path], max_shard_size: in
 
 
 def sample_tokens(config: PreTrainedConfig) -> torch.Tensor:
-    """Random token ids `(batch, length)`, always the same, on which source and target are compared."""
+    """Returns random token ids `(batch, length)`, always the same, on which source and target are compared."""
     length = min(VERIFY_LENGTH, config.max_position_embeddings)
     return torch.randint(config.vocab_size, (VERIFY_BATCH, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """The logits of a model, `(batch, length, vocab)`."""
+    """Returns the logits of a model, `(batch, length, vocab)`."""
     return model(tokens, use_cache=False).logits
 
 
 def load(folder: str | Path) -> PreTrainedModel:
-    """The model of a folder in float32, in evaluation mode.
+    """Loads the model of a folder in float32, in evaluation mode.
 
     Raises:
         UserError: If the folder's tensors are not exactly those of its model, or not finite.
@@ -338,7 +338,7 @@ def load(folder: str | Path) -> PreTrainedModel:
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict:
-    """How far logits are apart, for the manifest and the terminal."""
+    """Measures how much logits differ, for the manifest and the terminal."""
     return {
         "tokens": actual.shape[0] * actual.shape[1],
         "largest_logit": expected.abs().max().item(),
@@ -348,10 +348,10 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict:
 
 @contextmanager
 def written_aside(dst: str | Path) -> Iterator[Path]:
-    """A folder that becomes DST when the block ends, and is removed when it fails.
+    """Yields a folder that becomes DST when the block ends, and is removed if it fails.
 
     Raises:
-        UserError: If it cannot be written.
+        UserError: If the folder cannot be written.
     """
     try:
         with write_folder_aside(dst) as partial:
@@ -378,7 +378,7 @@ def convert(
 
     Args:
         operation (`str`): The name of the conversion.
-        source (`Checkpoint`): Where tokenizer, generation configuration and licence come from, and the logits that
+        source (`Checkpoint`): The source of tokenizer, generation configuration and licence, and of the logits that
             the target is compared with.
         dst (`str` or `Path`): The target folder, which must not exist.
         config (`PreTrainedConfig`): The target's configuration.
@@ -389,7 +389,7 @@ def convert(
         max_shard_size (`int` or `str`): Largest size of a shard, as `"1GB"`.
         reference (`torch.Tensor`, *optional*): The logits to compare with, instead of the source's.
         measure (`Callable`, *optional*): Given the target in memory, returns further entries of the manifest.
-        **report: Entries of the manifest.
+        **report: Further entries of the manifest.
 
     Returns:
         `dict`: The manifest, as written to `conversion.json`.
@@ -442,7 +442,7 @@ def convert(
 
 
 def copy_without_code(file: Path, target: Path):
-    """Copies a file; a JSON file without the fields that name code."""
+    """Copies a file, dropping the fields of a JSON file that refer to code."""
     fields = read_json(file) if file.suffix == ".json" else {}
     if not any(name in fields for name in FOREIGN_CODE):
         shutil.copyfile(file, target)
@@ -452,7 +452,7 @@ def copy_without_code(file: Path, target: Path):
 
 
 def _write_config(folder: Path, config: PreTrainedConfig, dtype: torch.dtype):
-    """Writes the configuration; for a PathMoE also the code with which it loads where this package is not."""
+    """Writes the configuration, and for a PathMoE also the code that loads it without this package."""
     config.dtype = config.dtype or dtype
     for name in FOREIGN_CODE:
         config.__dict__.pop(name, None)
@@ -486,7 +486,7 @@ def _write_shards(folder: Path, plan: dict[str, Piece], max_shard_size: int | st
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        del tensors  # or they would stay until the next shard is complete
+        del tensors  # otherwise they would stay in memory until the next shard is complete
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""PathMoE to Qwen3-MoE and Mixtral: the router of a block is copied into its layers."""
+"""Exports PathMoE to Qwen3-MoE and Mixtral, by copying the router of a block into its layers."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def export_checkpoint(
     Args:
         src (`str` or `Path`): Folder of a PathMoE causal language model.
         dst (`str` or `Path`): Folder to write, which must not exist.
-        to (`str`): `"qwen3_moe"`, `"mixtral"`, or `"auto"`: the one whose attention is the source's.
+        to (`str`): `"qwen3_moe"`, `"mixtral"`, or `"auto"`, which selects the one with the source's attention.
         verify (`bool`): Whether to compare the logits of both; needs the memory of the model in float32.
         max_shard_size (`int` or `str`): Largest size of a shard.
 
@@ -34,7 +34,7 @@ def export_checkpoint(
         `dict`: The manifest, as in `DST/conversion.json`.
 
     Raises:
-        UserError: If the model has no equal of that architecture; says why.
+        UserError: If no model of that architecture computes the same function; states the reason.
     """
     check_request(dst, [src], max_shard_size)
     source = Checkpoint(src)
@@ -63,5 +63,5 @@ def _router_of(source: Checkpoint, layer: int) -> Piece:
     def merge():
         return shared.read().float() + up.read().float() @ down.read().float()
 
-    # In float32 whatever the model's dtype: a rounded sum would route some tokens to other experts.
+    # In float32 for any dtype of the model: a rounded sum would route some tokens to different experts.
     return Piece(shared.shape, torch.float32, (*shared.sources, *up.sources, *down.sources), merge)

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Qwen3-MoE and Mixtral to PathMoE: exact with a router for each layer, fitted where layers are to share one."""
+"""Imports Qwen3-MoE and Mixtral as PathMoE: exactly with a router per layer, or with fitted shared routers."""
 
 import tempfile
 from collections.abc import Iterable
@@ -19,8 +19,8 @@ from .texts import check_text, perplexity, read_windows, router_inputs
 
 
 HEALING = (
-    "The routers of a block were fitted to imitate the several routers that they replace, and do so imperfectly. "
-    "Train the model further before you use it."
+    "The router of each block was fitted to the routers that it replaces, which is not exact. Train the model further "
+    "before you use it."
 )
 
 
@@ -37,25 +37,25 @@ def import_checkpoint(
     """Writes a Qwen3-MoE or Mixtral as a PathMoE.
 
     With blocks of one layer, or where the layers of each block hold the same router already (an exported PathMoE),
-    the function is preserved. Otherwise the experts of each layer are put in the order in which they are chosen for
-    the same hidden states as those of the layers before, which changes nothing, and one router per block is fitted.
+    the function is preserved. Otherwise, the experts of each layer are reordered, which preserves the function, so
+    that the same hidden states choose the same indices in all layers of a block, and one router per block is fitted.
 
     Args:
         src (`str` or `Path`): Folder of a Qwen3-MoE or Mixtral, with per-expert or fused tensors.
         dst (`str` or `Path`): Folder to write, which must not exist.
-        block_size (`int`): How many layers share a router.
-        text (`str` or `Path`, *optional*): A text or JSON file; needed where routers are fitted.
-        num_tokens (`int`): How many tokens of it are used, four fifths for fitting and one for measuring.
+        block_size (`int`): Number of layers that share a router.
+        text (`str` or `Path`, *optional*): A text or JSON file; required if routers are fitted.
+        num_tokens (`int`): Number of its tokens to use, four fifths for fitting and one fifth for measuring.
         verify (`bool`): Whether to compare the logits of source and target; fitting needs the model in memory anyway.
         max_shard_size (`int` or `str`): Largest size of a shard.
 
     Returns:
         `dict`: The manifest. After fitting, `agreement` is the share of a token's k experts that the shared router
-        keeps, for each block, on text that it was not fitted on; `perplexity` that before and after.
+        keeps, for each block, on held-out text, and `perplexity` is that of the held-out text before and after.
 
     Raises:
-        UserError: If PathMoE has no counterpart for something in the source, `text` is missing, or routers are to be
-            fitted and scipy is missing.
+        UserError: If PathMoE does not support a feature of the source, or if routers must be fitted and `text` or
+            scipy is missing.
     """
     check_request(dst, [src], max_shard_size)
     if text is not None:
@@ -81,8 +81,8 @@ def import_checkpoint(
 
     if text is None:
         raise UserError(
-            f"block_size={block_size}: the layers of a block have different routers, so one must be fitted: give a "
-            "text that is like the model's use (--text FILE). block_size=1 needs none and is exact."
+            f"block_size={block_size}: the layers of a block have different routers, so one must be fitted: pass a "
+            "text that resembles the model's use (--text FILE), or block_size=1, which is exact."
         )
     return _import_fitted(source, dst, config, gates, experts, read_windows(source, text, num_tokens), settings)
 
@@ -96,8 +96,8 @@ def _import_fitted(
     windows: tuple[torch.Tensor, torch.Tensor],
     settings: dict[str, Any],
 ) -> dict:
-    """As [`import_checkpoint`], with a router for each block that is fitted on the first windows and measured on the
-    others."""
+    """Imports as [`import_checkpoint`] does, with a router for each block that is fitted on the first windows and
+    measured on the others."""
     fit, held_out = windows
     with tempfile.TemporaryDirectory() as folder:
         import_checkpoint(source.folder, Path(folder) / "independent", 1, **settings)
@@ -120,7 +120,7 @@ def _import_fitted(
         dst,
         config,
         _plan(source, experts, [fitted(layers) for layers in config.router_blocks]),
-        # The routers have been rounded to the checkpoint's dtype since.
+        # Unlike those of the reference, the routers are rounded to the checkpoint's dtype.
         exact=gates[0].dtype == torch.float32,
         reference=reference,
         **settings,
@@ -145,7 +145,7 @@ def _plan(source: Checkpoint, experts: list[list[Expert]], routers: list[Piece])
 def share_routers(
     model: PreTrainedModel, blocks: list[list[int]], fit: torch.Tensor, held_out: torch.Tensor
 ) -> tuple[list[list[int]], dict]:
-    """Aligns the experts of the layers of each block and gives the layers one fitted router, in place.
+    """Aligns the experts of the layers of each block, and replaces the routers by one fitted router, in place.
 
     Args:
         model (`PreTrainedModel`): A PathMoE with `router_block_size=1`.
@@ -154,7 +154,7 @@ def share_routers(
         held_out (`torch.Tensor` of shape `(windows, length)`): Token ids to measure on.
 
     Returns:
-        `tuple`: for each layer the old indices of its experts in their new order; and what was measured.
+        `tuple`: for each layer the old indices of its experts in their new order; and the measurements.
 
     Raises:
         UserError: If the reordering changed the function.
@@ -189,13 +189,13 @@ def share_routers(
 
 
 def align(logits: list[torch.Tensor]) -> list[list[int]]:
-    """Orders the experts of several layers so that those with one index are chosen for the same hidden states.
+    """Orders the experts of several layers so that those of the same index are chosen for the same hidden states.
 
-    One layer after the other is matched with the sum of those before it, by the covariance of the routing
-    probabilities over the hidden states (an assignment problem).
+    Each layer is matched with the sum of the previous layers, by the covariance of the routing probabilities over the
+    hidden states (an assignment problem).
 
     Args:
-        logits (`list[torch.Tensor]`): What the router of each layer gives, `(states, E)`, for the same hidden states.
+        logits (`list[torch.Tensor]`): The router logits of each layer, `(states, E)`, for the same hidden states.
 
     Returns:
         `list[list[int]]`: For each layer, the old indices in their new order; the first layer keeps its own.
@@ -225,10 +225,10 @@ def _reorder(model: PreTrainedModel, layer: int, order: list[int]):
 
 
 def fit_router(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """One linear router for several layers: logistic regression on the probabilities of the routers that it replaces.
+    """Fits one linear router for several layers, by logistic regression on the probabilities of the replaced routers.
 
     Args:
-        hidden (`torch.Tensor` of shape `(layers, tokens, D)`): What the routers see.
+        hidden (`torch.Tensor` of shape `(layers, tokens, D)`): Inputs of the routers.
         weights (`torch.Tensor` of shape `(layers, E, D)`): The routers, aligned.
 
     Returns:

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What is in a checkpoint, from its configuration and the headers of its files."""
+"""Describes checkpoints by their configuration and the headers of their files."""
 
 from collections import Counter
 from pathlib import Path
@@ -23,10 +23,10 @@ def inspect_checkpoint(src: str | Path) -> dict:
         src (`str` or `Path`): Folder of a causal language model.
 
     Returns:
-        `dict`: `model_type`; `parameters` in all, `active` (those that one token meets) and those of the `routers`;
-        `bytes`; `dtypes`; `layers`; for a mixture of experts `experts`, `top_k` and `blocks`, the layers that share a
-        router; for a PathMoE `router_type`, `router_sharing` and `exports_to`, the architecture or the reason why
-        there is none; `made_by`, the conversion that wrote it.
+        `dict`: `model_type`; the numbers of `parameters`, of `active` ones (those that one token uses) and of those of
+        `routers`; `bytes`; `dtypes`; `layers`; for a mixture of experts `experts`, `top_k` and `blocks`, the layers
+        that share a router; for a PathMoE `router_type`, `router_sharing` and `exports_to`, an architecture or the
+        reason why the model cannot be exported; `made_by`, the conversion that wrote the checkpoint.
     """
     source = Checkpoint(src)
     config = source.config
@@ -66,7 +66,7 @@ def inspect_checkpoint(src: str | Path) -> dict:
 
 
 def equal_routers(source: Checkpoint) -> list[list[int]]:
-    """The runs of consecutive layers of a Qwen3-MoE or Mixtral whose routers are the same to the bit."""
+    """Returns the runs of consecutive layers of a Qwen3-MoE or Mixtral whose routers are equal to the bit."""
     blocks = [[0]]
     for layer in range(1, source.config.num_hidden_layers):
         if torch.equal(gate_of(source, layer - 1).read(), gate_of(source, layer).read()):

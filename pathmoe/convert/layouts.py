@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What the architectures call their tensors and configuration fields, and where PathMoE differs."""
+"""Maps the tensors and configuration fields of the architectures to each other."""
 
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ class Expert(NamedTuple):
 
 
 def experts_of(source: Checkpoint, layer: int) -> list[Expert]:
-    """The experts of a layer in whichever layout the checkpoint has; of a dense layer, the one that there is."""
+    """Returns the experts of a layer, in either layout; of a dense layer, the one feed-forward network."""
     prefix = f"model.layers.{layer}"
     config = source.config
     if f"{prefix}.mlp.experts.gate_up_proj" in source:
@@ -63,21 +63,21 @@ def experts_of(source: Checkpoint, layer: int) -> list[Expert]:
 
 
 def gate_of(source: Checkpoint, layer: int) -> Piece:
-    """The router of a layer in a Qwen3-MoE or Mixtral checkpoint."""
+    """Returns the router of a layer in a Qwen3-MoE or Mixtral checkpoint."""
     fused = f"model.layers.{layer}.mlp.gate.weight"
     block, _ = PER_EXPERT[source.config.model_type]
     return source.piece(fused if fused in source else f"model.layers.{layer}.{block}.gate.weight")
 
 
 def fuse(experts: list[Expert], layer: int) -> dict[str, Piece]:
-    """The two 3-D tensors `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F) of a PathMoE layer."""
+    """Returns the two 3-D tensors `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F) of a PathMoE layer."""
     (width, hidden), dtype = experts[0].gate.shape, experts[0].gate.dtype
     for expert in experts:
         for piece in expert:
             if piece.dtype != dtype:
                 raise UserError(
-                    f"{piece.sources[0]} is {piece.dtype}, but {experts[0].gate.sources[0]} {dtype}: the experts of a "
-                    "layer become one tensor, so save them in one dtype first."
+                    f"{piece.sources[0]} is {piece.dtype}, but {experts[0].gate.sources[0]} is {dtype}: the experts "
+                    "of a layer become one tensor, so save them in one dtype first."
                 )
 
     def read_gate_up():
@@ -103,7 +103,7 @@ def fuse(experts: list[Expert], layer: int) -> dict[str, Piece]:
 
 
 def split(experts: list[Expert], layer: int, model_type: str) -> dict[str, Piece]:
-    """The per-expert tensors of a layer in the published layout of `model_type`."""
+    """Returns the per-expert tensors of a layer in the published layout of `model_type`."""
     block, names = PER_EXPERT[model_type]
     return {
         f"model.layers.{layer}.{block}.experts.{index}.{name}.weight": piece
@@ -113,14 +113,14 @@ def split(experts: list[Expert], layer: int, model_type: str) -> dict[str, Piece
 
 
 def same_fields(config: PreTrainedConfig) -> dict:
-    """The fields that mean the same in every architecture here."""
+    """Returns the fields that have the same meaning in every architecture here."""
     fields = {name: getattr(config, name) for name in SAME_FIELDS}
     head_dim = getattr(config, "head_dim", None)
     return {**fields, "head_dim": head_dim or config.hidden_size // config.num_attention_heads}
 
 
 def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
-    """The configuration of the Qwen3-MoE or Mixtral that computes what a PathMoE computes.
+    """Returns the configuration of the Qwen3-MoE or Mixtral that computes the same function as a PathMoE.
 
     Raises:
         UserError: If there is none; names the field, its value and the reason.
@@ -130,7 +130,7 @@ def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
     if config.router_type not in ("linear", "low_rank"):
         raise UserError(
             f"router_type={config.router_type!r} cannot be exported: the routers of Qwen3-MoE and Mixtral are linear. "
-            "'linear' and 'low_rank' can."
+            "Only 'linear' and 'low_rank' can be exported."
         )
     if config.router_sharing == "decision":
         raise UserError(
@@ -166,7 +166,7 @@ def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
     if not config.norm_topk_prob:
         raise UserError(
             "qk_norm=False with norm_topk_prob=False cannot be exported: Mixtral always normalises the k weights, and "
-            "Qwen3-MoE always queries and keys."
+            "Qwen3-MoE always normalises queries and keys."
         )
     if config.attention_bias:
         raise UserError("attention_bias=True cannot become a Mixtral, whose attention has no biases.")
@@ -176,15 +176,15 @@ def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
 
 
 def refuse_misfits(config: PreTrainedConfig, accepted: tuple[str, ...]):
-    """Refuses architectures, and options of the accepted ones, that PathMoE does not have.
+    """Refuses architectures, and options of accepted architectures, that PathMoE does not support.
 
     Raises:
-        UserError: Names the field, its value and the reason.
+        UserError: If there is one; names the field, its value and the reason.
     """
     kind = config.model_type
     if kind not in accepted:
         reason = MISFITS.get(kind, "PathMoE has no counterpart for it")
-        raise UserError(f"model_type={kind!r} does not fit: {reason}. What fits: {', '.join(accepted)}.")
+        raise UserError(f"model_type={kind!r} is not supported: {reason}. Supported are {', '.join(accepted)}.")
     wanted = {
         "sliding_window": (None, "PathMoE attends to the whole sequence"),
         "mlp_bias": (False, "PathMoE's experts have no biases"),
@@ -197,23 +197,23 @@ def refuse_misfits(config: PreTrainedConfig, accepted: tuple[str, ...]):
     for name, (value, reason) in wanted.items():
         found = getattr(config, name, None)
         if found is not None and found != value:
-            raise UserError(f"{name}={found!r} does not fit: {reason}.")
+            raise UserError(f"{name}={found!r} is not supported: {reason}.")
 
 
 def import_config(config: PreTrainedConfig, **fields) -> PathMoEConfig:
-    """The PathMoE configuration of another architecture; `fields` are those of its experts and routers.
+    """Returns the PathMoE configuration for a foreign one; `fields` are those of experts and routers.
 
     Raises:
-        UserError: If a field has a value that cannot be; names the field and its value.
+        UserError: If a field has a value that is not valid; names the field and its value.
     """
-    # Elsewhere the coefficient is idle unless router logits are returned; here it is enough to train with.
-    asked = getattr(config, "output_router_logits", False)
+    # The other architectures ignore the coefficient unless router logits are returned; PathMoE trains with it.
+    uses_coefficient = getattr(config, "output_router_logits", False)
     try:
         return PathMoEConfig(
             **same_fields(config),
             qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
             attention_bias=getattr(config, "attention_bias", False),
-            router_aux_loss_coef=config.router_aux_loss_coef if asked else 0.0,
+            router_aux_loss_coef=config.router_aux_loss_coef if uses_coefficient else 0.0,
             **fields,
         )
     except StrictDataclassError as error:

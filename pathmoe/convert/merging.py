@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""PathMoE to PathMoE: the average of several checkpoints, and fewer experts."""
+"""Averages PathMoE checkpoints, and prunes the experts of one."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from .layouts import experts_of, fuse
 from .texts import check_text, perplexity, read_windows
 
 
-# Which dimension of a router's tensors counts the experts; that of other tensors does not.
+# The dimension that indexes experts in a router's tensors. Other tensors have none.
 EXPERT_DIM = {
     "linear": {"weight": 0, "selection_bias": 1},
     "random": {"weight": 0, "selection_bias": 1},
@@ -55,33 +55,33 @@ def average_checkpoints(
         `dict`: The manifest, as in `DST/conversion.json`.
 
     Raises:
-        UserError: If the sources do not fit each other.
+        UserError: If the sources do not match each other.
     """
     if len(sources) < 2:
         raise UserError(f"sources={[str(source) for source in sources]}: an average needs at least two checkpoints.")
     weights = weights or [1 / len(sources)] * len(sources)
     if len(weights) != len(sources) or not all(map(math.isfinite, weights)) or abs(sum(weights) - 1) > 1e-6:
-        raise UserError(f"weights={weights} must be {len(sources)} finite numbers, one a source, that sum to 1.")
+        raise UserError(f"weights={weights} must be {len(sources)} finite numbers, one per source, that sum to 1.")
     check_request(dst, sources, max_shard_size)
     checkpoints = [_pathmoe(source) for source in sources]
     first = checkpoints[0]
     for other in checkpoints[1:]:
-        ours, theirs = first.config.to_diff_dict(), other.config.to_diff_dict()
-        for name in sorted({*ours, *theirs} - {"transformers_version", "dtype", *FOREIGN_CODE}):
-            if ours.get(name) != theirs.get(name):
+        fields, other_fields = first.config.to_diff_dict(), other.config.to_diff_dict()
+        for name in sorted({*fields, *other_fields} - {"transformers_version", "dtype", *FOREIGN_CODE}):
+            if fields.get(name) != other_fields.get(name):
                 raise UserError(
-                    f"{other.folder} has {name}={theirs.get(name)!r}, but {first.folder} {ours.get(name)!r}: only "
-                    "checkpoints of one model can be averaged."
+                    f"{other.folder} has {name}={other_fields.get(name)!r}, but {first.folder} has "
+                    f"{fields.get(name)!r}: only checkpoints of one model can be averaged."
                 )
         for name, dtype in first.dtypes.items():
             if other.dtypes[name] != dtype:
                 raise UserError(
-                    f"{other.folder} has {name} in {other.dtypes[name]}, but {first.folder} in {dtype}: save them in "
-                    "one dtype first."
+                    f"{other.folder} has {name} in {other.dtypes[name]}, but {first.folder} has it in {dtype}: save "
+                    "both in one dtype first."
                 )
-        ours, theirs = (c.folder / "tokenizer.json" for c in (first, other))
-        if ours.is_file() and theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
-            raise UserError(f"{other.folder} has another tokenizer than {first.folder}: their tokens differ.")
+        files = [checkpoint.folder / "tokenizer.json" for checkpoint in (first, other)]
+        if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+            raise UserError(f"{other.folder} has a different tokenizer than {first.folder}: their tokens differ.")
 
     def mean_of(name):
         pieces = [checkpoint.piece(name) for checkpoint in checkpoints]
@@ -91,7 +91,7 @@ def average_checkpoints(
             total = torch.zeros(pieces[0].shape)
             for weight, checkpoint, piece in zip(weights, checkpoints, pieces):
                 total.add_(piece.read(), alpha=weight)
-                checkpoint.close()  # or as many shards would be mapped as there are sources
+                checkpoint.close()  # otherwise a shard of every source would be mapped
             return total.to(dtype)
 
         return Piece(pieces[0].shape, dtype, (f"average of {name}",), read)
@@ -119,27 +119,27 @@ def prune_experts(
     verify: bool = True,
     max_shard_size: int | str = "1GB",
 ) -> dict:
-    """Writes a PathMoE with fewer experts: in each block those that the paths of a text use most.
+    """Writes a PathMoE with fewer experts: each block keeps those that the paths of a text use most.
 
-    As a block shares its router, all its layers keep the same experts. Tokens that chose a removed expert go to the
+    Since a block shares its router, all its layers keep the same experts. Tokens that chose a removed expert go to the
     next best one. The function is not preserved; train the model further before you use it.
 
     Args:
         src (`str` or `Path`): Folder of a PathMoE.
         dst (`str` or `Path`): Folder to write, which must not exist.
-        num_experts (`int`): How many experts of a layer to keep.
-        text (`str` or `Path`): A text or JSON file that is like the model's use.
-        num_tokens (`int`): How many tokens of it are used, four fifths for counting and one for measuring.
+        num_experts (`int`): Number of experts to keep in each layer.
+        text (`str` or `Path`): A text or JSON file that resembles the model's use.
+        num_tokens (`int`): Number of its tokens to use, four fifths for counting and one fifth for measuring.
         verify (`bool`): Whether to load the target and measure it; counting needs the source in memory anyway.
         max_shard_size (`int` or `str`): Largest size of a shard.
 
     Returns:
-        `dict`: The manifest. `kept` lists the experts of each block and `choices_kept` the share of its tokens'
-        choices that fell on them; `paths_kept` is the share of tokens whose whole path is left, `perplexity` that of
-        other text before and after.
+        `dict`: The manifest. `kept` lists the experts of each block, and `choices_kept` the share of choices that fell
+        on them. `paths_kept` is the share of tokens whose whole path is kept, and `perplexity` is that of held-out
+        text before and after.
 
     Raises:
-        UserError: If `num_experts` does not fit the model, or its router is none of ours.
+        UserError: If `num_experts` does not fit the model, or its type of router cannot be pruned.
     """
     check_request(dst, [src], max_shard_size)
     check_text(text, num_tokens)
@@ -194,8 +194,8 @@ def prune_experts(
 def _most_used(
     experts: torch.Tensor, config: PreTrainedConfig, num_experts: int
 ) -> tuple[list[list[int]], list[float], torch.Tensor]:
-    """The experts of each block that `experts` (T, L, k) use most, the share of the choices that fell on them, and the
-    tokens (T,) whose whole path is left."""
+    """Returns the most used of `experts` (T, L, k) for each block, the share of choices that fell on them, and whether
+    each token's whole path is kept (T,)."""
     kept, choices_kept = [], []
     survives = torch.ones(len(experts), dtype=torch.bool)
     for layers in config.router_blocks:

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The names and shapes of the tensors that a configuration asks for."""
+"""The names and shapes of the tensors that a configuration requires."""
 
 import re
 from collections.abc import Iterable
@@ -23,17 +23,17 @@ COUNTED = {
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of a configuration, without memory for its tensors."""
+    """Builds the causal language model of a configuration, without memory for its tensors."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, experts_implementation="eager", trust_remote_code=False)
 
 
 def expected_shapes(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a checkpoint with this configuration.
+    """Returns the names and shapes of the tensors that a checkpoint with this configuration must have.
 
     Args:
         config (`PreTrainedConfig`): A PathMoE, or an architecture that can be converted.
-        names (`Iterable[str]`): The tensors that are there. They decide, for each layer of a Qwen3-MoE or Mixtral,
+        names (`Iterable[str]`): The tensors of the checkpoint. They decide, for each layer of a Qwen3-MoE or Mixtral,
             between the layouts with fused experts and with a tensor for each expert.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
@@ -62,23 +62,23 @@ def _experts(layer: int) -> str:
 
 
 def check_tensors(config_file: Path, config: PreTrainedConfig, actual: dict[str, tuple[int, ...]]):
-    """Compares the names and shapes of tensors with those that the configuration asks for.
+    """Compares the names and shapes of tensors with those that the configuration requires.
 
     Raises:
-        UserError: If they differ; names what is missing, extra and misshapen.
+        UserError: If they differ; lists the missing, extra and misshapen tensors.
     """
-    for field, pattern in COUNTED.items():  # first, because a count bounds what is built below
+    for field, pattern in COUNTED.items():  # first, because these counts limit the model that is built below
         found = 1 + max((int(match[1]) for match in map(pattern.search, actual) if match), default=-1)
         if found and found != getattr(config, field, found):
             raise UserError(
-                f"{config_file} does not fit the tensors: {field}={getattr(config, field)}, but they number {found}."
+                f"{config_file} does not match the tensors: {field}={getattr(config, field)}, but they have {found}."
             )
     if config.model_type in PER_EXPERT:
         layers = [layer for layer in range(config.num_hidden_layers) if _experts(layer) not in actual]
         if len(layers) * config.num_experts > len(actual):
             raise UserError(
                 f"{config_file}: num_hidden_layers={config.num_hidden_layers} and num_experts={config.num_experts} "
-                f"ask for more than the {len(actual)} tensors that there are."
+                f"require more than the {len(actual)} tensors of the checkpoint."
             )
     expected = expected_shapes(config, actual)
     wrong = {
@@ -97,6 +97,6 @@ def check_tensors(config_file: Path, config: PreTrainedConfig, actual: dict[str,
             if names
         ]
         raise UserError(
-            f"{config_file}, of a {config.model_type}, does not fit the tensors: {'; '.join(parts)}. Check its "
+            f"{config_file}, of a {config.model_type}, does not match the tensors: {'; '.join(parts)}. Check its "
             "fields, and that no file of the checkpoint is missing."
         )

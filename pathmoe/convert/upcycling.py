@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Dense models to PathMoE: every expert starts as (a part of) the dense feed-forward network."""
+"""Upcycles dense models to PathMoE: every expert starts as the dense feed-forward network or a slice of it."""
 
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint, Piece, check_request, convert
 from .layouts import DENSE, Expert, fuse, import_config, refuse_misfits
 
 
-# In standard deviations of the weights: beyond it little else than noise is left.
+# In standard deviations of the weights. With more, hardly anything but noise would be left.
 MOST_NOISE = 10
 
 
@@ -35,21 +35,22 @@ def upcycle(
 
     The function is preserved while `noise` and `drop` are 0: the k weights sum to one and all experts are alike. With
     `granularity` g, expert e is the slice e mod g of the network, and the g slices of one copy get the same router
-    weights, so that they are chosen together (virtual groups, arXiv 2410.07524); their output is scaled by g, as each
-    gets a g-th of the weight. Training parts them, and from then on no exact whole is chosen.
+    weights, so that they are chosen together (virtual groups, arXiv 2410.07524). Their output is scaled by g, because
+    each gets 1 / g of the weight. Training separates them, and then the chosen slices no longer form a whole network.
 
     Args:
         src (`str` or `Path`): Folder of the dense model.
         dst (`str` or `Path`): Folder to write, which must not exist.
         num_experts (`int`): E.
         num_experts_per_tok (`int`): k. With k = 1 a normalised weight is always 1, and the routers get no gradient.
-        block_size (`int`): How many layers share a router.
-        noise (`float`): Standard deviation of what is added to the experts' weights, relative to theirs. Not exact.
-        drop (`float`): Share of each expert's inner neurons that is drawn anew from a normal distribution with the
-            mean and standard deviation of the dropped weights (drop-upcycling, arXiv 2502.19261, which uses 0.5).
-            Not exact.
-        granularity (`int`): How many experts one dense network is cut into.
-        seed (`int`): Of routers, noise and drop.
+        block_size (`int`): Number of layers that share a router.
+        noise (`float`): Standard deviation of noise on the experts' weights, relative to that of the weights. Not
+            exact.
+        drop (`float`): Share of each expert's inner neurons that is redrawn from a normal distribution with the mean
+            and standard deviation of the dropped weights (drop-upcycling, arXiv 2502.19261, which uses 0.5). Not
+            exact.
+        granularity (`int`): Number of experts that one dense network is split into.
+        seed (`int`): Seed of routers, noise and drop.
         verify (`bool`): Whether to compare the logits of both; needs the memory of the target in float32.
         max_shard_size (`int` or `str`): Largest size of a shard.
 
@@ -57,7 +58,7 @@ def upcycle(
         `dict`: The manifest, as in `DST/conversion.json`.
 
     Raises:
-        UserError: If the source is no such model, or the numbers do not fit each other.
+        UserError: If the source is a different model, or the numbers do not fit each other.
     """
     check_request(dst, [src], max_shard_size)
     if not 0 <= noise <= MOST_NOISE or not 0 <= drop < 1:
@@ -124,7 +125,7 @@ def _slice(source: Checkpoint, layer: int, part: int, parts: int) -> Expert:
 
 
 def _generator(*seeds: int) -> torch.Generator:
-    """A generator of its own for each part of the model, whatever the order in which the parts are written."""
+    """Returns a separate generator for each part of the model, so that the order of writing does not matter."""
     mixed = 0
     for seed in seeds:
         mixed = (mixed * 1_000_003 + seed) % 2**63
@@ -132,7 +133,7 @@ def _generator(*seeds: int) -> torch.Generator:
 
 
 def _redraw(expert: Expert, share: float, seed: tuple[int, ...]) -> Expert:
-    """Draws some inner neurons anew, the same in all three matrices."""
+    """Redraws some inner neurons, the same ones in all three matrices."""
     width = expert.gate.shape[0]
     neurons = torch.randperm(width, generator=_generator(*seed, 0))[: round(share * width)]
 

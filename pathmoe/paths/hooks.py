@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Where a model routes, and how to make it route otherwise."""
+"""Finds the routers of a model and edits their decisions."""
 
 import hashlib
 import inspect
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class RoutedModel:
-    """What decides whether the paths of one model mean anything in another.
+    """The properties that two models must share for the paths of one to be valid in the other.
 
     Attributes:
         model_type (`str`): The configuration's `model_type`.
@@ -26,9 +26,9 @@ class RoutedModel:
         num_experts (`int`): Experts per layer.
         top_k (`int`): Experts per token and layer.
         layer_to_block (`tuple[int, ...]`): The router of each layer; 0, 1, 2, … where each layer has its own.
-        router_hash (`str` or `None`): Of the routers' parameters, rounded to bfloat16, so that the precision in which
-            a model is loaded makes no difference. `None` where they are not all there, as when they are sharded, and
-            in a trace of a version without it. Fixed random routers that were drawn with the same seed are the same.
+        router_hash (`str` or `None`): Hash of the routers' parameters, rounded to bfloat16 so that it does not depend
+            on the precision in which a model is loaded. `None` if some parameters are missing, as when they are
+            sharded, and in traces of versions without it. Random routers drawn with the same seed have the same hash.
     """
 
     model_type: str
@@ -39,10 +39,10 @@ class RoutedModel:
     router_hash: str | None = None
 
     def check_same(self, other: "RoutedModel"):
-        """Refuses a trace (`self`) of a model of another shape than `other`.
+        """Refuses a trace (`self`) of a model that has a different shape than `other`.
 
         Raises:
-            ValueError: With all fields that differ.
+            ValueError: If it has; lists all fields that differ.
         """
         differences = [
             f"{name} is {value!r} in the trace and {getattr(other, name)!r} in the model"
@@ -51,24 +51,24 @@ class RoutedModel:
         ]
         if differences:
             raise ValueError(
-                f"This trace belongs to another model: {'; '.join(differences)}. Record this model's own."
+                f"This trace belongs to a different model: {'; '.join(differences)}. Record a trace of this model."
             )
 
-    def check_routers(self, other: "RoutedModel", advice: str = "Record this model's own."):
-        """Refuses a trace (`self`) of a model whose routers have other parameters than those of `other`.
+    def check_routers(self, other: "RoutedModel", advice: str = "Record a trace of this model."):
+        """Refuses a trace (`self`) of a model whose routers have different parameters than those of `other`.
 
         Raises:
-            ValueError: If they differ, or cannot be compared; ends with `advice`.
+            ValueError: If they differ, or cannot be compared; the message ends with `advice`.
         """
         if self.router_hash is None or other.router_hash is None:
             raise ValueError(
-                "Whether this trace belongs to another model cannot be told: router_hash is None in the "
-                f"{'trace' if self.router_hash is None else 'model'}, where the parameters of the routers are sharded "
-                f"or not known. {advice}"
+                "This trace cannot be compared with the model: router_hash is None in the "
+                f"{'trace' if self.router_hash is None else 'model'}, whose router parameters are sharded or not "
+                f"known. {advice}"
             )
         if self.router_hash != other.router_hash:
             raise ValueError(
-                "This trace belongs to another model: the parameters of the routers differ, "
+                "This trace belongs to a different model: the parameters of the routers differ, "
                 f"router_hash is {self.router_hash} in the trace and {other.router_hash} in the model. {advice}"
             )
 
@@ -77,15 +77,15 @@ class Routing:
     """The routers of a model, and the module whose forward routes each token once.
 
     Args:
-        model (`torch.nn.Module`): A mixture-of-experts model of transformers, or something wrapped around one.
+        model (`torch.nn.Module`): A mixture-of-experts model of transformers, or a wrapper around one.
 
     Attributes:
         decoder (`PreTrainedModel`): The smallest model that holds all routers.
         routers (`list[torch.nn.Module]`): In the order of their layers.
-        layer_to_block (`tuple[int, ...]`): Which of `routers` serves each routed layer.
+        layer_to_block (`tuple[int, ...]`): The index in `routers` of each routed layer's router.
 
     Raises:
-        TypeError: If the model names no routers that return `(logits, weights, indices)`.
+        TypeError: If the model declares no routers that return `(logits, weights, indices)`.
     """
 
     def __init__(self, model: nn.Module):
@@ -93,7 +93,7 @@ class Routing:
         for part in model.modules():
             recorders = getattr(part, "_can_record_outputs", None) or {} if isinstance(part, PreTrainedModel) else {}
             recorder = recorders.get("router_logits")
-            # transformers records the logits of such routers from the first place of what they return.
+            # Index 0: transformers records the logits as the first output of such routers.
             if recorder is None or getattr(recorder, "index", None) != 0:
                 continue
             for name, module in part.named_modules():
@@ -102,9 +102,9 @@ class Routing:
                     routers[module] = None
         if not routers:
             raise TypeError(
-                f"{type(model).__name__} has no routers that are recognised: a mixture-of-experts model is needed "
-                "whose _can_record_outputs['router_logits'] names, with index 0, a router module that returns "
-                "(logits, weights, indices), such as PathMoE, OLMoE, Qwen2-MoE, Qwen3-MoE and Mixtral have."
+                f"{type(model).__name__} has no routers that are recognised: use a mixture-of-experts model whose "
+                "_can_record_outputs['router_logits'] names, with index 0, a router module that returns "
+                "(logits, weights, indices), such as PathMoE, OLMoE, Qwen2-MoE, Qwen3-MoE or Mixtral."
             )
         self.name = type(model).__name__
         self.routers = list(routers)
@@ -113,28 +113,28 @@ class Routing:
             for part in model.modules()
             if isinstance(part, PreTrainedModel) and routers.keys() <= set(part.modules())
         ][-1]
-        # A PathMoE router says which layers share it; others serve their own layer.
+        # A PathMoE router lists the layers that share it; other routers serve one layer each.
         self._layers = {router: getattr(router, "layers", [i]) for i, router in enumerate(self.routers)}
         blocks = {layer: block for block, layers in enumerate(self._layers.values()) for layer in layers}
         self.layer_to_block = tuple(blocks[layer] for layer in sorted(blocks))
         self._arguments = list(inspect.signature(self.decoder.forward).parameters)
 
     def layer_of(self, router: nn.Module, args: tuple, kwargs: dict) -> int:
-        """The layer that calls the router with these arguments."""
+        """Returns the layer that calls the router with these arguments."""
         layers = self._layers[router]
         if len(layers) == 1:
             return layers[0]
         return kwargs["layer_idx"] if "layer_idx" in kwargs else args[1]
 
     def arguments(self, args: tuple, kwargs: dict) -> dict:
-        """The arguments of a forward of the decoder, by name."""
+        """Returns the arguments of a forward of the decoder, by name."""
         return dict(zip(self._arguments, args)) | kwargs
 
     def check_output(self, router: nn.Module, output):
-        """Refuses a router that returns something else than `(logits, weights, indices)`.
+        """Refuses a router that does not return `(logits, weights, indices)`.
 
         Raises:
-            TypeError: With the names of the model and of the router.
+            TypeError: If it does not; names the model and the router.
         """
         if not (
             isinstance(output, tuple)
@@ -149,13 +149,13 @@ class Routing:
             )
 
     def describe(self, num_experts: int, top_k: int) -> RoutedModel:
-        """What identifies the model. Configurations name experts and k differently; a router's output shows them."""
+        """Describes the model. E and k come from a router's output, since configurations use different names."""
         layers, model_type = len(self.layer_to_block), self.decoder.config.model_type
         return RoutedModel(model_type, layers, num_experts, top_k, self.layer_to_block, self.router_hash)
 
     @cached_property
     def router_hash(self) -> str | None:
-        """See [`RoutedModel`]. As of the first time that it is asked for."""
+        """The hash of [`RoutedModel`], computed on first access."""
         digest = hashlib.blake2b(digest_size=8)
         for router in self.routers:
             with _loaded(router):
@@ -170,7 +170,7 @@ class Routing:
 
 
 def _loaded(module: nn.Module) -> AbstractContextManager:
-    """Brings back, for a while, the parameters that accelerate has offloaded."""
+    """Returns a context in which parameters that accelerate has offloaded are loaded."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()
     from accelerate.utils import align_module_device
@@ -179,15 +179,15 @@ def _loaded(module: nn.Module) -> AbstractContextManager:
 
 
 def check_indices(what: str, indices: torch.Tensor, shape: tuple[int, ...], num_experts: int):
-    """Refuses expert indices that are not integers, of another shape than `shape`, or that name no expert.
+    """Refuses expert indices that are not integers, do not have the shape `shape`, or are out of range.
 
     Raises:
-        ValueError: That begins with `what`.
+        ValueError: If they are refused; the message begins with `what`.
     """
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise ValueError(f"{what} has dtype {indices.dtype}, where integers are needed.")
+        raise ValueError(f"{what} has dtype {indices.dtype}, but must have an integer dtype.")
     if indices.shape != shape:
-        raise ValueError(f"{what} has shape {tuple(indices.shape)}, where {tuple(shape)} is needed.")
+        raise ValueError(f"{what} has shape {tuple(indices.shape)}, but must have shape {tuple(shape)}.")
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < num_experts:
         raise ValueError(
             f"{what} has indices from {int(indices.min())} to {int(indices.max())}, but experts are 0 to "
@@ -196,29 +196,30 @@ def check_indices(what: str, indices: torch.Tensor, shape: tuple[int, ...], num_
 
 
 class _Calls(TorchFunctionMode):
-    """Keeps the results of the torch calls that are made under it, replaces some, and follows what comes of these.
+    """Records the results of torch calls, replaces some of them, and tracks the tensors that are computed from them.
 
     Args:
-        answer (`Callable`): Makes what a call returns of its number, its result and its positional arguments.
-        followed (`Iterable[int]`): Numbers of the calls that are followed.
+        answer (`Callable`): Returns the result of a call from its number, its original result and its positional
+            arguments.
+        followed (`Iterable[int]`): Numbers of the calls from which tensors are tracked.
     """
 
     def __init__(self, answer: Callable = lambda number, result, args: result, followed: Iterable[int] = ()):
         super().__init__()
         self.answer, self.followed = answer, followed
-        self.results = []  # all of them, so that an id is one tensor's
-        self.following = set()
+        self.results = []  # keeps every result alive, so that no id is used twice
+        self.derived = set()  # the ids of tensors that are computed from followed calls
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         number = len(self.results)
         result = self.answer(number, func(*args, **(kwargs or {})), args)
         self.results.append(result)
-        if number in self.followed or any(id(tensor) in self.following for tensor in _tensors((args, kwargs))):
-            self.following.update(id(tensor) for tensor in _tensors(result))
+        if number in self.followed or any(id(tensor) in self.derived for tensor in _tensors((args, kwargs))):
+            self.derived.update(id(tensor) for tensor in _tensors(result))
         return result
 
     def that_return(self, tensor: torch.Tensor) -> list[int]:
-        """Numbers of the calls that returned this very tensor, alone or with others."""
+        """Returns the numbers of the calls that returned this tensor object, alone or with others."""
         return [n for n, result in enumerate(self.results) if any(part is tensor for part in _tensors(result))]
 
 
@@ -229,24 +230,24 @@ def _tensors(tree) -> list[torch.Tensor]:
 def _decide(
     router: nn.Module, decision: Callable[[], tuple], logits: torch.Tensor | None, indices: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Makes a router's decision with other logits or other indices, and everything else in the router's own way.
+    """Repeats a router's decision with different logits or indices.
 
-    What an architecture does between logits and weights (softmax before or after the choice, sigmoid, a bias,
-    renormalisation, scaling) is not known here. So the decision is made twice: once to see which torch calls returned
-    its logits and its indices, and once with the results of those calls replaced.
+    Architectures differ in how they compute weights from logits (softmax before or after the choice, sigmoid, a bias,
+    renormalisation, scaling). So the decision is made twice: once to see which torch calls returned its logits and its
+    indices, and once with the results of those calls replaced.
 
     Args:
-        router (`torch.nn.Module`): Whose decision it is.
-        decision (`Callable`): Without arguments, to `(logits, weights, indices, …)`.
-        logits (`torch.Tensor`, *optional*): Instead of the router's.
-        indices (`torch.Tensor`, *optional*): Instead of the router's.
+        router (`torch.nn.Module`): The router.
+        decision (`Callable`): Takes no arguments and returns `(logits, weights, indices, …)`.
+        logits (`torch.Tensor`, *optional*): Replaces the router's logits.
+        indices (`torch.Tensor`, *optional*): Replaces the router's indices.
 
     Raises:
-        TypeError: If what is to be replaced is not what a torch call returned, or the weights do not follow from it.
+        TypeError: If no torch call returned the tensor to replace, or the weights are not computed from it.
     """
     with _Calls() as calls:
         old_logits, _, old_indices, *_ = decision()
-    # More than one call may return the same tensor: `.float()` of what is float32 already does.
+    # Several calls may return the same tensor, such as `.float()` of a float32 tensor.
     of_logits = calls.that_return(old_logits) if logits is not None else []
     of_indices = calls.that_return(old_indices) if indices is not None else []
 
@@ -255,16 +256,16 @@ def _decide(
             return logits.to(result.dtype, copy=True)
         if number in of_indices:
             chosen = indices.to(old_indices, copy=True)
-            # A top-k returns the scores of what it chose, too.
+            # A top-k also returns the scores of its choice.
             return (args[0].gather(-1, chosen), chosen) if isinstance(result, tuple) else chosen
         return result
 
     with _Calls(answer, followed=of_logits if indices is None else of_indices) as calls:
         decided = decision()[:3]
-    if (logits is not None or indices is not None) and id(decided[1]) not in calls.following:
+    if (logits is not None or indices is not None) and id(decided[1]) not in calls.derived:
         raise TypeError(
             f"The router {type(router).__name__} does not compute its weights from its logits and top-k indices in a "
-            "way that can be repeated with others: its paths can be recorded, but not edited or replayed."
+            "way that can be repeated with different ones: its paths can be recorded, but not edited or replayed."
         )
     return decided
 
@@ -278,26 +279,26 @@ def edit_paths(
     edit_hidden_states: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     keep_weights: bool = False,
 ) -> Iterator[None]:
-    """Lets functions change what each layer's router sees, scores or chooses, in any forward or `generate`.
+    """Lets functions edit the input, the logits or the choice of each layer's router, in any forward or `generate`.
 
-    Each function gets the index of the routed layer first. Within T are the padding tokens. Where a block shares one
-    decision, a layer's edit stays that layer's: the block goes on to repeat the unedited decision. Layers that are
-    computed again for gradient checkpointing are edited again, so a function must then answer the same.
+    The first argument of each function is the index of the routed layer. T includes padding tokens. Where a block
+    shares one decision, an edit changes one layer only, and later layers repeat the unedited decision. Gradient
+    checkpointing computes layers twice, and the functions must then return the same both times.
 
     Args:
-        model (`torch.nn.Module`): A model as [`record_paths`] takes it.
+        model (`torch.nn.Module`): A model that [`record_paths`] accepts.
         edit_indices (`Callable`, *optional*): `(layer_idx, logits (T, E), indices (T, k)) -> indices (T, k)`. The
-            weights of the new experts come from the logits in the architecture's own way.
+            router computes the weights of the new experts from its logits, as for its own choice.
         edit_logits (`Callable`, *optional*): `(layer_idx, logits (T, E)) -> logits (T, E)`, from which the router
             then chooses.
         edit_hidden_states (`Callable`, *optional*): `(layer_idx, hidden_states) -> hidden_states`, which only the
             router sees.
-        keep_weights (`bool`, defaults to `False`): Whether the i-th new expert keeps the weight of the router's i-th.
+        keep_weights (`bool`, defaults to `False`): Whether the i-th new expert gets the weight of the router's i-th.
 
     Raises:
         TypeError: If the model has no routers that are recognised, or computes weights in a way that edits cannot
             follow.
-        ValueError: If `edit_indices` returns indices of another shape or outside of 0 … E - 1.
+        ValueError: If `edit_indices` returns indices of a different shape or outside of 0 … E - 1.
 
     Example:
 
@@ -320,7 +321,7 @@ def edit_paths(
         def decide(new_logits, new_indices):
             if not hasattr(router, "choose"):
                 return _decide(router, lambda: router.forward(*args, **kwargs), new_logits, new_indices)
-            # PathMoE chooses apart from scoring. A later layer of a block that shares its decision makes none itself.
+            # PathMoE's `choose` is separate from scoring. Where a block shares its decision, later layers skip it.
             scores = logits if new_logits is None else new_logits
             return _decide(router, lambda: (scores, *router.choose(scores, layer_idx)), None, new_indices)
 
@@ -330,7 +331,7 @@ def edit_paths(
             logits, weights, indices = decide(new_logits, None)
         if edit_indices is not None:
             edited = edit_indices(layer_idx, logits, indices)
-            check_indices(f"What edit_indices returned for layer {layer_idx}", edited, indices.shape, logits.shape[-1])
+            check_indices(f"The result of edit_indices for layer {layer_idx}", edited, indices.shape, logits.shape[-1])
             indices = edited
             if not keep_weights:
                 logits, weights, indices = decide(new_logits, edited)
@@ -341,7 +342,7 @@ def edit_paths(
         if edit_hidden_states is not None:
             handles.append(router.register_forward_pre_hook(on_hidden_states, with_kwargs=True))
         if edit_indices is not None or edit_logits is not None:
-            # Before all other hooks, so that whatever records the router records the edited decision.
+            # Before all other hooks, so that they record the edited decision.
             handles.append(router.register_forward_hook(on_route, with_kwargs=True, prepend=True))
     try:
         yield

@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Interval:
-    """A point estimate between the ends of an interval.
+    """A point estimate with an interval.
 
     Attributes:
         estimate (`float`): The estimate.
@@ -60,19 +60,19 @@ def path_ids(experts: torch.Tensor) -> torch.Tensor:
 
 
 def path_counts(experts: torch.Tensor) -> torch.Tensor:
-    """How many tokens take each distinct path, the most frequent first.
+    """Counts the tokens that take each distinct path, the most frequent path first.
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices, best first.
 
     Returns:
-        `torch.Tensor` of shape `(distinct paths,)`, int64: Its length is the number of distinct paths.
+        `torch.Tensor` of shape `(distinct paths,)`, int64: The counts.
     """
     return path_ids(experts).bincount().sort(descending=True).values
 
 
 def distinct_paths(experts: torch.Tensor) -> int:
-    """The number of distinct paths.
+    """Returns the number of distinct paths.
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices, best first.
@@ -81,7 +81,7 @@ def distinct_paths(experts: torch.Tensor) -> int:
 
 
 def path_coverage(experts: torch.Tensor, top: int) -> float:
-    """The share of tokens that take one of the `top` most frequent paths.
+    """Returns the share of tokens that take one of the `top` most frequent paths.
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices, best first.
@@ -92,14 +92,14 @@ def path_coverage(experts: torch.Tensor, top: int) -> float:
 
 
 def _entropy(weights: torch.Tensor) -> torch.Tensor:
-    """Entropy of each row of non-negative weights, in float64."""
+    """Returns the entropy of each row of non-negative weights, in float64."""
     weights = weights.double()
     shares = weights / weights.sum(dim=-1, keepdim=True)
     return torch.special.entr(shares).sum(dim=-1)
 
 
 def path_entropy(experts: torch.Tensor) -> float:
-    """H = -Σ p log p over the shares p of tokens that take each path.
+    """Computes H = -Σ p log p over the shares p of tokens that take each path.
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices, best first.
@@ -111,7 +111,7 @@ def path_entropy(experts: torch.Tensor) -> float:
 
 
 def path_perplexity(experts: torch.Tensor) -> float:
-    """exp(H) of `path_entropy`: the number of equally frequent paths that would be as spread.
+    """Computes exp(H) of `path_entropy`: the number of equally frequent paths that have the same entropy.
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices, best first.
@@ -120,13 +120,13 @@ def path_perplexity(experts: torch.Tensor) -> float:
 
 
 def expert_load(experts: torch.Tensor, num_experts: int, layer_to_block: list[int] | None = None) -> torch.Tensor:
-    """The share of choices that fall on each expert: f_le = #(tokens that choose e in layer l) / (T k).
+    """Computes the share of choices that fall on each expert: f_le = #(tokens that choose e in layer l) / (T k).
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices.
         num_experts (`int`): E.
-        layer_to_block (`list[int]` of length L, *optional*): The block of each layer, from 0; its layers' choices are
-            then pooled. Pooling has a meaning where layers share a router.
+        layer_to_block (`list[int]` of length L, *optional*): The block of each layer, from 0. The choices of a block's
+            layers are then pooled, which is meaningful if they share a router.
 
     Returns:
         `torch.Tensor` of shape `(L, E)` or `(blocks, E)`, float64: Each row sums to 1.
@@ -145,38 +145,38 @@ def expert_load(experts: torch.Tensor, num_experts: int, layer_to_block: list[in
 
 
 def load_variation(load: torch.Tensor) -> torch.Tensor:
-    """Coefficient of variation of each row of a load: its population standard deviation over its mean.
+    """Computes the coefficient of variation of each row of a load: population standard deviation over mean.
 
     Args:
         load (`torch.Tensor` of shape `(…, E)`): From `expert_load`.
 
     Returns:
-        `torch.Tensor` of shape `(…,)`: 0 when balanced, sqrt(E - 1) when one expert gets everything.
+        `torch.Tensor` of shape `(…,)`: 0 if balanced, sqrt(E - 1) if one expert gets everything.
     """
     return load.std(dim=-1, correction=0) / load.mean(dim=-1)
 
 
 def load_entropy(load: torch.Tensor) -> torch.Tensor:
-    """H = -Σ_e f_e log f_e of each row of a load.
+    """Computes H = -Σ_e f_e log f_e of each row of a load.
 
     Args:
         load (`torch.Tensor` of shape `(…, E)`): From `expert_load`.
 
     Returns:
-        `torch.Tensor` of shape `(…,)`: In nats; log E when balanced.
+        `torch.Tensor` of shape `(…,)`: In nats; log E if balanced.
     """
     return _entropy(load)
 
 
 def routing_entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """The mean over tokens of a router's entropy -Σ_e p_e log p_e, for each layer.
+    """Computes the mean over tokens of a router's entropy -Σ_e p_e log p_e, for each layer.
 
     Args:
         probabilities (`torch.Tensor` of shape `(T, L, E)`): Router probabilities, for instance those of a trace. Rows
-            that rounding or top-k left with another sum than 1 are divided by it.
+            that do not sum to 1, because of rounding or top-k, are divided by their sum.
 
     Returns:
-        `torch.Tensor` of shape `(L,)`: In nats; log E when routers are undecided, 0 when they are certain.
+        `torch.Tensor` of shape `(L,)`: In nats; log E if routers are undecided, 0 if they are certain.
 
     Raises:
         ValueError: If there are no tokens.
@@ -192,7 +192,7 @@ def routing_entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 def _expert_sets(experts: torch.Tensor) -> np.ndarray:
-    """The expert sets as bit masks `(L, words, T)`, in the smallest unsigned dtype that has a bit for each expert."""
+    """Returns the expert sets as bit masks `(L, words, T)`, in the smallest unsigned dtype with a bit per expert."""
     _refuse_empty("experts", experts)
     experts = np.ascontiguousarray(experts.cpu().numpy().transpose(1, 2, 0))
     size = int(experts.max()) + 1
@@ -208,22 +208,22 @@ def _expert_sets(experts: torch.Tensor) -> np.ndarray:
 
 
 def _mean_jaccard(first: np.ndarray, second: np.ndarray, k: int) -> float:
-    """Mean over tokens of the Jaccard similarity of two sets of k experts, given as bit masks `(words, T)`."""
+    """Returns the mean over tokens of the Jaccard similarity of two sets of k experts, as bit masks `(words, T)`."""
     shared = np.bitwise_count(first & second).sum(axis=0, dtype=np.int16)
     sizes = np.arange(k + 1)
     return float(np.bincount(shared, minlength=k + 1) @ (sizes / (2 * k - sizes)) / len(shared))
 
 
 def jaccard_matrix(experts: torch.Tensor) -> torch.Tensor:
-    """Agreement of each pair of layers: the mean over tokens of |A ∩ B| / |A ∪ B| of the token's two expert sets.
+    """Computes the agreement of each pair of layers: the mean over tokens of |A ∩ B| / |A ∪ B| of the two expert sets.
 
-    By chance it is about [`jaccard_chance`].
+    The chance level is about [`jaccard_chance`].
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices; k different ones in each layer.
 
     Returns:
-        `torch.Tensor` of shape `(L, L)`, float64: Symmetric, with ones on its diagonal.
+        `torch.Tensor` of shape `(L, L)`, float64: A symmetric matrix with ones on its diagonal.
 
     Raises:
         ValueError: If there are no tokens.
@@ -237,12 +237,12 @@ def jaccard_matrix(experts: torch.Tensor) -> torch.Tensor:
 
 
 def jaccard_chance(num_experts: int, top_k: int) -> float:
-    """About the agreement of two sets of `top_k` experts that are drawn at random: k / (2E - k)."""
+    """Returns the approximate agreement of two random sets of `top_k` experts: k / (2E - k)."""
     return top_k / (2 * num_experts - top_k)
 
 
 def adjacent_jaccard(experts: torch.Tensor) -> float:
-    """Agreement of neighbouring layers: the mean of the entries of `jaccard_matrix` beside its diagonal.
+    """Computes the agreement of neighbouring layers: the mean of the entries of `jaccard_matrix` beside its diagonal.
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices; k different ones in each layer.
@@ -257,7 +257,7 @@ def adjacent_jaccard(experts: torch.Tensor) -> float:
 
 
 def sustained_engagement(experts: torch.Tensor, length: int) -> float:
-    """The share of tokens that have some expert among their k in at least `length` consecutive layers.
+    """Computes the share of tokens that keep some expert among their k in at least `length` consecutive layers.
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices.
@@ -277,9 +277,9 @@ def sustained_engagement(experts: torch.Tensor, length: int) -> float:
 
 
 def _contingency(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The cells of the contingency table that are not empty: row, column and count, each `(cells,)`."""
+    """Returns the non-empty cells of the contingency table: row, column and count, each `(cells,)`."""
     if first.shape != second.shape or first.ndim != 1:
-        raise ValueError(f"Two labels for each token are needed, got shapes {first.shape} and {second.shape}.")
+        raise ValueError(f"Each token needs two labels, got labels of shape {first.shape} and {second.shape}.")
     _refuse_empty("labels", first)
     # 64-bit labels are renumbered from 0, so that a cell has one 64-bit number.
     (_, first), (rows, second) = (labels.unique(return_inverse=True) for labels in (first, second))
@@ -289,17 +289,18 @@ def _contingency(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _information(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float, float]:
-    """I(A; B), H(A) and H(B) in nats."""
+    """Returns I(A; B), H(A) and H(B) in nats."""
     rows, columns, counts = _contingency(first, second)
     of_first, of_second = (_entropy(labels.bincount(counts.double())).item() for labels in (rows, columns))
     return max(0.0, of_first + of_second - _entropy(counts).item()), of_first, of_second
 
 
 def mutual_information(first: torch.Tensor, second: torch.Tensor) -> float:
-    """I(A; B) = H(A) + H(B) - H(A, B) of two labellings of the same tokens, from their relative frequencies.
+    """Computes I(A; B) = H(A) + H(B) - H(A, B) of two labellings of the same tokens, from relative frequencies.
 
-    With `path_ids` as one of them it is the information that a path carries about the other: token id, part of speech,
-    position, source. The estimate is biased upwards where labels are many and tokens few: see `permutation_baseline`.
+    With `path_ids` as one labelling, it is the information that a path carries about the other: token id, part of
+    speech, position, source. The estimate is biased upwards for many labels and few tokens: see
+    `permutation_baseline`.
 
     Args:
         first (`torch.Tensor` of shape `(T,)`): Labels.
@@ -309,37 +310,37 @@ def mutual_information(first: torch.Tensor, second: torch.Tensor) -> float:
         `float`: In nats; from 0 to the smaller of the two entropies.
 
     Raises:
-        ValueError: If there are no tokens, or not as many labels of both kinds.
+        ValueError: If there are no tokens, or the shapes differ.
     """
     return _information(first, second)[0]
 
 
 def normalized_mutual_information(first: torch.Tensor, second: torch.Tensor) -> float:
-    """NMI = 2 I(A; B) / (H(A) + H(B)), with the arithmetic mean as scikit-learn has it.
+    """Computes NMI = 2 I(A; B) / (H(A) + H(B)), with the arithmetic mean, as in scikit-learn.
 
     Args:
         first (`torch.Tensor` of shape `(T,)`): Labels.
         second (`torch.Tensor` of shape `(T,)`): Labels.
 
     Returns:
-        `float`: 0 when independent, 1 when both make the same groups (also when both make one group only).
+        `float`: 0 if independent, 1 if both form the same groups (even a single one).
 
     Raises:
-        ValueError: If there are no tokens, or not as many labels of both kinds.
+        ValueError: If there are no tokens, or the shapes differ.
     """
     information, *entropies = _information(first, second)
     return 2 * information / sum(entropies) if sum(entropies) else 1.0
 
 
 def cluster_purity(clusters: torch.Tensor, labels: torch.Tensor) -> float:
-    """The share of tokens that have the most frequent label of their cluster: Σ_c max_y n_cy / T.
+    """Computes the share of tokens that have the most frequent label of their cluster: Σ_c max_y n_cy / T.
 
     Args:
         clusters (`torch.Tensor` of shape `(T,)`): A cluster for each token, for instance `path_ids`.
         labels (`torch.Tensor` of shape `(T,)`): A gold label for each token.
 
     Raises:
-        ValueError: If there are no tokens, or not as many labels as clusters.
+        ValueError: If there are no tokens, or the shapes differ.
     """
     rows, _, counts = _contingency(clusters, labels)
     largest = counts.new_zeros(int(rows.max()) + 1).scatter_reduce_(0, rows, counts, "amax")
@@ -354,18 +355,18 @@ def permutation_baseline(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """What a measure of two labellings gives by chance, with the labels shuffled over the tokens.
+    """Computes the chance level of a measure of two labellings, by shuffling the labels over the tokens.
 
     Args:
         measure (`Callable`): `(clusters, labels) -> float`, for instance `mutual_information` or `cluster_purity`.
         clusters (`torch.Tensor` of shape `(T,)`): As for `measure`.
         labels (`torch.Tensor` of shape `(T,)`): As for `measure`.
-        permutations (`int`, defaults to 20): How many.
-        confidence (`float`, defaults to 0.95): Share of the permutations that the interval holds.
-        seed (`int`, defaults to 0): Of the permutations.
+        permutations (`int`, defaults to 20): Number of permutations.
+        confidence (`float`, defaults to 0.95): Share of the permutations inside the interval.
+        seed (`int`, defaults to 0): Seed of the permutations.
 
     Returns:
-        `Interval`: The mean over the permutations between their central quantiles.
+        `Interval`: The mean over the permutations, and their central quantiles.
     """
     generator = torch.Generator().manual_seed(seed)
     values = [measure(clusters, labels[torch.randperm(len(labels), generator=generator)]) for _ in range(permutations)]
@@ -380,23 +381,23 @@ def bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """A measure with its percentile bootstrap interval over documents (Efron and Tibshirani 1993, section 13.3).
+    """Computes a measure and its percentile bootstrap over documents (Efron and Tibshirani 1993, section 13.3).
 
-    Each resample draws as many documents as there are, with replacement, and measures all their tokens. Tokens of one
+    Each resample draws the same number of documents, with replacement, and measures all their tokens. Tokens of one
     document are not independent; documents nearly are. A resample repeats documents, which changes measures that count
-    distinct things or depend on how many tokens a path has: take `jackknife` for distinct paths, path entropy and
+    distinct items or depend on the number of tokens of a path: use `jackknife` for distinct paths, path entropy and
     perplexity, information and purity.
 
     Args:
-        measure (`Callable`): Of `values`, to a float: `lambda experts: path_coverage(experts, 10)`.
+        measure (`Callable`): Maps `values` to a float: `lambda experts: path_coverage(experts, 10)`.
         document_ids (`torch.Tensor` of shape `(T,)`): The document of each token, such as a trace's `sequence_ids`.
-        *values (`torch.Tensor` of first dimension T): What `measure` takes.
-        resamples (`int`, defaults to 200): How many.
-        confidence (`float`, defaults to 0.95): Of the interval.
-        seed (`int`, defaults to 0): Of the draws.
+        *values (`torch.Tensor` of first dimension T): The arguments of `measure`.
+        resamples (`int`, defaults to 200): Number of resamples.
+        confidence (`float`, defaults to 0.95): Confidence level of the interval.
+        seed (`int`, defaults to 0): Seed of the draws.
 
     Returns:
-        `Interval`: The measure of all tokens, and the interval's ends.
+        `Interval`: The measure of all tokens, and the ends of the interval.
 
     Raises:
         ValueError: If there are fewer than two documents, or not one document id per token.
@@ -419,23 +420,23 @@ def jackknife(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """A measure with its normal interval from a jackknife over documents, which repeats none, unlike a bootstrap.
+    """Computes a measure and a normal interval from a jackknife over documents, which repeats none of them.
 
     With θ_g the measure of all documents but those of group g, and G groups, se² = (G - 1) / G Σ_g (θ_g - mean θ)²
     (Efron and Tibshirani 1993, chapter 11). It holds for any measure that does not depend on the order of documents:
-    on average it is at least the variance, at G - 1 groups (Efron and Stein 1981). The interval is that of the measure
-    at this number of documents: what grows with the sample is not extrapolated.
+    on average it is at least the variance at G - 1 groups (Efron and Stein 1981). The interval is that of the measure
+    at this number of documents: measures that grow with the sample are not extrapolated.
 
     Args:
-        measure (`Callable`): Of `values`, to a float: `distinct_paths`, `mutual_information`, `cluster_purity`.
+        measure (`Callable`): Maps `values` to a float: `distinct_paths`, `mutual_information`, `cluster_purity`.
         document_ids (`torch.Tensor` of shape `(T,)`): The document of each token, such as a trace's `sequence_ids`.
-        *values (`torch.Tensor` of first dimension T): What `measure` takes.
-        groups (`int`, defaults to 50): G, at most; random groups of documents, with one each where they are fewer.
-        confidence (`float`, defaults to 0.95): Of the interval.
-        seed (`int`, defaults to 0): Of the groups.
+        *values (`torch.Tensor` of first dimension T): The arguments of `measure`.
+        groups (`int`, defaults to 50): Largest G. Groups are random; if documents are fewer, each is a group.
+        confidence (`float`, defaults to 0.95): Confidence level of the interval.
+        seed (`int`, defaults to 0): Seed of the groups.
 
     Returns:
-        `Interval`: The measure of all tokens, and the interval's ends.
+        `Interval`: The measure of all tokens, and the ends of the interval.
 
     Raises:
         ValueError: If there are fewer than two documents or groups, or not one document id per token.
@@ -459,14 +460,14 @@ def subsample_documents(document_ids: torch.Tensor, tokens: int, seed: int = 0) 
 
     Args:
         document_ids (`torch.Tensor` of shape `(T,)`): The document of each token.
-        tokens (`int`): How many tokens; the last document drawn is cut.
-        seed (`int`, defaults to 0): Of the draw.
+        tokens (`int`): Number of tokens; the last document drawn is cut.
+        seed (`int`, defaults to 0): Seed of the draw.
 
     Returns:
         `torch.Tensor` of shape `(tokens,)`, int64: Indices of the tokens, ascending: `experts[indices]`.
 
     Raises:
-        ValueError: If there are fewer tokens than that.
+        ValueError: If there are fewer than `tokens` tokens.
     """
     if not 0 < tokens <= len(document_ids):
         raise ValueError(f"tokens={tokens} must be between 1 and the number of tokens, {len(document_ids)}.")
@@ -476,7 +477,7 @@ def subsample_documents(document_ids: torch.Tensor, tokens: int, seed: int = 0) 
 
 
 def _documents_of(document_ids: torch.Tensor, values: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """Indices of the tokens of each document, if an interval over documents can be had from them."""
+    """Returns the indices of each document's tokens. Refuses values and documents that allow no interval."""
     for value in values:
         if len(value) != len(document_ids):
             raise ValueError(f"document_ids has {len(document_ids)} tokens, but a value has {len(value)}.")
@@ -487,12 +488,12 @@ def _documents_of(document_ids: torch.Tensor, values: tuple[torch.Tensor, ...]) 
 
 
 def _tokens_of_documents(document_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Indices of the tokens of each document."""
+    """Returns the indices of each document's tokens."""
     _, counts = document_ids.unique(return_counts=True)
     return list(document_ids.argsort(stable=True).split(counts.tolist()))
 
 
 def central(values, confidence: float) -> tuple[float, float]:
-    """The ends of the central share `confidence` of the values."""
+    """Returns the ends of the central share `confidence` of the values."""
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

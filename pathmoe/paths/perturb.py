@@ -1,10 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Perturbations of routing: how much perplexity rises when tokens are sent down other paths.
+"""Perturbations of routing, which show how much perplexity rises when tokens take different paths.
 
-All of them run the documents one by one, those that are longer than `max_length` in windows that do not overlap, with
-the model in the mode that it is in (call `model.eval()` first). Perplexity is exp(Σ loss / Σ predicted tokens) over
-all documents. Intervals are 95 % percentile bootstraps over documents; the rise over the baseline is resampled in
-pairs. What is random is drawn anew for each document, so that intervals hold that, too.
+All functions run the documents one by one, and split documents longer than `max_length` into windows that do not
+overlap. They do not change the model's mode: call `model.eval()` first. Perplexity is
+exp(Σ loss / Σ predicted tokens) over all documents. Intervals are 95 % percentile bootstraps over documents; the rise
+over the baseline is resampled in pairs. Random numbers are drawn anew for each document, so that intervals include
+their variation.
 """
 
 import math
@@ -33,9 +34,9 @@ class PerturbationCurve:
 
     Attributes:
         name (`str`): The perturbation.
-        axis (`str`): What `values` are.
+        axis (`str`): The meaning of `values`.
         values (`list`): Strengths, one per point.
-        baseline (`Interval`): Perplexity per token of the model as it is.
+        baseline (`Interval`): Perplexity per token of the unperturbed model.
         perplexity (`list[Interval]`): Perplexity per token at each point.
         rise (`list[Interval]`): Perplexity at each point over the baseline, minus 1; documents are paired.
     """
@@ -55,14 +56,14 @@ def document_losses(
     max_length: int = 1024,
     edit: Callable[[int], AbstractContextManager] = lambda document: nullcontext(),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cross-entropy of each document.
+    """Computes the cross-entropy of each document.
 
     Args:
         model (`PreTrainedModel`): A causal language model.
         documents (`list[list[int]]`): Token ids.
         max_length (`int`, defaults to 1024): Longest window, in tokens. Its first token is not predicted.
-        edit (`Callable`, *optional*): Gets the number of a document and returns the context manager under which the
-            model runs it.
+        edit (`Callable`, *optional*): Maps the number of a document to the context manager under which the model runs
+            that document.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Summed loss in nats (float64) and number of predicted tokens (int64), each
@@ -72,7 +73,7 @@ def document_losses(
         ValueError: If there are no documents, one has fewer than two tokens, or a token id is not in the vocabulary.
     """
     if not documents:
-        raise ValueError("documents is empty: give lists of token ids.")
+        raise ValueError("documents is empty: pass lists of token ids.")
     if max_length < 2:
         raise ValueError(f"max_length={max_length} leaves no token to predict: it must be at least 2.")
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -82,7 +83,7 @@ def document_losses(
         if not 0 <= min(document) <= max(document) < vocab_size:
             raise ValueError(
                 f"documents[{number}] has token ids from {min(document)} to {max(document)}, but the model's "
-                f"vocabulary has {vocab_size}: was it tokenized for another model?"
+                f"vocabulary has {vocab_size}: tokenize the document for this model."
             )
     losses, counts = [], []
     for number, document in enumerate(documents):
@@ -108,11 +109,11 @@ def _curve(
     edit: Callable[[Any, int], AbstractContextManager],
     seed: int = 0,
 ) -> PerturbationCurve:
-    """Perplexity at each value; `edit` gets the value and the number of a document."""
+    """Measures perplexity at each value; `edit` is called with the value and the number of a document."""
     if len(documents) < 2:
         raise ValueError(f"An interval over documents needs at least 2 of them, got {len(documents)}.")
     if not values:
-        raise ValueError(f"There is no {axis} to try.")
+        raise ValueError(f"There are no values of {axis!r}: pass at least one.")
     loss, count = document_losses(model, documents, max_length)
     draws = np.random.default_rng(seed).multinomial(len(documents), [1 / len(documents)] * len(documents), _RESAMPLES)
     weights = torch.from_numpy(np.vstack([np.ones(len(documents)), draws]))  # the first row is the estimate itself
@@ -131,7 +132,7 @@ def _curve(
 
 
 def _generator(seed: int, document: int) -> torch.Generator:
-    """Random numbers of a document: on the CPU, so that they are the same on every device."""
+    """Returns the generator of a document. It is on the CPU, so that its numbers are the same on every device."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, document]).generate_state(1)[0]))
 
 
@@ -143,22 +144,22 @@ def shuffle_experts(
     max_length: int = 1024,
     seed: int = 0,
 ) -> PerturbationCurve:
-    """Expert e replaced by π(e), with a uniformly random permutation π of the experts.
+    """Replaces expert e by π(e), with a uniformly random permutation π of the experts.
 
-    The weights stay: the i-th expert's goes to its replacement, as if the experts of a layer had changed places. (With
-    weights recomputed, routers that do not renormalise would also mute the experts.)
+    A replacement gets the weight of the expert that it replaces, as if the experts of a layer had changed places. (If
+    weights were recomputed, routers that do not renormalise would also mute the experts.)
 
     Args:
-        model (`PreTrainedModel`): A causal language model as [`record_paths`] takes it.
+        model (`PreTrainedModel`): A causal language model that [`record_paths`] accepts.
         documents (`list[list[int]]`): Token ids, at least two documents.
-        scope (`str`, defaults to `"each_layer"`): `"each_layer"` draws a π for each layer, `"same"` takes one in all
-            layers, `"one_layer"` shuffles a single layer, and the curve goes through the layers.
-        shares (`tuple[float]`): The share of tokens that are shuffled, drawn at random; all with `"one_layer"`.
+        scope (`str`, defaults to `"each_layer"`): `"each_layer"` draws a π for each layer, `"same"` uses one π in all
+            layers, `"one_layer"` shuffles a single layer, and the points of the curve are the layers.
+        shares (`tuple[float]`): Shares of randomly drawn tokens that are shuffled; all tokens with `"one_layer"`.
         max_length (`int`, defaults to 1024): Longest window, in tokens.
-        seed (`int`, defaults to 0): Of permutations, of the draw of tokens and of the bootstrap.
+        seed (`int`, defaults to 0): Seed of permutations, drawn tokens and bootstrap.
 
     Raises:
-        ValueError: If `scope` or a share is not one of these, or the documents are refused.
+        ValueError: If `scope`, a share or the documents are not valid.
     """
     if scope not in ("each_layer", "same", "one_layer"):
         raise ValueError(f"scope={scope!r} must be 'each_layer', 'same' or 'one_layer'.")
@@ -197,22 +198,22 @@ def noise_router(
     max_length: int = 1024,
     seed: int = 0,
 ) -> PerturbationCurve:
-    """Gaussian noise on what routers compute or see; the experts' own input stays clean.
+    """Adds Gaussian noise to the logits or the input of routers; the input of the experts has no noise.
 
     The noise's standard deviation is the strength times that of the token's logits over the experts, or times the root
-    mean square of the token's hidden state, so that models of different scale can be compared. The router chooses and
-    weighs by the noisy values.
+    mean square of the token's hidden state, so that models of different scale can be compared. The router chooses
+    experts and computes weights from the noisy values.
 
     Args:
-        model (`PreTrainedModel`): A causal language model as [`record_paths`] takes it.
+        model (`PreTrainedModel`): A causal language model that [`record_paths`] accepts.
         documents (`list[list[int]]`): Token ids, at least two documents.
         on (`str`, defaults to `"logits"`): `"logits"` or `"hidden_states"`.
         strengths (`tuple[float]`): Points of the curve.
         max_length (`int`, defaults to 1024): Longest window, in tokens.
-        seed (`int`, defaults to 0): Of the noise and of the bootstrap.
+        seed (`int`, defaults to 0): Seed of noise and bootstrap.
 
     Raises:
-        ValueError: If `on` is not one of these, or the documents are refused.
+        ValueError: If `on` or the documents are not valid.
     """
     if on not in ("logits", "hidden_states"):
         raise ValueError(f"on={on!r} must be 'logits' or 'hidden_states'.")
@@ -243,20 +244,20 @@ def freeze_routing(
     max_length: int = 1024,
     seed: int = 0,
 ) -> PerturbationCurve:
-    """Layers take over the experts of the layer before: in each span of n layers only the first one chooses.
+    """Lets layers repeat the experts of the previous layer: in each span of n layers, only the first one chooses.
 
-    The weights of those experts come from the layer's own logits. A span as long as the model leaves the first layer's
-    choice to all.
+    Each layer computes the weights of these experts from its own logits. With a span as long as the model, the first
+    layer chooses for all.
 
     Args:
-        model (`PreTrainedModel`): A causal language model as [`record_paths`] takes it.
+        model (`PreTrainedModel`): A causal language model that [`record_paths`] accepts.
         documents (`list[list[int]]`): Token ids, at least two documents.
-        spans (`tuple[int]`): n; points of the curve.
+        spans (`tuple[int]`): Values of n, the points of the curve.
         max_length (`int`, defaults to 1024): Longest window, in tokens.
-        seed (`int`, defaults to 0): Of the bootstrap.
+        seed (`int`, defaults to 0): Seed of the bootstrap.
 
     Raises:
-        ValueError: If a span is below 1, or the documents are refused.
+        ValueError: If a span is below 1, or the documents are not valid.
     """
     if min(spans, default=1) < 1:
         raise ValueError(f"spans={spans} must be at least 1.")
@@ -284,27 +285,25 @@ def restrict_paths(
     max_length: int = 1024,
     seed: int = 0,
 ) -> PerturbationCurve:
-    """Only the K most frequent top-1 paths of a trace are allowed (arXiv 2603.18297; how it does that is our reading).
+    """Allows only the K most frequent top-1 paths of a trace (arXiv 2603.18297; the mechanism is our reading of it).
 
-    Layer by layer, a token's top-1 expert must continue the path that it has taken so far to a prefix of an allowed
-    path; among the experts that do, the one of the largest logit is taken. So each token ends up on an allowed path.
-    The other k - 1 experts are, by logit, the best of those that are anywhere on an allowed path in this layer, and
-    where these are fewer than k - 1 the best of the rest. Tokens whose own choice is like that keep it. Weights come
-    from the logits of the chosen experts, in the architecture's own way, so the top-1 expert is not always the one of
-    the largest weight.
+    In each layer, a token's top-1 expert must continue its path so far to a prefix of an allowed path. Of the experts
+    that do, the one with the largest logit is chosen, so each token ends up on an allowed path. The other k - 1
+    experts are those with the largest logits among the experts on any allowed path in this layer, and if these are
+    fewer than k - 1, among the rest. A token whose own choice meets these conditions keeps it. The router computes
+    weights from the logits of the chosen experts, so the top-1 expert does not always have the largest weight.
 
     Args:
-        model (`PreTrainedModel`): A causal language model as [`record_paths`] takes it.
+        model (`PreTrainedModel`): A causal language model that [`record_paths`] accepts.
         documents (`list[list[int]]`): Token ids, at least two documents.
-        trace (`PathTrace`): Where paths are counted. Take other text than `documents`.
-        tops (`tuple[int | None]`): K; points of the curve. `None` allows all paths of the trace.
+        trace (`PathTrace`): The trace whose paths are counted. It should be of different text than `documents`.
+        tops (`tuple[int | None]`): Values of K, the points of the curve. `None` allows all paths of the trace.
         others (`str`, defaults to `"allowed"`): `"any"` leaves the other k - 1 experts to the router.
         max_length (`int`, defaults to 1024): Longest window, in tokens.
-        seed (`int`, defaults to 0): Of the bootstrap.
+        seed (`int`, defaults to 0): Seed of the bootstrap.
 
     Raises:
-        ValueError: If the trace is empty or of another model, `others` or a K is not one of these, or the documents
-            are refused.
+        ValueError: If the trace is empty or of a different model, or `others`, a K or the documents are not valid.
     """
     if others not in ("allowed", "any"):
         raise ValueError(f"others={others!r} must be 'allowed' or 'any'.")
@@ -333,7 +332,7 @@ def restrict_paths(
             first = torch.where(own, indices[:, :1], first)
             node = following.gather(-1, first)[:, 0]
             in_layer = trie.experts[layer_idx] if others == "allowed" else torch.ones_like(trie.experts[layer_idx])
-            # By three keys: the first expert, those on allowed paths, the logit.
+            # Rank by three keys: the top-1 expert, then experts on allowed paths, then the logit.
             rank = logits.argsort(dim=-1).argsort(dim=-1) + len(in_layer) * in_layer
             rank = rank.scatter(-1, first, 2 * len(in_layer))
             chosen = rank.topk(shape[-1], dim=-1).indices
@@ -347,16 +346,16 @@ def restrict_paths(
 
 
 class _PathTrie:
-    """Which experts continue a prefix of a path.
+    """Stores which experts continue each prefix of the paths.
 
     Args:
         paths (`torch.Tensor` of shape `(paths, L)`, int64): Distinct paths.
         num_experts (`int`): E.
 
     Attributes:
-        children (`list[torch.Tensor]`): For each layer, `(prefixes, E)`: the prefix that an expert makes of a prefix
-            of one layer less, numbered from 0; -1 where no path goes on like that.
-        experts (`list[torch.Tensor]`): For each layer, `(E,)`, bool: those that are on a path.
+        children (`list[torch.Tensor]`): For each layer, `(prefixes, E)`: the number of the prefix that results from
+            adding the expert to a prefix of the previous layer, or -1 if no path has that prefix.
+        experts (`list[torch.Tensor]`): For each layer, `(E,)`, bool: whether the expert is on a path.
     """
 
     def __init__(self, paths: torch.Tensor, num_experts: int):

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Records which experts each token visits, and sends tokens down recorded paths again."""
+"""Records the experts that each token visits, and replays recorded paths."""
 
 import json
 import tempfile
@@ -21,11 +21,11 @@ from ..files import write_aside
 from .hooks import RoutedModel, Routing, check_indices, edit_paths
 
 
-# What a trace holds of each token, besides its experts and what was asked for.
+# The fields of a token that a trace always has, besides its experts.
 _TOKEN_FIELDS = ("token_ids", "sequence_ids", "positions", "offsets")
 _METADATA = b"pathmoe_trace"
-# Forwards that a trace holds as they came, on their device, so that the many short ones of a generation are converted
-# together and the host waits for none of them.
+# A trace holds up to this many forwards or bytes unconverted on their device, so that the many short forwards of a
+# generation are converted together, without waiting for the device each time.
 _HELD_FORWARDS = 256
 _HELD_BYTES = 2**20
 
@@ -35,32 +35,33 @@ def _pyarrow():
         import pyarrow
     except ImportError as error:
         raise ImportError(
-            "Traces on disk need pyarrow: pip install 'pathmoe[paths]'; or raise memory_limit to keep one in memory."
+            "Traces on disk need pyarrow: pip install 'pathmoe[paths]', or raise memory_limit to stay in memory."
         ) from error
     return pyarrow
 
 
 class PathTrace:
-    """What [`record_paths`] has recorded so far: an entry per token that is not padding, in the order of the forwards.
+    """The tokens that [`record_paths`] has recorded, without padding, in the order of the forwards.
 
-    A trace is held in memory up to a limit; what goes beyond is moved to a temporary Arrow file. Attributes are put
-    together when they are read, from both; [`~PathTrace.batches`] goes through a trace piece by piece.
+    A trace is held in memory up to a limit, beyond which it is moved to a temporary Arrow file. Reading an attribute
+    collects it from both; [`~PathTrace.batches`] iterates over a trace piece by piece.
 
     Attributes:
         experts (`torch.Tensor` of shape `(T, L, k)`, uint8, or int16 for more than 256 experts): The experts of each
             token, best first.
-        weights (`torch.Tensor` of shape `(T, L, k)`, float16): Their weights, when recorded.
-        probabilities (`torch.Tensor` of shape `(T, L, E)`, float16): Softmax of the router's logits, when recorded.
-        token_ids (`torch.Tensor` of shape `(T,)`, int32): The token ids; -1 where the model was given embeddings.
-        sequence_ids (`torch.Tensor` of shape `(T,)`, int32): Which sequence the token is of, numbered as they began:
-            a row of a batch, or a document of a packed row, when its `position_ids` start again from 0. The tokens
-            that `generate` adds belong to the sequence of their prompt (of their row, when a beam search reorders).
-        positions (`torch.Tensor` of shape `(T,)`, int32): Position in the sequence, padding not counted.
+        weights (`torch.Tensor` of shape `(T, L, k)`, float16): The weights of these experts, if recorded.
+        probabilities (`torch.Tensor` of shape `(T, L, E)`, float16): Softmax of the router's logits, if recorded.
+        token_ids (`torch.Tensor` of shape `(T,)`, int32): The token ids; -1 where the model got embeddings.
+        sequence_ids (`torch.Tensor` of shape `(T,)`, int32): The number of the token's sequence, in the order in which
+            sequences began. A sequence is a row of a batch, or a document of a packed row whose `position_ids` restart
+            from 0. Tokens that `generate` adds belong to the sequence of their prompt (of their row, if a beam search
+            reorders).
+        positions (`torch.Tensor` of shape `(T,)`, int32): Position in the sequence, not counting padding.
         offsets (`torch.Tensor` of shape `(T, 2)`, int32): Start and end in the text, from the tokenizer's
-            `offset_mapping` when it was passed to the model, or to `generate`, along with the rest; else -1, as for
-            the tokens that `generate` adds.
-        model (`RoutedModel`): What identifies the recorded model: `model_type`, `num_layers`, `num_experts`, `top_k`,
-            `layer_to_block`, `router_hash`.
+            `offset_mapping` if it was passed to the model or to `generate`; otherwise, and for tokens that `generate`
+            adds, -1.
+        model (`RoutedModel`): The properties of the recorded model: `model_type`, `num_layers`, `num_experts`,
+            `top_k`, `layer_to_block`, `router_hash`.
     """
 
     def __init__(self, memory_limit: int = 2**28):
@@ -91,7 +92,7 @@ class PathTrace:
         return torch.from_numpy(np.concatenate([batch[name] for batch in batches]))
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Goes through the trace without putting it together in memory.
+        """Iterates over the trace without collecting it in memory.
 
         Yields:
             `dict[str, numpy.ndarray]`: The recorded attributes of some tokens.
@@ -108,14 +109,14 @@ class PathTrace:
         yield from self._pending
 
     def _hold(self, values: dict[str, torch.Tensor], tokens: "ForwardTokens", offsets: torch.Tensor | None):
-        """Takes over a forward: values `(T, L, …)`, and offsets `(T, 2)`."""
+        """Stores the values `(T, L, …)` and the offsets `(T, 2)` of a forward, to be converted later."""
         self._held.append((values, tokens, offsets))
         self._held_bytes += sum(tensor.nbytes for tensor in values.values())
         if len(self._held) >= _HELD_FORWARDS or self._held_bytes > min(_HELD_BYTES, self._memory_limit):
             self._convert()
 
     def _convert(self):
-        """Appends the forwards that are held, consecutive steps of one token per row as one batch."""
+        """Converts and appends the forwards that are held; consecutive steps of one token per row form one batch."""
         held, self._held, self._held_bytes = self._held, [], 0
 
         def kind(number: int):
@@ -162,7 +163,7 @@ class PathTrace:
 
     def _spill(self):
         if self._writer is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="paths_")  # goes when the trace goes
+            self._folder = tempfile.TemporaryDirectory(prefix="paths_")  # removed with the trace
             self._file = Path(self._folder.name) / "trace.arrow"
             self._sink = self._file.open("wb")
             self._writer = _pyarrow().ipc.new_stream(self._sink, _schema(self._pending[0], self.model))
@@ -174,8 +175,8 @@ class PathTrace:
         """Writes the trace to an Arrow stream, which `datasets.Dataset.from_file` reads as well.
 
         Args:
-            path (`str` or `Path`): The file; its folder is created. A file that is there is replaced when the new one
-                is whole, so that a trace may be saved where it was loaded from.
+            path (`str` or `Path`): The file; its folder is created. An existing file is replaced only when the new one
+                is complete, so a trace may be saved to the file that it was loaded from.
 
         Raises:
             ValueError: If the trace is empty.
@@ -191,13 +192,13 @@ class PathTrace:
 
     @classmethod
     def load(cls, path: str | Path) -> "PathTrace":
-        """Opens a saved trace. The file is mapped, and read when an attribute is.
+        """Opens a saved trace. The file is memory-mapped and read only when an attribute is.
 
         Args:
             path (`str` or `Path`): A file that `save` has written.
 
         Raises:
-            FileNotFoundError: If there is none.
+            FileNotFoundError: If the file does not exist.
             ValueError: If the file is not a saved trace.
         """
         pa = _pyarrow()
@@ -216,13 +217,13 @@ class PathTrace:
         return trace
 
     def replace(self, experts: torch.Tensor) -> "PathTrace":
-        """A copy of the trace with other experts, for [`replay_paths`]. Weights and probabilities are left out.
+        """Returns a copy of the trace with different experts, for [`replay_paths`], without weights and probabilities.
 
         Args:
             experts (`torch.Tensor` of shape `(T, L, k)`): The experts of each token, in any integer dtype.
 
         Raises:
-            ValueError: If the shape is another than that of the trace, or an index names no expert.
+            ValueError: If the shape is not that of the trace, or an index is out of range.
         """
         tokens = {name: getattr(self, name).numpy() for name in _TOKEN_FIELDS}
         shape = (len(tokens["token_ids"]), self.model.num_layers, self.model.top_k)
@@ -238,7 +239,7 @@ def _index_dtype(num_experts: int) -> torch.dtype:
 
 
 def _in_order(rows: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """From rows to one forward after the other, where `shape` is the batch, the forwards and their length."""
+    """Reorders values from row by row to forward by forward; `shape` is (batch, forwards, length of a forward)."""
     return rows.reshape(shape).swapaxes(0, 1).reshape(-1)
 
 
@@ -247,7 +248,7 @@ def _schema(batch: dict[str, np.ndarray], model: RoutedModel):
 
 
 def _to_arrow(batches: list[dict[str, np.ndarray]]):
-    """One record batch. What a token has several of becomes a list of fixed length."""
+    """Returns one record batch, in which several values of a token become a list of fixed length."""
     pa = _pyarrow()
     columns = {}
     for name in batches[0]:
@@ -281,11 +282,11 @@ def record_paths(
             `(logits, weights, indices)`; with or without a head.
         weights (`bool`, defaults to `False`): Whether to record the weights of the experts.
         probabilities (`bool`, defaults to `False`): Whether to record the probabilities of all experts.
-        memory_limit (`int`, defaults to 2**28): Bytes that a trace may take in memory; what goes beyond is moved to
-            the folder for temporary files, which `TMPDIR` names.
+        memory_limit (`int`, defaults to 2**28): Bytes that a trace may take in memory. Beyond them, it is moved to the
+            folder for temporary files, which `TMPDIR` sets.
 
     Yields:
-        `PathTrace`: Grows with every forward.
+        `PathTrace`: The trace, which grows with every forward.
 
     Raises:
         TypeError: If the model has no routers that are recognised.
@@ -300,12 +301,12 @@ def record_paths(
     """
     routing, trace = Routing(model), PathTrace(memory_limit)
     layers, tokens, offsets = {}, None, None
-    # Where in a router's output is what was asked for. Nothing else is kept until the forward ends.
+    # The index of each requested value in a router's output. Nothing else is kept until the forward ends.
     places = {"experts": 2} | ({"weights": 1} if weights else {}) | ({"probabilities": 0} if probabilities else {})
 
     def on_call(module, args, kwargs):
         nonlocal offsets
-        if module is model:  # what a forward that failed has left
+        if module is model:  # a failed forward may have left its own
             offsets = None
         if "offset_mapping" in kwargs:
             offsets = torch.as_tensor(kwargs.pop("offset_mapping")).reshape(-1, 2)
@@ -321,7 +322,7 @@ def record_paths(
             raise ValueError(f"offset_mapping has {len(offsets)} tokens, but input_ids has {tokens.real.numel()}.")
 
     def on_route(router, args, kwargs, output):
-        if tokens is None:  # a backward pass computes a layer again
+        if tokens is None:  # a backward pass recomputes the layer
             return
         if trace.model is None:
             routing.check_output(router, output)
@@ -355,7 +356,7 @@ def record_paths(
 
 @contextmanager
 def _generate_with_offsets(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Lets the model's `generate` take `offset_mapping`; yields a list that holds it while `generate` runs."""
+    """Lets the model's `generate` accept `offset_mapping`; yields a list that holds it while `generate` runs."""
     own_generate, generate = vars(model).get("generate"), getattr(model, "generate", None)
     held: list[torch.Tensor] = []
     if generate is None:
@@ -382,10 +383,10 @@ def _generate_with_offsets(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def _check_prompt_offsets(offset_mapping, args: tuple, kwargs: dict) -> torch.Tensor:
-    """`(batch, sequence, 2)`, if that is what the prompt has.
+    """Returns the offsets in the shape `(batch, sequence, 2)` of the prompt.
 
     Raises:
-        ValueError: If the prompt has another number of tokens, or part of it is in a cache already.
+        ValueError: If the prompt has a different number of tokens, or part of it is already in a cache.
     """
     given = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
     shape = next(tensor.shape[:2] for tensor in given if tensor is not None)
@@ -394,14 +395,14 @@ def _check_prompt_offsets(offset_mapping, args: tuple, kwargs: dict) -> torch.Te
         raise ValueError(f"offset_mapping has {len(offsets)} tokens, but the prompt has {shape.numel()}.")
     if past := _cached_tokens(kwargs):
         raise ValueError(
-            f"generate got an offset_mapping, and a cache with {past} tokens already: "
-            "which tokens the offsets belong to cannot be told. Leave one of the two out."
+            f"generate got both an offset_mapping and a cache with {past} tokens, so it is not clear which tokens the "
+            "offsets belong to: leave one of the two out."
         )
     return offsets.view(*shape, 2)
 
 
 def _cached_tokens(arguments: dict) -> int:
-    """The number of tokens in the key-value cache, whatever the installed transformers calls that argument.
+    """Returns the number of tokens in the key-value cache, under any name of that argument.
 
     Raises:
         ValueError: Under continuous batching, whose forwards mix tokens of several requests.
@@ -413,7 +414,7 @@ def _cached_tokens(arguments: dict) -> int:
 
 
 def _offsets_of_prompt(prompt_offsets: torch.Tensor, tokens: "ForwardTokens") -> torch.Tensor | None:
-    """Of the tokens of one forward of `generate`, `(T, 2)`: -1 for those that it has added."""
+    """Returns the offsets `(T, 2)` of one forward of `generate`: -1 for added tokens, `None` if all are added."""
     batch, length = tokens.real.shape
     if tokens.past >= prompt_offsets.shape[1]:
         return None
@@ -424,27 +425,27 @@ def _offsets_of_prompt(prompt_offsets: torch.Tensor, tokens: "ForwardTokens") ->
 
 @torch.no_grad()
 def _stack(layers: tuple[torch.Tensor]) -> torch.Tensor:
-    """`(T, L, …)` on the device of the first layer."""
+    """Stacks the values of the layers to `(T, L, …)`, on the device of the first layer."""
     return torch.stack([layer.to(layers[0].device) for layer in layers], dim=-2).flatten(0, -3)
 
 
 def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """On the device of the first one."""
+    """Concatenates tensors on the device of the first one."""
     return torch.cat([tensor.to(tensors[0].device) for tensor in tensors], dim=dim) if tensors[1:] else tensors[0]
 
 
 class ForwardTokens:
-    """The tokens of one forward of a decoder, as they are then: a caller may write the next ones in their place.
+    """The tokens of one forward of a decoder. Token ids are copied, since a caller may overwrite them.
 
     Args:
-        arguments (`dict`): What the decoder was called with, by name.
+        arguments (`dict`): The arguments of the decoder, by name.
 
     Attributes:
         input_ids (`torch.Tensor` of shape `(batch, sequence)` or `None`): Token ids.
         past (`int`): Tokens in the cache before this forward.
-        real (`torch.Tensor` of shape `(batch, sequence)`, bool): Which tokens are no padding.
-        starts (`torch.Tensor` of shape `(batch, sequence)`, bool): Where `position_ids` begin from 0.
-        experts (`torch.Tensor` of shape `(T, L, k)`): In a replay, the experts that its real tokens are given.
+        real (`torch.Tensor` of shape `(batch, sequence)`, bool): True for tokens that are not padding.
+        starts (`torch.Tensor` of shape `(batch, sequence)`, bool): True where `position_ids` are 0.
+        experts (`torch.Tensor` of shape `(T, L, k)`): In a replay, the experts of the tokens that are not padding.
     """
 
     experts: torch.Tensor
@@ -461,7 +462,7 @@ class ForwardTokens:
         if getattr(mask, "ndim", None) == 2:
             self.real = mask[:, -length:] != 0
         elif getattr(mask, "ndim", None) == 4:
-            # As a static cache gets it: (batch, 1, sequence, cache). A padding token may not even attend to itself.
+            # With a static cache, (batch, 1, sequence, cache). A padding token does not even attend to itself.
             own = mask.diagonal(self.past, dim1=-2, dim2=-1)[:, 0, :length]
             self.real = (own == (1 if own.dtype == torch.bool else 0)).expand(batch, length)
         else:
@@ -474,25 +475,25 @@ class ForwardTokens:
 
 
 class _Sequences:
-    """Numbers sequences over many forwards, of which later ones may go on with the sequences of earlier ones."""
+    """Numbers sequences over many forwards, where a later forward may continue the sequences of an earlier one."""
 
     def __init__(self):
         self.begun = 0
         self.last_ids = self.next_positions = np.zeros(0, dtype=int)
 
     def number(self, real: np.ndarray, starts: np.ndarray, past: int) -> tuple[np.ndarray, np.ndarray]:
-        """The sequence and the position of each token, both of the shape of `real`; of padding, anything."""
+        """Returns the sequence and the position of each token, in the shape of `real`; arbitrary values at padding."""
         count = real.cumsum(axis=1)
-        goes_on = past > 0 and len(self.last_ids) == len(count)
-        positions = count - 1 + (self.next_positions[:, None] if goes_on else past)
+        continues = past > 0 and len(self.last_ids) == len(count)
+        positions = count - 1 + (self.next_positions[:, None] if continues else past)
         starts = real & starts
         if starts.any():
             positions -= np.maximum.accumulate(np.where(starts, positions, 0), axis=1)
-        not_begun = self.next_positions[:, None] == 0 if goes_on else True  # only padding so far
+        not_begun = self.next_positions[:, None] == 0 if continues else True  # only padding so far
         starts |= real & (count == 1) & not_begun
         started = starts.cumsum().reshape(starts.shape)
         ids = self.begun - 1 + started
-        if goes_on:
+        if continues:
             ids = np.where(starts.cumsum(axis=1) == 0, self.last_ids[:, None], ids)
         self.begun += int(started[-1, -1])
         self.last_ids, self.next_positions = ids[:, -1], positions[:, -1] + 1
@@ -503,27 +504,27 @@ class _Sequences:
 def replay_paths(model: nn.Module, trace: PathTrace, *, check_routers: bool = True) -> Iterator[None]:
     """Sends the tokens of a trace through the experts of the trace, recorded or edited.
 
-    The model must get the same tokens in the same forwards as when the trace was recorded. Weights come from the
-    logits of this pass at the trace's experts, in the architecture's own way, so that the trace of an unchanged model
-    gives its logits again.
+    The model must get the same tokens in the same forwards as when the trace was recorded. Its routers compute the
+    weights of the trace's experts from the logits of this pass, so replaying the trace of an unchanged model
+    reproduces its logits.
 
     Args:
         model (`torch.nn.Module`): The recorded model.
         trace (`PathTrace`): From [`record_paths`], [`PathTrace.load`] or [`PathTrace.replace`].
-        check_routers (`bool`, defaults to `True`): Whether to refuse a trace of a model whose routers have other
-            parameters. `False` for another model of the same shape, such as one that was trained further.
+        check_routers (`bool`, defaults to `True`): Whether to refuse a trace of a model whose routers have different
+            parameters. Pass `False` for a different model of the same shape, such as one that was trained further.
 
     Raises:
         TypeError: If the model has no routers that are recognised, or computes weights in a way that replay cannot
             follow.
-        ValueError: If the trace is empty or of another model, or if other tokens come than those of the trace.
+        ValueError: If the trace is empty or of a different model, or the model gets different tokens than the trace's.
 
     Example:
 
     ```python
     >>> with record_paths(model) as trace:
     ...     model(**inputs)
-    >>> with replay_paths(model, trace.replace(trace.experts.flip(0))):  # each token on another one's path
+    >>> with replay_paths(model, trace.replace(trace.experts.flip(0))):  # each token on another token's path
     ...     model(**inputs)
     ```
     """
@@ -534,8 +535,8 @@ def replay_paths(model: nn.Module, trace: PathTrace, *, check_routers: bool = Tr
     if check_routers:
         trace.model.check_routers(
             described,
-            "Record this model's own, or pass check_routers=False to replay it all the same, for instance if the "
-            "model was trained on since.",
+            "Record a trace of this model, or pass check_routers=False to replay this one anyway, for instance if the "
+            "model was trained further.",
         )
     done = 0
     tokens: ForwardTokens | None = None

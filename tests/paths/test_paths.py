@@ -143,7 +143,7 @@ def test_offsets_of_another_prompt_are_refused(tiny_model, tokens):
         with pytest.raises(ValueError, match="offset_mapping has 8 tokens, but input_ids has 14"):
             model(tokens(), offset_mapping=torch.zeros(2, 4, 2))
         cache = model(tokens()[:, :3]).past_key_values
-        with pytest.raises(ValueError, match="and a cache with 3 tokens already"):
+        with pytest.raises(ValueError, match="and a cache with 3 tokens, so"):
             model.generate(tokens(), past_key_values=cache, offset_mapping=torch.zeros(2, 7, 2), max_new_tokens=2)
 
 

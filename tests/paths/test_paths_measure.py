@@ -218,7 +218,7 @@ def test_what_cannot_be_measured_is_refused():
             measure(empty)
     with pytest.raises(ValueError, match="experts holds index 7, but num_experts=4"):
         expert_load(torch.full((1, 1, 1), 7), num_experts=4)
-    with pytest.raises(ValueError, match="Two labels for each token are needed"):
+    with pytest.raises(ValueError, match="Each token needs two labels"):
         mutual_information(torch.zeros(3), torch.zeros(4))
     with pytest.raises(ValueError, match="needs at least 2, got 1"):
         bootstrap(lambda x: 0.0, torch.zeros(3), torch.zeros(3))
