@@ -191,7 +191,7 @@ def plan(args: list[str]) -> str:
     recipe = parse_recipe(rest)
     config = build_config(recipe)
     if config.model_type != "pathmoe":
-        raise RecipeError(f"model={recipe.model!r}: plan supports PathMoE models, not of type {config.model_type}.")
+        raise RecipeError(f"model={recipe.model!r}: plan supports PathMoE models, not {config.model_type}.")
     if config.num_experts % recipe.ep_size or all(gpus % recipe.ep_size for gpus in options.gpus):
         raise RecipeError(
             f"ep_size={recipe.ep_size} must divide num_experts={config.num_experts} and the number of GPUs "
