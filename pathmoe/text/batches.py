@@ -162,8 +162,8 @@ class Batches:
 
     def load_state_dict(self, state: dict):
         self.drawn = np.array(state["drawn"])
-        for source, its in zip(self.sources, state["sources"], strict=True):
-            source.load_state_dict(its)
+        for source, source_state in zip(self.sources, state["sources"], strict=True):
+            source.load_state_dict(source_state)
 
 
 class Prefetch:

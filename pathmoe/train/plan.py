@@ -136,8 +136,8 @@ def _trace(fields, rows, length, precision, checkpointing, attention, experts, c
                 inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
                 if head:
                     # As in training, which does not hold all logits unless the head is sharded (like all weights).
-                    alone = {"skip_logits": True} if config.model_type == "pathmoe" and not cast else {}
-                    loss = model(**inputs, labels=tokens, num_items_in_batch=1, **alone).loss
+                    loss_only = {"skip_logits": True} if config.model_type == "pathmoe" and not cast else {}
+                    loss = model(**inputs, labels=tokens, num_items_in_batch=1, **loss_only).loss
                 else:
                     loss = model.base_model(**inputs).last_hidden_state.sum()
             loss.backward()
