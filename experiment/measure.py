@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The small result of a finished run: held-out loss, expert use over time, curves, and on what it was trained."""
+"""Measures a finished run: held-out loss, expert use over time, curves and provenance, in a small file."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ HELD_OUT_TOKENS = 1 << 19
 
 
 def held_out(folder: Path, tokenizer, tokens: int) -> tuple[list[str], list[str]]:
-    """Texts and sources of the first validation documents, in the order of their hashes, with at least `tokens`."""
+    """Returns texts and sources of the first validation documents by hash, with at least `tokens` tokens in total."""
     builder, files = corpus_files(folder)
     rows = list(load_dataset(builder, data_files=files["validation"], split="train"))
     rows.sort(key=lambda row: hashlib.sha256(row["text"].encode()).hexdigest())
@@ -39,7 +39,7 @@ def held_out(folder: Path, tokenizer, tokens: int) -> tuple[list[str], list[str]
 
 @torch.no_grad()
 def turns(model, tokens: torch.Tensor) -> list[float]:
-    """The mean cosine between the routers' inputs in each layer and the next, for tokens of shape `(batch, T)`."""
+    """Returns the mean cosine of the router inputs of each layer and the next, for tokens of shape `(batch, T)`."""
     inputs = []
     hooks = [
         layer.post_attention_layernorm.register_forward_hook(lambda _, args, output: inputs.append(output))
@@ -52,7 +52,7 @@ def turns(model, tokens: torch.Tensor) -> list[float]:
 
 
 def score_held_out(folder: Path, corpus: Path, length: int, tokens: int) -> dict:
-    """The held-out loss of a run's model, in total and for each source, and how far its hidden states turn."""
+    """Measures a model's held-out loss, in total and for each source, and the cosines between router inputs."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "final")
     model = AutoModelForCausalLM.from_pretrained(folder / "final").eval()
     texts, sources = held_out(corpus, tokenizer, tokens)
@@ -74,13 +74,13 @@ def score_held_out(folder: Path, corpus: Path, length: int, tokens: int) -> dict
 
 
 def measure(run: ExperimentRun, output: Path, corpus: dict, tokens: int | None) -> dict:
-    """What is kept of a finished run.
+    """Collects the result of a finished run.
 
     Args:
         run (`ExperimentRun`): The run.
         output (`Path`): The folder of the runs.
         corpus (`dict`): The hashes of corpus and tokenizer.
-        tokens (`int`, *optional*): How many held-out tokens are scored at least; `None` leaves the scoring out.
+        tokens (`int`, *optional*): The least number of held-out tokens to score. `None` skips the scoring.
     """
     folder, length = output / run.name, run.recipe["sequence_length"]
     lines = read_metrics(folder / "metrics.jsonl")
@@ -111,7 +111,7 @@ def measure(run: ExperimentRun, output: Path, corpus: dict, tokens: int | None) 
 
 
 def processor() -> str:
-    """The name of the GPU, or of the processor."""
+    """Returns the name of the GPU, or else of the processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -120,6 +120,6 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit that runs, with a mark if files differ from it."""
+    """Returns the checked-out commit, with a mark if files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"

@@ -1,10 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Looks for text that training, validation and benchmark items share: runs of 13 words.
+"""Searches for text that training, validation and benchmark items share: runs of 13 words.
 
     python -m experiment.overlap --data runs/experiment/data --suite pathmoe_paper_0.9b_offline \\
         --output experiment/first/results/overlap.json
 
-A validation document counts as hit if training holds any of its runs; how much of all runs is shared stands beside.
+A validation document counts as hit if any of its runs occurs in the training text. The report also has the share of
+all runs that occur there.
 """
 
 import argparse
@@ -26,17 +27,17 @@ from pathmoe.text.ngrams import Words, are_among, ngram_digests
 
 
 def shared_runs(train: list[str], validation: list[str], sources: list[str], n: int) -> dict:
-    """How much of the validation text stands in the training text.
+    """Counts how much of the validation text occurs in the training text.
 
     Args:
         train (`list[str]`): Training documents.
         validation (`list[str]`): Validation documents.
         sources (`list[str]`): The source of each validation document.
-        n (`int`): Words in a run.
+        n (`int`): Number of words in a run.
 
     Returns:
-        `dict`: for each source `documents`, `hit` (those that share a run), `runs`, `shared` (runs that training
-        holds) and `largest` (the largest share of one document's runs).
+        `dict`: For each source `documents`, `hit` (documents that share a run), `runs`, `shared` (runs that occur in
+        the training text) and `largest` (the largest share of shared runs in one document).
     """
     words = Words()
     in_train = np.unique(np.concatenate([ngram_digests(text, n, words) for text in train]))
@@ -63,7 +64,7 @@ def table(report: dict, n: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Reads both splits and the tasks, and prints and writes the report."""
+    """Reads both splits and the tasks, then prints and writes the report."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and validation.jsonl")
     parser.add_argument("--suite", required=True, choices=SUITES)

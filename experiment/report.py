@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The report: tables, gates, verdict and pictures from the results that there are; what is missing is named."""
+"""Writes tables, gates, verdict and pictures from the results so far. The report names missing runs."""
 
 import itertools
 import math
@@ -28,14 +28,14 @@ LEAST_EXPERTS, MOST_NOISE, LEAST_LOSS = 12, 0.01, 0.02  # the gates
 
 
 def missing(experiment: Experiment, runs: list[ExperimentRun]) -> str:
-    """A sentence that names the runs without a result."""
+    """Returns a sentence that names the runs without a result, or an empty string."""
     names = [run.name for run in runs if experiment.read(run) is None]
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     return f"\n**Incomplete**: {len(names)} of {len(runs)} runs have no result yet: {shown}.\n" if names else ""
 
 
 def tuning(experiment: Experiment) -> str:
-    """The losses from which each row's learning rate is chosen."""
+    """Formats the losses by which the learning rate of each row is chosen."""
     runs, chosen = experiment.tuning_runs(), experiment.learning_rates()
     rates = [f"{float(rate):g}" for rate in experiment.settings["tune"]["learning_rates"]]
     lines = []
@@ -50,7 +50,7 @@ def tuning(experiment: Experiment) -> str:
 
 
 def finished_seeds(experiment: Experiment) -> dict[str, list[dict]]:
-    """For each row its results, for the first seeds of the plan for which all rows have finished."""
+    """Returns the results of each row, for the first seeds of the plan that all rows have finished."""
     rows, found = experiment.settings["rows"], {}
     for run in experiment.primary_runs():
         found[run.row, run.seed] = experiment.read(run)
@@ -62,14 +62,14 @@ def finished_seeds(experiment: Experiment) -> dict[str, list[dict]]:
 
 
 def experts_early(result: dict) -> list[float]:
-    """The effective experts of each layer at 5 % of the steps, from the measurement nearest to it."""
+    """Returns the effective experts of each layer at the measurement nearest to 5 % of the steps."""
     use = result["effective_experts"]
     nearest = min(range(len(use["steps"])), key=lambda i: abs(use["steps"][i] - 0.05 * result["steps"]))
     return use["layers"][nearest]
 
 
 def gates(results: dict[str, list[dict]]) -> str:
-    """The three gates, each with its number and whether it holds."""
+    """Formats the three gates: each value, and whether the gate holds."""
     y = {row: [result["nats"] for result in of_row] for row, of_row in results.items()}
     values = np.array(list(y.values()))
     early = [experts_early(result) for row in ("indep", ROW) for result in results[row]]
@@ -91,7 +91,7 @@ def says(holds: bool) -> str:
 
 
 def primary(experiment: Experiment) -> str:
-    """Part 1: every run, the gates, the looks, and the secondary contrasts."""
+    """Formats part 1: every run, the gates, the looks and the secondary contrasts."""
     rows, seeds = list(experiment.settings["rows"]), experiment.settings["primary"]["seeds"]
     absent = set(rows) - set(experiment.learning_rates())
     text = ["## Part 1: the primary contrast\n"]
@@ -135,8 +135,12 @@ def primary(experiment: Experiment) -> str:
 
 
 def map_points(experiment: Experiment) -> dict[str, tuple[float, float, float, float, float]]:
-    """For each finished point of the map the contrast pathb4 − indep, its interval, the perplexity of indep, and the
-    mean cosine of the routing inputs of neighbouring layers in it. The residual is pooled over the points."""
+    """Computes the finished points of the map.
+
+    Returns:
+        `dict`: For each point the contrast pathb4 − indep, both ends of its interval, the perplexity of indep, and the
+        mean cosine of the router inputs of neighbouring layers. The residual is pooled over the points.
+    """
     contrasts, squares, freedom, beside = {}, 0.0, 0, {}
     for point, runs in experiment.map_runs(extra=False).items():
         results = {(run.row, run.seed): experiment.read(run) for run in runs}
@@ -156,7 +160,7 @@ def map_points(experiment: Experiment) -> dict[str, tuple[float, float, float, f
 
 
 def mapped(experiment: Experiment) -> str:
-    """Part 2 as a table, and map.png."""
+    """Formats part 2 as a table, and draws map.png."""
     if "map" not in experiment.settings:
         return ""
     points, every = map_points(experiment), [run for runs in experiment.map_runs().values() for run in runs]
@@ -191,7 +195,7 @@ def draw_map(experiment: Experiment, points: dict):
 
 
 def curves(experiment: Experiment):
-    """Draws curves.png: validation loss and use of the experts over the steps, for each row the seeds there are."""
+    """Draws curves.png: validation loss and effective experts over the steps, for all finished runs of part 1."""
     runs = [result for run in experiment.primary_runs() if (result := experiment.read(run))]
     if not runs:
         return
@@ -213,7 +217,7 @@ def curves(experiment: Experiment):
 
 
 def provenance(experiment: Experiment) -> str:
-    """Hours, processors and commits of the results."""
+    """Formats the hours, processors and commits of the results."""
     runs = [run for of_row in experiment.tuning_runs().values() for run in of_row] + experiment.primary_runs()
     runs += [run for of_point in experiment.map_runs().values() for run in of_point]
     results = [result for run in runs if (result := experiment.read(run))]
@@ -231,7 +235,7 @@ def provenance(experiment: Experiment) -> str:
 
 def report(experiment: Experiment) -> str:
     """Writes report.md and the pictures into the folder of the results, and returns the text."""
-    where = provenance(experiment)  # first, because it refuses results that do not belong together
+    where = provenance(experiment)  # first, because it raises an error if results do not belong together
     parts = ["# Results so far", tuning(experiment), primary(experiment), mapped(experiment), where]
     curves(experiment)
     draw_collapse(experiment)

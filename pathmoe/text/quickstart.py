@@ -20,10 +20,10 @@ VALIDATION_EVERY = 40
 
 
 def package_folder(package: str, requirements: str = "configuration/data/quickstart.txt") -> Path:
-    """The folder of an installed data package, without importing it.
+    """Finds the folder of an installed data package without importing it.
 
     Raises:
-        UserError: If the package is not installed; says how to install it.
+        UserError: If the package is not installed. The message has the install command.
     """
     spec = importlib.util.find_spec(package)
     if spec is None:
@@ -35,7 +35,7 @@ def package_folder(package: str, requirements: str = "configuration/data/quickst
 
 
 def split_document(text: str) -> Iterator[str]:
-    """Cuts a long text between paragraphs into documents of about `DOCUMENT_LENGTH` characters."""
+    """Splits a long text between paragraphs into documents of about `DOCUMENT_LENGTH` characters."""
     part = ""
     for paragraph in text.split("\n"):
         if part and len(part) + len(paragraph) > DOCUMENT_LENGTH:
@@ -61,7 +61,7 @@ def main(args: list[str] | None = None):
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart/data"))
     folder = parser.parse_args(args).output_dir
     if (folder / "train.jsonl").exists():
-        print(f"{folder} is there already.")
+        print(f"{folder} already exists.")
         return
     for split in ("validation", "train"):
         check_writable(folder / f"{split}.jsonl", "--output_dir", '"source": "')
@@ -69,7 +69,7 @@ def main(args: list[str] | None = None):
     for index, document in enumerate(documents()):
         splits["train" if index % VALIDATION_EVERY else "validation"].append(json.dumps(document, ensure_ascii=False))
     for split, lines in splits.items():
-        # The training file is renamed last, so that it stands for both.
+        # The training file is written last, so that its existence implies both files.
         write_text(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
         print(f"{folder / split}.jsonl: {len(lines)} documents")
 

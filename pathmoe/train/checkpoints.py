@@ -206,7 +206,7 @@ class Checkpoints:
         if not faults:
             faults, written = self._attempt(lambda: self._write(partial, step))
         if not faults:
-            manifest = {name: entry for its in written for name, entry in its.items()}
+            manifest = {name: entry for sizes in written for name, entry in sizes.items()}
             faults, _ = self._attempt(lambda: self._seal(partial, folder, manifest))
         if faults:
             if self.accelerator.is_main_process:

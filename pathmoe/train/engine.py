@@ -124,7 +124,7 @@ def by_mesh(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
 
 @torch.no_grad()
 def gradient_norm(model: torch.nn.Module) -> torch.Tensor:
-    """Computes the 2-norm of all gradients without clipping them: a norm that is not finite would destroy them.
+    """Computes the 2-norm of all gradients. They are not clipped, as a norm that is not finite would destroy them.
 
     Returns:
         `torch.Tensor`: A scalar, the same on all ranks.

@@ -132,7 +132,7 @@ def check_curves(run: str, metrics: list[dict]):
 
 
 def plot(args: list[str]) -> Path:
-    """Plots the metrics of one or several runs, and for metrics of layers the mean and the range.
+    """Plots the metrics of one or several runs. Metrics per layer are shown by mean and range.
 
     Returns:
         `Path`: The PNG file.

@@ -153,7 +153,7 @@ class TrainingLoop:
             `tuple`: this rank's share of the cross-entropy (a scalar tensor), and the router logits of the first
             micro-batch (`None` unless `monitored`).
         """
-        accelerator, alone = self.accelerator, loss_only_kwargs(self.model)
+        accelerator, loss_only = self.accelerator, loss_only_kwargs(self.model)
         targets = torch.stack([count_targets(inputs) for inputs in micro_batches]).sum()
         if accelerator.num_processes > 1:
             # Gradients are averaged over the ranks, so the loss is divided by the mean number of targets per rank.
@@ -162,7 +162,7 @@ class TrainingLoop:
         for number, inputs in enumerate(micro_batches):
             wanted = {"output_router_logits": True} if monitored and number == 0 else {}
             with accumulate(accelerator, self.state.model, last=number == len(micro_batches) - 1):
-                output = self.state.model(**inputs, num_items_in_batch=targets, use_cache=False, **alone, **wanted)
+                output = self.state.model(**inputs, num_items_in_batch=targets, use_cache=False, **loss_only, **wanted)
                 loss = output.loss
                 loss_sum += cross_entropy(output, self.config, count_targets(inputs) / targets)
                 router_logits = output.router_logits if wanted else router_logits

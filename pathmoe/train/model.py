@@ -73,10 +73,10 @@ def check_model(recipe: Recipe, config: PreTrainedConfig):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_experts", "moe_intermediate_size")
-        said = ", ".join(f"{name}={getattr(config, name)}" for name in sizes if hasattr(config, name))
+        listed = ", ".join(f"{name}={getattr(config, name)}" for name in sizes if hasattr(config, name))
         raise RecipeError(
             f"model={recipe.model!r}: the weights take {size / 1e9:,.0f} GB in float32 and this machine has "
-            f"{memory / 1e9:,.0f} GB of memory ({said}): use a smaller model, or run `plan` for this one."
+            f"{memory / 1e9:,.0f} GB of memory ({listed}): use a smaller model, or run `plan` for this one."
         )
 
 

@@ -136,8 +136,8 @@ def _trace(fields, rows, length, precision, checkpointing, attention, experts, c
                 inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
                 if head:
                     # As in training, which does not hold all logits unless the head is sharded (like all weights).
-                    alone = {"skip_logits": True} if config.model_type == "pathmoe" and not cast else {}
-                    loss = model(**inputs, labels=tokens, num_items_in_batch=1, **alone).loss
+                    loss_only = {"skip_logits": True} if config.model_type == "pathmoe" and not cast else {}
+                    loss = model(**inputs, labels=tokens, num_items_in_batch=1, **loss_only).loss
                 else:
                     loss = model.base_model(**inputs).last_hidden_state.sum()
             loss.backward()
@@ -191,7 +191,7 @@ def plan(args: list[str]) -> str:
     recipe = parse_recipe(rest)
     config = build_config(recipe)
     if config.model_type != "pathmoe":
-        raise RecipeError(f"model={recipe.model!r}: plan supports PathMoE models, not of type {config.model_type}.")
+        raise RecipeError(f"model={recipe.model!r}: plan supports PathMoE models, not {config.model_type}.")
     if config.num_experts % recipe.ep_size or all(gpus % recipe.ep_size for gpus in options.gpus):
         raise RecipeError(
             f"ep_size={recipe.ep_size} must divide num_experts={config.num_experts} and the number of GPUs "

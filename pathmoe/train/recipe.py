@@ -246,7 +246,7 @@ class Recipe:
             if not isinstance(source, dict) or "dataset" not in source or "weight" not in source:
                 raise ValueError(f"{where}={source!r} must be a mapping with a dataset and a weight.")
             if unknown := set(source) - fields:
-                raise ValueError(f"{where} has unknown fields {sorted(unknown)}: use some of {sorted(fields)}.")
+                raise ValueError(f"{where} has unknown fields {sorted(unknown)}: choose from {sorted(fields)}.")
             weight = source["weight"]
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not SMALLEST <= weight <= LARGEST:
                 raise ValueError(f"{where}: weight={weight!r} must be a positive number.")
@@ -291,7 +291,7 @@ OPERATIONAL_FIELDS = {
     "accept_changed_inputs",
 }  # fmt: skip
 
-# Fields that have an influence may differ on resume if they are listed here. The log and the model card record them.
+# Fields that influence what is trained, but may still differ on resume. The log and the model card record the change.
 CHANGEABLE_ON_RESUME = OPERATIONAL_FIELDS | {
     "learning_rate", "router_learning_rate_scale", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm",
     "schedule", "warmup_steps", "decay_steps", "min_lr_ratio", "precision", "gradient_checkpointing", "compile",

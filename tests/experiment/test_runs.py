@@ -141,7 +141,7 @@ def test_result_of_other_settings_or_another_corpus_is_refused(settings, tmp_pat
     changed = settings(
         rows={"indep": {"weight_decay": 0.2}}, tune={"tokens": 256, "seed": 100, "learning_rates": [1e-2]}
     )
-    with pytest.raises(UserError, match="was trained with other settings"):
+    with pytest.raises(UserError, match="was trained with different settings"):
         main(["tune", *changed])
     (tmp_path / "corpus" / "validation.jsonl").write_text('{"text": "other", "source": "sums"}\n')
     with pytest.raises(UserError, match="is not the one that"):
@@ -150,7 +150,7 @@ def test_result_of_other_settings_or_another_corpus_is_refused(settings, tmp_pat
 
 def test_folder_without_a_corpus_and_settings_that_lack_a_part_are_refused(settings, tmp_path):
     options = settings()
-    with pytest.raises(UserError, match="holds no train.parquet"):
+    with pytest.raises(UserError, match="has no train.parquet"):
         main(["tune", *options, "--corpus", str(tmp_path)])
     (tmp_path / "tiny.yaml").write_text("rows: {}")
     with pytest.raises(UserError, match="lacks primary, recipe, tune"):
@@ -164,10 +164,10 @@ def test_folder_without_a_corpus_and_settings_that_lack_a_part_are_refused(setti
         (["--held_out_tokens", "-5"], "--held_out_tokens -5"),
         (["--output", "tiny.yaml"], "--output tiny.yaml"),
         (["--results", "tiny.yaml"], "--results tiny.yaml"),
-        (["--config", "no.yaml"], "--config no.yaml: there is no such file"),
+        (["--config", "no.yaml"], "--config no.yaml does not exist"),
         (["--config", "binary.yaml"], "--config binary.yaml"),
         (["--config", "elsewhere.yaml"], "model='no/model.json'"),
-        (["--corpus", "no"], "holds no train.parquet"),
+        (["--corpus", "no"], "has no train.parquet"),
     ],
     ids=str,
 )

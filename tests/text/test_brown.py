@@ -58,7 +58,7 @@ def test_marks_on_a_tag_do_not_change_its_class(tag, coarse):
 
 
 def test_unknown_tag_is_named():
-    with pytest.raises(ValueError, match="'zz' is no tag"):
+    with pytest.raises(ValueError, match="'zz' is not a tag"):
         brown.coarse_tag("zz")
 
 
@@ -96,7 +96,7 @@ def test_sections_are_chosen_by_the_start_of_their_names(archive, tmp_path, sect
 
 
 def test_section_that_is_not_there_is_named(archive):
-    with pytest.raises(ValueError, match="sections='cz' fits no section: they are ca01 to ck01"):
+    with pytest.raises(ValueError, match="sections='cz' matches no section: choose from ca01 to ck01"):
         brown.read_archive(archive, ["ca", "cz"])
 
 

@@ -564,7 +564,7 @@ def test_validation_on_the_training_text_is_said(place, capsys, fields):
         (["--memory", "nan"], "--memory nan"),
         (["--ep_size", "3"], "ep_size=3 must divide num_experts=4"),
         (["--ep_size", "4", "--gpus", "2"], "ep_size=4 must divide"),
-        (["--model", "llama.json"], "not of llama"),
+        (["--model", "llama.json"], "not llama"),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from pathmoe.evaluate.scoring import perplexity, score
 
 
 class Perplexity(evaluate.Metric):
-    """[`perplexity`] for `evaluate`: the texts are `predictions`, all else are its arguments."""
+    """Wraps [`perplexity`] for `evaluate`. The texts are `predictions`; all other arguments are passed on."""
 
     def _info(self):
         return evaluate.MetricInfo(

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Routing consistency, as a module of `evaluate`: how much adjacent layers of a PathMoE share experts.
+"""Routing consistency, as a module of `evaluate`: the share of experts that adjacent layers of a PathMoE share.
 
 import evaluate
 metric = evaluate.load("eval/metrics/routing_consistency")
@@ -16,18 +16,18 @@ from pathmoe.paths import adjacent_jaccard, record_paths
 INPUTS = """
 Args:
     predictions (`list[str]`): Texts that the model reads, one at a time and without padding.
-    model (`PreTrainedModel`): A PathMoE; it is used in evaluation mode.
-    tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-    max_length (`int`, *optional*): Most tokens of a text, the others are left out and counted; the model's
-        `max_position_embeddings` when unset.
+    model (`PreTrainedModel`): A PathMoE, which is used in evaluation mode.
+    tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the model.
+    max_length (`int`, *optional*): The most tokens to read of a text; longer texts are truncated. Defaults to the
+        model's `max_position_embeddings`.
 
 Returns:
     `dict`: `routing_consistency`, the mean Jaccard similarity of a token's expert sets in adjacent layers, from 0 to 1
-    (arXiv 2603.18297); `chance`, about what sets drawn at random have; the numbers of `tokens` and of `truncated`
-    texts.
+    (arXiv 2603.18297); `chance`, approximately the similarity of random sets; the numbers of `tokens` and of
+    `truncated` texts.
 
 Raises:
-    TypeError: If the model has no routers that are recognised.
+    TypeError: If the model has no known routers.
     ValueError: If no text has a token, or the model has one layer.
 """
 
