@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = load_documents(args.data, ["text"], limit=args.limit)["text"]
+    texts = list(load_documents(args.data, ["text"], limit=args.limit)["text"])
     results = {}
     for scheme in SCHEMES:
         for implementation in ("eager", "grouped_mm"):
