@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 
 def is_exporting() -> bool:
-    """Returns whether `torch.export` traces the model. Below torch 2.14, `is_exporting` is also true under dynamo."""
+    """Returns whether `torch.export` traces the model. Below torch 2.14, torch says so in dynamo's compilations too."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
