@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""PathMoE beside its peers, in one run: training step, experts alone, prefill, decoding, scaling, loss.
+"""Compares PathMoE with its peers in one run: training step, experts alone, prefill, decoding, scaling, loss.
 
     python -m benchmarks.bench --json benchmarks/bench.json --plot benchmarks/scaling.png
     python -m benchmarks.bench --suite train_step --shape quickstart 0.9b-layer --compile --json OUT
@@ -7,15 +7,15 @@
 
 Peers are OLMoE, Qwen3-MoE and Mixtral of transformers, each with the fastest of transformers' experts backends (found
 by a trial in the same run), and a dense Qwen3 of equal active parameters. All have PathMoE's shape, dtype, attention
-implementation and tokens, and hold the very same parameter tensors where theirs have the same name and shape (routers
-are copies of the blocks'), so that all route alike and large shapes fit. Token ids are drawn by Zipf's law, and so are
-the experts where the experts run alone: the load is skewed. Every round takes another batch, so that an expert's
-number of tokens changes as it does in training, and the contenders take turns in an order drawn anew; a ratio is the
-median over rounds of a peer's time over ours in the same round, with the quartiles.
+implementation and tokens. They share the parameter tensors that have the same name and shape (routers are copies of
+the blocks' routers), so that all route alike and large shapes fit. Token ids are drawn by Zipf's law, and so are the
+experts where the experts run alone, so the load is skewed. Every round uses a different batch, so that an expert's
+number of tokens changes as in training, and runs the contenders in a new random order. A ratio is the median over
+rounds of a peer's time over ours in the same round, with the quartiles.
 
 A training step is forward, loss, backward, a step of fused AdamW and zero_grad, with weights and moments in `--dtype`;
-the learning rate is 0, so that every step does the same work. Memory is what a call allocates at its worst moment
-beyond parameters, optimizer state and inputs; on a CPU it is counted over live tensors and not known when compiled.
+the learning rate is 0, so that every step does the same work. Memory is the peak that a call allocates beyond
+parameters, optimizer state and inputs; on a CPU, it is counted over live tensors, and not known when compiled.
 """
 
 import argparse
@@ -64,7 +64,7 @@ from pathmoe.files import write_text
 from pathmoe.train.plan import PeakMemory
 
 
-# The shapes that a suite takes unless told.
+# The default shapes of each suite.
 SUITES = {
     "train_step": ["quickstart", "0.9b-layer"],
     "experts": ["quickstart", "0.9b-layer", "16b-layer"],
@@ -74,11 +74,11 @@ SUITES = {
     "loss": ["0.9b"],
 }
 PEERS = ["OLMoE", "Qwen3-MoE", "Mixtral"]
-# Those of transformers; reversed, because the gathered weights of batched_mm are slow for more than a few tokens, and
-# a backend that is hopeless beside those before it is called only once.
+# The backends of transformers. The order is reversed, because batched_mm is slow for more than a few tokens, and a
+# backend that is much slower than those before it is called only once.
 BACKENDS = ["eager", *(n for n, f in ALL_EXPERTS_FUNCTIONS.items() if f.__module__.startswith("transformers."))]
 BACKENDS = sorted(BACKENDS, reverse=True)
-# What PathMoE must agree with: with the routers copied into its layers it is a Qwen3-MoE.
+# PathMoE must agree with these: with the routers copied into its layers, it is a Qwen3-MoE.
 SAME_FUNCTION = ["Qwen3-MoE", "transformers"]
 DECODE_BATCHES = [1, 8, 64]
 SWEEPS = {
@@ -87,21 +87,21 @@ SWEEPS = {
     "length": [128, 256, 512, 1024, 2048, 4096, 8192],
     "tokens": [1, 4, 16, 64, 256, 1024, 4096, 16384, 65536],
 }
-# A backend that is slower than the fastest by this factor sits out the rounds; the seconds of its trial are kept.
+# A backend that is slower than the fastest by this factor is left out of the rounds; its trial's seconds are kept.
 HOPELESS = 3
-# Only a backend within this factor of the fastest is tried compiled as well, for compiling takes long.
+# Only backends within this factor of the fastest are also compiled, because compiling takes long.
 WORTH_COMPILING = 2
 MIN_ROUNDS = 5
 
 
 def count_flops(zoo: Zoo, case: Case) -> float:
-    """Floating-point operations of one timed call, for a MoE; recomputation does not count."""
+    """Returns the floating-point operations of one timed call of an MoE; recomputation does not count."""
     config, tokens = zoo.config, case.tokens
     head = 2 * config.hidden_size * config.vocab_size
     if case.suite == "loss":
         return 3 * head * tokens
     if case.mode == "decode":
-        # A token looks at all before it, which is what a sequence of twice the length costs on average.
+        # A token attends to all previous ones, which is the average cost in a sequence of twice the length.
         context = 2 * case.length + DECODE_STEPS
         return forward_flops_per_token(config, context) * case.batch * DECODE_STEPS
     if case.experts_alone:
@@ -114,18 +114,18 @@ def count_flops(zoo: Zoo, case: Case) -> float:
 
 
 def activation_memory(contender: Contender) -> dict[str, int]:
-    """What a forward leaves for its backward.
+    """Measures the memory that a forward leaves for its backward.
 
     Returns:
-        `dict`: Bytes `saved`, of the distinct storages that autograd was given to keep, but for parameters; and
-        `held`, of all tensors that the forward made and that live on, but for its output: more than `saved` when
-        something is kept past autograd, less by the inputs that are saved.
+        `dict`: Bytes `saved`, of the distinct storages that autograd saves, without parameters; and `held`, of all
+        tensors that the forward made and that stay alive, without its output. `held` is larger than `saved` by tensors
+        that are kept outside of autograd, and smaller by saved inputs.
     """
     parameters = {p.untyped_storage()._cdata for p in contender.known if isinstance(p, torch.nn.Parameter)}
     saved = {}
 
     def pack(tensor):
-        # The tensor is kept, or another could take its storage's address.
+        # The tensor is kept alive, so that no other storage gets its address.
         saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
@@ -140,8 +140,8 @@ def activation_memory(contender: Contender) -> dict[str, int]:
 
 
 def peak_memory(contender: Contender, zoo: Zoo, case: Case) -> int | None:
-    """Bytes that a call allocates at its worst moment, beyond what it finds there; None where that is not known, or
-    beside weights and cache not of interest."""
+    """Returns the peak bytes that a call allocates beyond existing tensors; `None` where that is not known, or
+    negligible beside weights and cache."""
     if case.mode in ("decode", "forward"):
         return None
     if zoo.device != "cpu":
@@ -167,11 +167,11 @@ def seconds_of(run: Callable, device: str) -> float:
 
 
 def refuse_batched_mm(zoo: Zoo, case: Case) -> str | None:
-    """Why `batched_mm` is not tried, if so: it gathers the weights anew for every token and chosen expert."""
+    """Returns why `batched_mm`, which gathers weights for every token and chosen expert, is not tried, or `None`."""
     config = zoo.config
     tokens = case.batch * (1 if case.mode == "decode" else case.length)
     times = tokens * config.num_experts_per_tok / config.num_experts
-    # A training step keeps those of all layers for its backward, which makes gradients of their size.
+    # A training step keeps the gathered weights of all layers for its backward, which makes gradients of their size.
     layers = {"step": config.num_hidden_layers + 2, "forward + backward": 3}.get(case.mode, 1)
     size = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts * zoo.dtype.itemsize
     free = psutil.virtual_memory().available if zoo.device == "cpu" else torch.cuda.mem_get_info()[0]
@@ -183,10 +183,11 @@ def refuse_batched_mm(zoo: Zoo, case: Case) -> str | None:
 def try_backends(
     build: Callable, zoo: Zoo, case: Case, name: str, backends: list[str]
 ) -> tuple[dict, dict[str, Contender]]:
-    """Times backends of a peer shortly.
+    """Times the backends of a peer briefly.
 
     Returns:
-        `tuple`: By backend, the seconds of a call or why there are none; and the contenders that ran, fastest first.
+        `tuple`: For each backend, the seconds of a call or the reason why it did not run; and the contenders that ran,
+        fastest first.
     """
     trials, contenders = {}, {}
     for backend in backends:
@@ -198,9 +199,9 @@ def try_backends(
             contender.start(f"{name} with {backend} experts")
             trials[backend] = seconds_of(contender.run, zoo.device)
             if trials[backend] < HOPELESS * min(trials[other] for other in [*contenders, backend]):
-                # With other batches, as in the rounds: what is compiled for one number of rows must not win by it.
+                # Different batches, as in the rounds, so that code compiled for one number of rows has no advantage.
                 calls = [functools.partial(contender.run, turn) for turn in (1, 2)]
-                # As in the rounds: oneDNN's compiling of bfloat16 products is not timed.
+                # As in the rounds, oneDNN's compilation of bfloat16 products is not timed.
                 for call in calls if case.dtype == "bfloat16" else []:
                     call()
                 turns = [seconds_of(call, zoo.device) for call in calls]
@@ -212,15 +213,15 @@ def try_backends(
 
 
 def check_agreement(ours: torch.Tensor, other: torch.Tensor, name: tuple):
-    """Stops when ours does not compute what others compute from the same weights. In bfloat16 some tokens that are
-    between two experts are routed otherwise."""
+    """Stops if ours and another contender compute different results from the same weights. In bfloat16, some tokens
+    that are close to a tie between two experts are routed differently."""
     error = ((ours.float() - other.float()).norm() / other.float().norm()).item()
     if error > (1e-3 if ours.dtype == torch.float32 and other.dtype == torch.float32 else 0.1):
         raise SystemExit(f"Ours and {name} differ by {error:.1e} of the result's norm.")
 
 
 def worth_compiling(case: Case, done: list[dict]) -> list[str]:
-    """The backends that were not far from the fastest in the same comparison without compilation."""
+    """Returns the backends that were close to the fastest in the same comparison without compilation."""
     twin = {**dataclasses.asdict(case), "compiled": False}
     trials = next(next(iter(c["trials"].values())) for c in done if twin.items() <= c.items())
     seconds = {backend: result for backend, result in trials.items() if not isinstance(result, str)}
@@ -228,10 +229,10 @@ def worth_compiling(case: Case, done: list[dict]) -> list[str]:
 
 
 def gather(zoo: Zoo, case: Case, our_backend: str, backends: list[str]) -> tuple[dict, tuple, dict[tuple, Contender]]:
-    """Builds what is compared: ours, and the best of each peer.
+    """Builds the contenders: ours, and the best of each peer.
 
     Returns:
-        `tuple`: The trials of each peer's backends; the name and backend of ours; all contenders by theirs.
+        `tuple`: The trials of each peer's backends; our name and backend; all contenders by name and backend.
     """
     build = run_experts if case.experts_alone else BUILDERS[case.suite]
     if case.suite == "loss":
@@ -267,13 +268,13 @@ def compare(zoo: Zoo, case: Case, our_backend: str, backends: list[str], seconds
 
     Args:
         zoo (`Zoo`): The contenders' shape and parameters.
-        case (`Case`): What is compared.
+        case (`Case`): The comparison.
         our_backend (`str`): Experts implementation of PathMoE.
-        backends (`list[str]`): Those that are tried for the peers.
-        seconds (`float`): How long the rounds go on, if `MIN_ROUNDS` do not take longer.
+        backends (`list[str]`): Backends to try for the peers.
+        seconds (`float`): Duration of the rounds, unless `MIN_ROUNDS` take longer.
     """
     if case.compiled:
-        # Code that was compiled for other cases counts towards the limit after which dynamo falls back to eager.
+        # Code compiled for other cases counts towards the limit beyond which dynamo falls back to eager.
         torch._dynamo.reset()
     start = time.perf_counter()
     trials, ours, contenders = gather(zoo, case, our_backend, backends)
@@ -304,9 +305,9 @@ def compare(zoo: Zoo, case: Case, our_backend: str, backends: list[str], seconds
 
 
 def take_turns(runs: dict, seconds: float, device: str, warm_up: bool) -> dict[object, list[float]]:
-    """Seconds of each run in each round, in an order drawn anew for every round; to warm up, first a call with every
-    batch."""
-    # oneDNN compiles bfloat16 products for each new number of rows: who met a batch first would pay for the others.
+    """Returns the seconds of each run in each round, in a new random order every round. Warming up calls each run with
+    every batch first."""
+    # oneDNN compiles bfloat16 products for each new number of rows: the first run of a batch would pay for the others.
     for turn in range(BATCHES if warm_up else 0):
         for run in runs.values():
             run(turn)
@@ -322,8 +323,8 @@ def take_turns(runs: dict, seconds: float, device: str, warm_up: bool) -> dict[o
 
 
 def matmul_peak(config: PathMoEConfig, dtype: str, device: str, tokens: int) -> dict[str, float]:
-    """GFLOP/s of matrix products: of squares, and of one expert's share of the tokens with its first weight. Before
-    every comparison, so that a busy moment does not pass for the machine's peak."""
+    """Measures the GFLOP/s of matrix products: of squares, and of one expert's share of the tokens with its first
+    weight. This is repeated before every comparison, so that one busy moment does not set the machine's peak."""
     squares = [512, 1024, 2048] + ([4096, 8192] if device != "cpu" else [])
     rows = max(1, tokens * config.num_experts_per_tok // config.num_experts)
     shapes = [(size, size, size) for size in squares]
@@ -339,7 +340,7 @@ def matmul_peak(config: PathMoEConfig, dtype: str, device: str, tokens: int) -> 
 
 
 def plan_cases(options) -> list[Case]:
-    """All comparisons; those without compilation before their twins with it."""
+    """Returns all comparisons, those without compilation before the same ones with it."""
     cases = []
     for suite in options.suite:
         for shape in options.shape or SUITES[suite]:
@@ -352,7 +353,7 @@ def plan_cases(options) -> list[Case]:
 
 
 def plan_sizes(suite: str, shape: str, options) -> list[tuple]:
-    """Mode, sequences, tokens in each, and for a sweep its name and value."""
+    """Returns mode, number of sequences, tokens per sequence, and for a sweep its name and value."""
     small = options.device == "cpu"
     length = options.length or (512 if small else 2048)
     batch = options.batch_size or ((2 if shape == "quickstart" else 1) if small else 8)
@@ -377,7 +378,7 @@ def plan_sizes(suite: str, shape: str, options) -> list[tuple]:
 
 
 def overrides_of(case: Case) -> dict:
-    """The fields of the shape's configuration that a case changes."""
+    """Returns the fields of the shape's configuration that a case changes."""
     if case.suite == "loss":
         return {"num_hidden_layers": 1}
     if case.suite != "scaling":
@@ -386,7 +387,7 @@ def overrides_of(case: Case) -> dict:
     if case.sweep == "experts":
         fields["num_experts"] = case.value
     if case.sweep == "top_k":
-        # Finer experts: as many parameters, active and in all.
+        # Finer experts with the same number of parameters, active and in total.
         config = load_config(case.shape)
         fields["num_experts_per_tok"] = case.value
         fields["num_experts"] = config.num_experts * case.value // config.num_experts_per_tok
@@ -395,7 +396,7 @@ def overrides_of(case: Case) -> dict:
 
 
 def takes_too_long(case: Case, done: list[dict], seconds: float) -> bool:
-    """Whether a point of a sweep would take much longer than its budget, to judge by the point before it."""
+    """Returns whether a point of a sweep would take much longer than its budget, judging by the previous point."""
     same = ("suite", "shape", "dtype", "sweep")
     before = [c for c in done if case.sweep and all(c[field] == getattr(case, field) for field in same)]
     if not before:
@@ -405,7 +406,7 @@ def takes_too_long(case: Case, done: list[dict], seconds: float) -> bool:
 
 
 def describe_machine(options) -> dict:
-    """What the figures depend on: machine and versions."""
+    """Returns the machine and the versions, on which the figures depend."""
     cpu = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
     return {
@@ -431,17 +432,17 @@ def find_commit() -> str | None:
 
 
 def resume(file: Path, report: dict) -> dict:
-    """The report of a run that was stopped, to go on with.
+    """Reads the report of a stopped run, to continue it.
 
     Raises:
-        SystemExit: If it was made with other settings, on another machine or with other versions.
+        SystemExit: If the settings, the machine or the versions have changed.
     """
     stopped = json.loads(file.read_text())
     if commits := {comparison["commit"] for comparison in stopped["comparisons"]} - {find_commit()}:
         print(f"{file} has comparisons of other commits, which are kept: {', '.join(map(str, commits))}")
     for field in ("settings", "machine", "versions"):
         if stopped[field] != json.loads(json.dumps(report[field])):
-            raise SystemExit(f"--resume: {file} has other {field} ({stopped[field]}): run without --resume.")
+            raise SystemExit(f"--resume: {file} has different {field} ({stopped[field]}): run without --resume.")
     return stopped
 
 
@@ -452,17 +453,17 @@ def parse_options(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument(
         "--compile", nargs="*", choices=list(SUITES), metavar="SUITE",
-        help="the suites to run also with all sides compiled, all when none is named; unless --shape names them, only "
-        "shapes of at most two layers",
+        help="suites to run also compiled (all suites when none is given); only for shapes of at most two layers, "
+        "unless --shape is set",
     )  # fmt: skip
     parser.add_argument("--ours", default="pathmoe", help="experts implementation of PathMoE")
     parser.add_argument("--batch_size", type=int, help="sequences in a training step")
     parser.add_argument("--length", type=int, help="tokens in a sequence")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one comparison")
+    parser.add_argument("--seconds", type=float, default=3.0, help="duration of the rounds of one comparison")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="where to write the figures, after each comparison")
-    parser.add_argument("--resume", action="store_true", help="go on with the comparisons that --json lacks")
-    parser.add_argument("--plot", type=Path, help="where to draw the scaling suite, or that of the first --table")
+    parser.add_argument("--json", type=Path, help="file for the figures, written after each comparison")
+    parser.add_argument("--resume", action="store_true", help="run only the comparisons that --json lacks")
+    parser.add_argument("--plot", type=Path, help="picture of the scaling suite, or of that of the first --table")
     parser.add_argument("--table", type=Path, nargs="+", help="only print the table of such files")
     options = parser.parse_args(args)
     if options.resume and not (options.json and options.json.is_file()):
@@ -470,10 +471,10 @@ def parse_options(args: list[str] | None) -> argparse.Namespace:
     if options.compile == []:
         options.compile = list(SUITES)
     if not options.table and options.ours not in ["eager", *ALL_EXPERTS_FUNCTIONS]:
-        parser.error(f"--ours {options.ours}: not registered; there are eager, {', '.join(ALL_EXPERTS_FUNCTIONS)}.")
+        parser.error(f"--ours {options.ours} must be one of eager, {', '.join(ALL_EXPERTS_FUNCTIONS)}.")
     for shape in options.shape or []:
         if shape not in SHAPES and not Path(shape).is_file():
-            parser.error(f"--shape {shape}: neither a file nor one of {', '.join(SHAPES)}.")
+            parser.error(f"--shape {shape} must be a file or one of {', '.join(SHAPES)}.")
     return options
 
 
@@ -486,7 +487,7 @@ def main(args: list[str] | None = None):
             plot_scaling(reports[0], options.plot)
         return
     if options.compile:
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=options.device))  # a missing compiler shows up here
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=options.device))  # fails early if there is no compiler
         torch._dynamo.config.recompile_limit = 64
     elsewhere = ("json", "plot", "table", "resume")
     settings = {key: value for key, value in vars(options).items() if key not in elsewhere}

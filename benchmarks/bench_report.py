@@ -1,13 +1,12 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What `bench.py` found, as a line, a table and a picture."""
+"""Reports the results of `bench.py` as lines, a table and a picture."""
 
 from pathlib import Path
 
 from pathmoe.files import write_aside
 
 
-# These do not compete: the dense model has no experts, and of the bounds one has none that compute, the other none to
-# choose.
+# These do not compete: the dense model has no experts, and the bounds leave out the work of experts or of routing.
 BESIDE = ("dense Qwen3", "experts that cost nothing", "routing that costs nothing")
 
 
@@ -16,13 +15,13 @@ def find_ours(comparison: dict) -> dict:
 
 
 def find_best_peer(comparison: dict) -> dict:
-    """The one of those that compete with ours whose median ratio to ours is the lowest."""
+    """Returns the competing result with the lowest median ratio to ours."""
     peers = [r for r in comparison["results"] if not r["ours"] and r["model"] not in BESIDE]
     return min(peers, key=lambda result: result["ratio"][1])
 
 
 def find_peak(report: dict, comparison: dict) -> float:
-    """GFLOP/s of the fastest matrix product beside the comparisons of a shape and dtype."""
+    """Returns the GFLOP/s of the fastest matrix product beside the comparisons of a shape and dtype."""
     return max(report["matmul_peak"][comparison["shape"]][comparison["dtype"]].values())
 
 
@@ -57,7 +56,7 @@ def _ratio(comparison: dict) -> str:
         # The peer over the bound, from both over ours.
         text += f" of {middle / bound['ratio'][1]:.2f}"
     elif comparison["mode"] == "forward + backward" and comparison["suite"] == "experts":
-        # Its products alone, at the rate that one of an expert's share of the tokens reaches by itself.
+        # The peer over its products alone, at the rate that a product of one expert's share of the tokens reaches.
         text += f" of {peer['seconds'] * comparison['one_expert_gflops'] * 1e9 / comparison['flops']:.2f}"
     return text
 
@@ -66,7 +65,7 @@ def _memory(comparison: dict) -> str:
     ours, peer = find_ours(comparison), find_best_peer(comparison)
     if "activation_memory" in ours:
         grouped = [r["activation_memory"]["saved"] for r in comparison["results"] if r["backend"] == "grouped_mm"]
-        # It is not there where it was hopelessly slow.
+        # grouped_mm is missing where it was hopelessly slow.
         return f"{ours['activation_memory']['saved'] / grouped[0]:.2f} of grouped_mm's" if grouped else ""
     if ours["peak_memory"] and peer["peak_memory"]:
         return f"{ours['peak_memory'] / peer['peak_memory']:.2f}"
@@ -74,7 +73,7 @@ def _memory(comparison: dict) -> str:
 
 
 def describe(comparison: dict, peak: float) -> str:
-    """One line for the terminal.
+    """Returns one line for the terminal.
 
     Args:
         comparison (`dict`): An entry of the file's `comparisons`.
@@ -89,10 +88,10 @@ def describe(comparison: dict, peak: float) -> str:
 
 
 def make_table(*reports: dict) -> str:
-    """The comparisons as a Markdown table, but for the scaling suite, which is drawn.
+    """Returns the comparisons as a Markdown table, without the scaling suite, which is drawn.
 
     Args:
-        reports (`dict`): What `bench.py --json` wrote; what several have is taken from the first of them.
+        reports (`dict`): Reports of `bench.py --json`. Of a comparison in several reports, the first one counts.
     """
     lines = [
         "| | shape | dtype | | ours, ms | best peer | its time / ours | Qwen3-MoE / ours | dense / ours | routing "
@@ -134,7 +133,7 @@ def plot_scaling(report: dict, file: Path):
     """Draws the scaling suite: microseconds per token over each of the four sizes, a line for each contender.
 
     Args:
-        report (`dict`): What `bench.py --json` wrote.
+        report (`dict`): A report of `bench.py --json`.
         file (`Path`): The picture.
     """
     import matplotlib

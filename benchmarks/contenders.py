@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What `bench.py` times: models of one shape over one set of parameters, and the calls that are made of them."""
+"""The contenders of `bench.py`: models of one shape over one set of parameters, and the calls that are timed."""
 
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ from pathmoe import PathMoEConfig
 ROOT = Path(__file__).parents[1]
 
 
-# A preset and what of it is changed: one or two layers of a large model, with a small vocabulary.
+# A preset and its changed fields: one or two layers of a large model, with a small vocabulary.
 SHAPES = {
     "quickstart": ("quickstart", {}),
     "0.9b-layer": ("pathmoe-0.9b", {"num_hidden_layers": 2, "vocab_size": 4096}),
@@ -44,12 +44,12 @@ SHAPES = {
 OURS, DENSE, FREE = "PathMoE", "dense Qwen3", "experts that cost nothing"
 FREE_ROUTING = "routing that costs nothing"
 DECODE_STEPS = 8
-# Rounds take turns among so many batches.
+# Rounds alternate between this many batches.
 BATCHES = 4
 
 
 def free_experts(module, hidden_states, top_k_index, top_k_weights):
-    """Experts that cost nothing, nor their gradients and optimizer: the bound of what faster experts can give."""
+    """Experts without any cost, also for gradients and optimizer: the bound of the gain from faster experts."""
     return torch.zeros_like(hidden_states)
 
 
@@ -57,7 +57,7 @@ ALL_EXPERTS_FUNCTIONS.register(FREE, free_experts)
 
 
 def free_routing(model: torch.nn.Module):
-    """Has every layer repeat its first decision: the bound of what sharing work between a block's routers can give."""
+    """Lets every layer repeat its first decision: the bound of the gain from sharing work between routers."""
     for router in model.model.routers.values():
 
         def repeat(hidden_states, layer_idx, state, decide=router.forward, decided={}):  # noqa: B006
@@ -103,14 +103,14 @@ class Case:
 
 
 def load_config(shape: str, **overrides) -> PathMoEConfig:
-    """The configuration of a shape: one of `SHAPES`, or a JSON file."""
+    """Returns the configuration of a shape: one of `SHAPES`, or a JSON file."""
     preset, changes = SHAPES.get(shape, (None, {}))
     file = ROOT / "configuration" / "model" / f"{preset}.json" if preset else Path(shape)
     return PathMoEConfig.from_dict({**json.loads(file.read_text()), **changes, **overrides})
 
 
 def peer_config(name: str, config: PathMoEConfig) -> PreTrainedConfig:
-    """The configuration of another architecture with the shape of a PathMoE."""
+    """Returns the configuration of a peer with the shape of a PathMoE."""
     same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "rope_parameters")  # fmt: skip
     common = {field: getattr(config, field) for field in same}
@@ -134,8 +134,8 @@ class Zoo:
 
     Args:
         config (`PathMoEConfig`): The shape.
-        dtype (`torch.dtype`): Of all parameters.
-        device (`str`): Where they are.
+        dtype (`torch.dtype`): The dtype of all parameters.
+        device (`str`): The device of all parameters.
     """
 
     def __init__(self, config: PathMoEConfig, dtype: torch.dtype, device: str):
@@ -147,7 +147,7 @@ class Zoo:
         self.moments = defaultdict(dict)
 
     def build(self, name: str, backend: str | None = None) -> torch.nn.Module:
-        """A model over the shared parameters; those that it alone has are its own.
+        """Builds a model over the shared parameters. Parameters that no other model has are its own.
 
         Args:
             name (`str`): `"PathMoE"`, one of the peers, the dense model, or PathMoE with free routing.
@@ -161,7 +161,7 @@ class Zoo:
         state = {key: self._parameter(key, parameter.shape) for key, parameter in model.named_parameters()}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
-        # Its frequencies are not among the parameters, and still on the meta device.
+        # The frequencies of the rotary embedding are not parameters, and still on the meta device.
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(self.device)
         if name == FREE_ROUTING:
             free_routing(model)
@@ -191,7 +191,7 @@ def make_zoo(shape: str, dtype: str, device: str, **overrides) -> Zoo:
 
 
 def zipf(size: int, count: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    """Numbers below `size`; the n-th is drawn with a probability proportional to 1/n."""
+    """Draws numbers below `size`, the n-th with a probability proportional to 1/n."""
     generator = torch.Generator().manual_seed(seed)
     weights = 1 / torch.arange(1, size + 1, dtype=torch.float64)
     return torch.multinomial(weights, torch.Size(count).numel(), replacement=True, generator=generator).view(count)
@@ -203,11 +203,11 @@ def draw_batches(zoo: Zoo, case: Case) -> list[torch.Tensor]:
 
 
 def draw_routing(zoo: Zoo, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chosen experts (T, k), by Zipf's law without repetition, and their weights (T, k)."""
+    """Draws experts (T, k) by Zipf's law without repetition, and their weights (T, k)."""
     generator = torch.Generator().manual_seed(seed)
     experts, top_k = zoo.config.num_experts, zoo.config.num_experts_per_tok
-    # The largest of log-probability plus Gumbel noise are a draw without replacement. Which experts are the frequent
-    # ones is drawn too, or calls that follow each other would find the same weights in the cache.
+    # The largest sums of log-probability and Gumbel noise are a draw without replacement. The frequent experts are
+    # drawn too; otherwise successive calls would find the same weights in the cache.
     logits = -torch.arange(1.0, experts + 1).log()[torch.randperm(experts, generator=generator)]
     noise = -torch.empty(tokens, experts).exponential_(generator=generator).log()
     index = (logits + noise).topk(top_k).indices
@@ -216,11 +216,11 @@ def draw_routing(zoo: Zoo, tokens: int, seed: int) -> tuple[torch.Tensor, torch.
 
 
 class Contender:
-    """Something to be timed.
+    """A call to be timed.
 
     Args:
-        run (`Callable`): Makes one call and returns a tensor. Takes the number of the round, which tells the batch.
-        known (`list[torch.Tensor]`): What the call finds there.
+        run (`Callable`): Makes one call and returns a tensor. Takes the number of the round, which selects the batch.
+        known (`list[torch.Tensor]`): The tensors that exist before the call.
         forward (`Callable`, *optional*): The forward of a call that is forward and backward.
     """
 
@@ -229,7 +229,7 @@ class Contender:
         self.first = None
 
     def start(self, name: str):
-        """Makes the first call, which may compile, and keeps what it returns."""
+        """Makes the first call, which may compile, and keeps its result."""
         self.first = self.run()
         if not self.first.isfinite().all():
             raise SystemExit(f"{name} computes values that are not finite.")
@@ -240,7 +240,7 @@ def train_step(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contende
     optimizer = zoo.optimizer(model)
     batches = draw_batches(zoo, case)
     call = torch.compile(model) if case.compiled else model
-    # As train_accelerate.py calls it.
+    # The model is called as in train_accelerate.py.
     alone = {"skip_logits": True} if model.config.model_type == "pathmoe" else {}
 
     def run(turn=0):
@@ -267,7 +267,7 @@ def prefill(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
 
 
 def decode(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
-    """Steps of one token after `case.length` tokens in the cache; a static cache when compiled, as `generate` does."""
+    """Decodes one token per step after `case.length` cached tokens; if compiled, with a static cache as `generate`."""
     model = zoo.build(name, backend).eval()
     ids = zipf(zoo.config.vocab_size, (case.batch, case.length + DECODE_STEPS)).to(zoo.device)
     prompt, steps = ids[:, : case.length], ids[:, case.length :].split(1, dim=1)
@@ -276,7 +276,7 @@ def decode(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
         cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
     else:
         cache = DynamicCache(config=model.config)
-    # For a whole prompt batched_mm would gather more weights than there is memory.
+    # For a whole prompt, batched_mm would gather more weights than fit in memory.
     reader = zoo.build(name, "grouped_mm").eval() if backend == "batched_mm" else model
     with torch.no_grad():
         reader(input_ids=prompt, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
@@ -296,7 +296,7 @@ def decode(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
 
 
 def run_experts(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
-    """The experts alone: forward and backward of one layer, or forwards of all layers on all batches."""
+    """Runs the experts alone: forward and backward of one layer, or forwards of all layers on all batches."""
     layers = [layer.mlp.experts for layer in zoo.build(name, backend).model.layers]
     calls = [torch.compile(experts) if case.compiled else experts for experts in layers]
     generator = torch.Generator().manual_seed(0)
@@ -335,7 +335,7 @@ def run_experts(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contend
 
 
 def run_loss(zoo: Zoo, case: Case, name: str, backend: str | None) -> Contender:
-    """A cross-entropy over the preset's whole vocabulary, forward and backward."""
+    """Runs a cross-entropy over the preset's whole vocabulary, forward and backward."""
     function = torch.compile(LOSSES[name]) if case.compiled else LOSSES[name]
     config = zoo.config
     torch.manual_seed(0)

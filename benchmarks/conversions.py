@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Round trips through PathMoE: how far the logits of small random models move, in float32.
+"""Measures how far round trips through PathMoE change the logits of small random models, in float32.
 
 python -m benchmarks.conversions --json benchmarks/conversions.json
 """
@@ -16,6 +16,7 @@ from pathmoe import PathMoEConfig
 from pathmoe.convert import export_checkpoint, import_checkpoint, upcycle
 from pathmoe.convert.checkpoint import difference, load, logits_of, sample_tokens
 from pathmoe.files import write_text
+from pathmoe.markdown import markdown_table
 
 
 SIZES = {
@@ -72,15 +73,14 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args(argv)
-    results = {}
-    print("| round trip | largest logit | largest difference |\n|---|--:|--:|")
+    results, rows = {}, []
     for name, (config, *steps) in TRIPS.items():
         with tempfile.TemporaryDirectory() as folder:
             first = last = Path(folder) / "0"
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config)
             for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith(".up") and "routers" in parameter_name:  # it starts at zero
+                if parameter_name.endswith(".up") and "routers" in parameter_name:  # these start at zero
                     torch.nn.init.normal_(parameter, std=0.1)
             model.save_pretrained(first)
             for number, step in enumerate(steps, start=1):
@@ -88,8 +88,9 @@ def main(argv: list[str] | None = None):
                 last = Path(folder) / str(number)
             tokens = sample_tokens(config)
             results[name] = difference(logits_of(load(last), tokens), logits_of(load(first), tokens))
-        row = results[name]
-        print(f"| {name} | {row['largest_logit']:.1f} | {row['largest_logit_difference']:.1e} |", flush=True)
+        found = results[name]
+        rows.append([name, f"{found['largest_logit']:.1f}", f"{found['largest_logit_difference']:.1e}"])
+    print(markdown_table(["round trip", "largest logit", "largest difference"], rows))
     if args.json:
         write_text(args.json, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 

@@ -5,9 +5,9 @@
     python -m benchmarks.convert_reference --dense runs/reference/model --text runs/quickstart/data \\
         --output runs/reference
 
-Needs the packages of `configuration/data/*.txt`, 16 GB of memory and 20 GB of
-disk. What is there already is not made again. Stops where something that must be equal is not. The results go to
-`benchmarks/convert_reference.json` (`--json`).
+Needs the packages of `configuration/data/*.txt`, 16 GB of memory and 20 GB of disk. Existing outputs are not made
+again. Stops if results that must be equal differ. Writes the results to `benchmarks/convert_reference.json`
+(`--json`).
 """
 
 import argparse
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("pathmoe_offline_piqa", "pathmoe_offline_arc_easy")
 FRESH = """
 import sys
-sys.modules["modeling_pathmoe"] = sys.modules["pathmoe"] = None  # it cannot be imported here
+sys.modules["modeling_pathmoe"] = sys.modules["pathmoe"] = None  # neither can be imported here
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation="eager").eval()
@@ -43,7 +43,7 @@ with torch.no_grad():
 
 
 def run(*command, unless: Path | None = None) -> str:
-    """Runs Python with arguments in the repository, unless a result is there; gives what it printed."""
+    """Runs Python with arguments in the repository, unless the result exists, and returns its output."""
     if unless is not None and unless.exists():
         return ""
     print("python", *[part if "\n" not in str(part) else "…" for part in command], flush=True)
@@ -53,7 +53,7 @@ def run(*command, unless: Path | None = None) -> str:
 
 
 def log_likelihoods(model: Path, folder: Path, limit: int) -> dict[str, list[float]]:
-    """lm-eval's log-likelihood of every choice of every item."""
+    """Returns lm-eval's log-likelihood of every choice of every item."""
     run("eval/run_lm_eval.py", "--model", model, "--tasks", ",".join(TASKS), "--limit", limit, "--output", folder,
         "--log_samples", "--device", "cpu", unless=folder)  # fmt: skip
     items = {}
@@ -74,10 +74,10 @@ def main(argv: list[str] | None = None) -> dict:
         argv (`list[str]`, *optional*): Command-line arguments; the process's own when unset.
 
     Returns:
-        `dict`: What was measured, as in the JSON file.
+        `dict`: The measurements, as in the JSON file.
 
     Raises:
-        RuntimeError: If what must be equal is not, or training does not help.
+        RuntimeError: If results that must be equal differ, or training does not help.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", type=Path, required=True, help="folder of the dense model")
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
         log_likelihoods(model, out / f"lm_eval_{model.name}", args.limit) for model in (args.dense, moe)
     )
     if dense_items.keys() != moe_items.keys() or not dense_items:
-        raise RuntimeError("lm-eval gave other items for the upcycled model than for the dense one.")
+        raise RuntimeError("lm-eval returned different items for the upcycled model than for the dense one.")
     gaps = [abs(a - b) for item in dense_items for a, b in zip(dense_items[item], moe_items[item], strict=True)]
     result["log_likelihoods"] = {
         "items": len(dense_items), "values": len(gaps), "largest": max(map(abs, sum(dense_items.values(), []))),
@@ -163,7 +163,7 @@ def to_gguf(mixtral: Path, file: Path, converter: Path) -> dict:
         written["blk.5.ffn_down_exps.weight"][3], source.read(f"{prefix}.experts.3.w2.weight").numpy()
     )
     if not same:
-        raise RuntimeError("The GGUF file holds other weights than the exported model.")
+        raise RuntimeError("The GGUF file holds different weights than the exported model.")
     return {"tensors": len(written), "bytes": file.stat().st_size, "router_and_expert_equal": bool(same)}
 
 

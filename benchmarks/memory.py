@@ -1,10 +1,10 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Holds the planner against real runs: a few steps of a small model on each engine, and the memory that they took.
+"""Compares the planner with real runs: a few steps of a small model on each engine, and the memory that they took.
 
     python -m benchmarks.memory --json benchmarks/memory.json
 
-On a CPU the memory of a run is the growth of its peak resident size over that of a run with next to no model,
-which leaves out the libraries; the ranks are gloo processes.
+On a CPU, the memory of a run is its peak resident size minus that of a run with a minimal model, which leaves out the
+libraries; the ranks are gloo processes.
 """
 
 import argparse
@@ -58,12 +58,12 @@ def recipe_args(folder: Path, name: str, **fields) -> list[str]:
 
 
 def measure(args: list[str], engine: str, output: Path) -> int:
-    """Peak memory of the run in bytes, until its last step."""
+    """Runs a training and returns its peak memory in bytes, up to the last step."""
     file = "ddp" if engine == "fsdp_ep" else engine
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "configuration" / "accelerate" / f"{file}.yaml"), "--main_process_port", "29777"]
-    # Freed memory must leave the process, or its size is that of the allocator's stock; and oneDNN keeps a thousand
-    # bfloat16 kernels, one for each number of tokens that an expert had: half a gigabyte that no GPU knows.
+    # Freed memory must leave the process, or its size includes the allocator's pool. oneDNN would keep a thousand
+    # bfloat16 kernels, one for each number of tokens of an expert: half a gigabyte that a GPU does not need.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     env["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "1"
     command += [str(ROOT / "train_accelerate.py"), *args]

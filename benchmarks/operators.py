@@ -1,14 +1,13 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Where the time of a call goes, PathMoE's and a Qwen3-MoE's: matrix products, attention, moved rows, the optimizer.
+"""Measures the operators of PathMoE and Qwen3-MoE: matrix products, attention, moved rows, the optimizer.
 
     python -m benchmarks.operators --json benchmarks/operators.json
     python -m benchmarks.operators --table benchmarks/operators.json
 
 The calls are those of `bench.py`, under torch's profiler, on a CPU. A share is the time inside operators of a kind
-over the time of the whole call, a median over calls. What is in no such operator is the rest: arithmetic number by
-number, norms, memory that is handed out anew, Python, and what the profiler itself adds, the more the smaller the
-operators. A call that is half products could at most be twice as fast with the same products; GFLOP/s are those of
-products and attention.
+over the time of the whole call, as a median over calls. The rest is elementwise arithmetic, norms, memory allocation,
+Python, and the overhead of the profiler, which is larger for small operators. A call that spends half of its time in
+products could at most be twice as fast with the same products. GFLOP/s are those of products and attention.
 """
 
 import argparse
@@ -32,7 +31,7 @@ KINDS = {
                    "scatter_add_", "_embedding_bag_forward_only", "embedding_dense_backward", "sort", "topk"),
     "optimizer": ("_fused_adamw_",),
 }  # fmt: skip
-# Suite, shape, mode, sequences, tokens in each.
+# Suite, shape, mode, number of sequences, tokens per sequence.
 CASES = [
     ("experts", "quickstart", "forward + backward", 1, 1024),
     ("experts", "0.9b-layer", "forward + backward", 1, 512),
@@ -42,7 +41,7 @@ CASES = [
 
 
 def measure(case: Case, name: str, backend: str, calls: int) -> dict:
-    """Milliseconds of a call without the profiler, and the share of each kind of operator with it."""
+    """Measures the milliseconds of a call without the profiler, and the share of each kind of operator with it."""
     zoo = make_zoo(case.shape, case.dtype, "cpu")
     run = (run_experts if case.experts_alone else train_step)(zoo, case, name, backend).run
     for turn in range(BATCHES):
@@ -79,8 +78,8 @@ def make_table(report: dict) -> str:
 def main(args: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--calls", type=int, default=10, help="with the profiler, and as many without")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--calls", type=int, default=10, help="number of calls with the profiler, and again without")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--table", type=Path, help="only print the table of such a file")
     options = parser.parse_args(args)
     if options.table:

@@ -1,12 +1,12 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What looking at expert paths costs: all measures on a million tokens, and recording beside a bare forward or decode.
+"""Measures the cost of expert paths: all measures on a million tokens, and the overhead of recording.
 
     python -m benchmarks.paths --json benchmarks/paths.json
 
-The measured paths are drawn: tokens follow one of 20,000 paths, the frequent ones more often by Zipf's law, and stray
-from it in one layer out of ten. The overhead of recording is the median over rounds of the time of a forward that is
-recorded over that of one that is not, in the same round and in random order, with the quartiles; and the same of a
-decode with a cache, in steps of one token.
+The paths are random: each token follows one of 20,000 paths, drawn by Zipf's law, and leaves it in one layer out of
+ten. The overhead of recording is the time of a recorded forward over that of an unrecorded one in the same round, in
+random order: the median over rounds, with the quartiles. The same is measured for a decode with a cache, in steps of
+one token.
 """
 
 import argparse
@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def draw_trace(tokens: int, layers: int, num_experts: int, top_k: int, paths: int = 20_000):
-    """Experts (T, L, k) and probabilities (T, L, E) of tokens, and labels of four kinds."""
+    """Draws experts (T, L, k) and probabilities (T, L, E) of tokens, and labels of four kinds."""
     generator = torch.Generator().manual_seed(0)
 
     def zipf(size):
@@ -65,7 +65,7 @@ def draw_trace(tokens: int, layers: int, num_experts: int, top_k: int, paths: in
 
 
 def measure_seconds(tokens: int, layers: int, num_experts: int, top_k: int) -> dict[str, list[float]]:
-    """Seconds of each measure, as a report would ask for it: by the clock, and of all threads together."""
+    """Returns the seconds of each measure, called as in a report: wall time, and CPU time of all threads."""
     experts, probabilities, labels = draw_trace(tokens, layers, num_experts, top_k)
     layer_to_block = [layer // 4 for layer in range(layers)]
 
@@ -99,7 +99,7 @@ def measure_seconds(tokens: int, layers: int, num_experts: int, top_k: int) -> d
 
 
 def record_overhead(rounds: int, batch: int, length: int, device: str, steps: int = 0) -> dict[str, list[float]]:
-    """Time of a recorded forward, and `steps` of one token after it, over that of bare ones: quartiles and median."""
+    """Returns the time of a recorded forward and `steps` of one token over that of bare ones: quartiles and median."""
     config = PathMoEConfig.from_json_file(ROOT / "configuration" / "model" / "quickstart.json")
     model = PathMoEForCausalLM(config).to(device).eval()
     ids = torch.randint(config.vocab_size, (batch, length), device=device)
@@ -110,7 +110,7 @@ def record_overhead(rounds: int, batch: int, length: int, device: str, steps: in
             model(ids[:, -1:], cache=cache)
 
     def seconds(**options) -> float:
-        # On a CPU the time that the process itself computes, which a busy machine does not stretch.
+        # On a CPU, the CPU time of the process, which other work on the machine hardly changes.
         clock = time.perf_counter if ids.is_cuda else time.process_time
         synchronize = torch.cuda.synchronize if ids.is_cuda else lambda: None
         synchronize()
@@ -148,9 +148,9 @@ def main(args: list[str] | None = None):
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=32, help="of one token, after a prompt of 16")
+    parser.add_argument("--steps", type=int, default=32, help="steps of one token, after a prompt of 16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args(args)
     batch, length, steps = options.batch_size, options.length, options.steps
     overheads = {
@@ -161,11 +161,11 @@ def main(args: list[str] | None = None):
     seconds = measure_seconds(options.tokens, options.layers, options.experts, options.top_k)
     seconds["all together"] = [sum(column) for column in zip(*seconds.values())]
     print(f"{options.tokens:,} tokens, {options.layers} layers, {options.top_k} of {options.experts} experts:")
-    print("seconds by the clock, and of all threads together, which other work on the machine hardly stretches")
+    print("wall seconds, and CPU seconds of all threads, which other work on the machine hardly changes")
     for name, (wall, threads) in seconds.items():
         print(f"  {name:45} {wall:6.2f} {threads:6.2f}")
-    for what, overhead in overheads.items():
-        print(f"A recorded {what} over a bare one:")
+    for call, overhead in overheads.items():
+        print(f"A recorded {call} over a bare one:")
         for name, (low, median, high) in overhead.items():
             print(f"  {name:45} {median:6.3f} ({low:.3f} to {high:.3f})")
     if options.json:

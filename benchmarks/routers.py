@@ -1,10 +1,10 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""What the routers cost: a training step of every preset of the paper's table, side by side.
+"""Measures the cost of the routers: a training step of every preset of the paper's table, side by side.
 
     python -m benchmarks.routers --json benchmarks/routers.json
 
-The presets keep their routing and depth, and are made narrower by `--shrink` so that they fit the machine. In each
-round every preset makes one step, in an order drawn anew; a figure is the median over rounds of its tokens/s relative
+The presets keep their routing and depth, and `--shrink` makes them narrower so that they fit the machine. In each
+round, every preset makes one step, in a new random order. A figure is the median over rounds of the tokens/s relative
 to `pathmoe-0.9b` (linear, block 4) in the same round, with the quartiles.
 """
 
@@ -44,7 +44,7 @@ def build(preset: str, shrink: int, device: str):
 
 
 def step(model, optimizer, ids) -> float:
-    """Seconds of one training step."""
+    """Runs one training step and returns its seconds."""
     synchronize = torch.cuda.synchronize if ids.is_cuda else lambda: None
     synchronize()
     start = time.perf_counter()

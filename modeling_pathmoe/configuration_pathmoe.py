@@ -29,7 +29,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 LARGEST = {"rms_norm_eps": 1.0, "router_bias_update_rate": 1.0, "initializer_range": 100.0}
 LARGEST |= {"router_initializer_range": 100.0, "embedding_initializer_range": 100.0}
 LARGEST_COEFFICIENT = 1e4
-SMALLEST_EPSILON = 2.0**-126  # float32's smallest normal number; with less, the norm of zeros is NaN
+SMALLEST_EPSILON = 2.0**-126  # float32's smallest normal number; with less, the norm of zeros may be NaN
 LARGEST_ROPE = 1e15
 # Keys of rope_parameters that transformers may not list among its own.
 ROPE_KEYS = {"type", "truncate", "mscale", "mscale_all_dim"}
@@ -85,8 +85,8 @@ class PathMoEConfig(PreTrainedConfig):
             value times the root of `hidden_size`.
         embedding_initializer_range (`float`, *optional*): Standard deviation of the initial input embeddings;
             `initializer_range` when unset. A larger value reduces the first layer's share of the residual stream. With
-            `tie_word_embeddings`, the output embeddings have it too, and a value of 1 makes the initial logits as wide
-            as the root of `hidden_size`.
+            `tie_word_embeddings`, it is that of the output embeddings too, and a value of 1 gives the initial logits a
+            standard deviation of the root of `hidden_size`.
         use_cache (`bool`, defaults to `True`): Whether to return the key-value cache.
         tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings are one matrix.
 
@@ -168,7 +168,7 @@ class PathMoEConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __new__(cls, *args, **kwargs):
-        # Once the fields are set, a number of experts that was passed looks like the default.
+        # Once the fields are set, a number of experts that was passed cannot be distinguished from the default.
         experts = [kwargs[name] for name in ("num_experts", "num_local_experts") if name in kwargs]
         if experts[:1] != experts[-1:]:
             raise _two_numbers_of_experts(*experts)
@@ -393,7 +393,7 @@ class PathMoEConfig(PreTrainedConfig):
 
     def validate_layers(self):
         if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation of transformers: use 'silu'.")
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation of transformers, such as 'silu'.")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1.")
         every_layer = "every layer of a PathMoE has experts and attends to the whole sequence, as a decoder"

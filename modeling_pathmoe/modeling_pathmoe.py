@@ -66,7 +66,7 @@ class PathMoEExperts(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor` of shape `(T, D)`): Hidden states.
-            top_k_index (`torch.Tensor` of shape `(T, k)`): Experts; ids from E on belong to other ranks, add nothing.
+            top_k_index (`torch.Tensor` of shape `(T, k)`): Experts; ids from E on, of other ranks, add nothing.
             top_k_weights (`torch.Tensor` of shape `(T, k)`): Their weights.
 
         Returns:

@@ -16,7 +16,8 @@ from transformers import initialization as init
 
 
 def is_exporting() -> bool:
-    """Returns whether `torch.export` traces the model. Below torch 2.14, `is_exporting` is also true under dynamo."""
+    """Returns whether `torch.export` traces the model. Below torch 2.14, torch also says so in compilations by dynamo,
+    which are excluded here."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 

@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--noise", type=float, default=0.0, help="noise added to the experts, in standard deviations; not exact"
     )
     cycle.add_argument("--drop", type=float, default=0.0, help="share of neurons to redraw at random; not exact")
-    cycle.add_argument("--granularity", type=int, default=1, help="number of experts that one dense network forms")
+    cycle.add_argument("--granularity", type=int, default=1, help="number of experts to split one network into")
     cycle.add_argument("--seed", type=int, default=0)
 
     average = add("average", average_checkpoints, "average PathMoE checkpoints", sources="SRC...")

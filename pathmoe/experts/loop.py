@@ -288,7 +288,7 @@ def run_plain(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Ten
 
 
 def token_forward(x: Tensor, top_k_index: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """Runs the experts of one token without gradients. It sorts and gathers nothing, and copies no weight."""
+    """Runs the experts of one token without gradients, and without sorting or gathering anything."""
     chosen, width, dtype = top_k_index[0].tolist(), down_proj.shape[2], x.dtype
     if max(chosen) >= len(down_proj):
         local = [slot for slot, expert in enumerate(chosen) if expert < len(down_proj)]

@@ -45,7 +45,7 @@ def report(shape, tmp_path_factory):
         stopped = {**whole, "comparisons": whole["comparisons"][:-1]}
         (folder / "bench.json").write_text(json.dumps(stopped))
         bench.main([*args, "--resume", "--plot", str(folder / "scaling.png")])
-        with pytest.raises(SystemExit, match="has other settings"):
+        with pytest.raises(SystemExit, match="has different settings"):
             bench.main([*args, "--resume", "--seconds", "1"])
     assert (folder / "scaling.png").stat().st_size > 10_000
     resumed = json.loads((folder / "bench.json").read_text())
