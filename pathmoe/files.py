@@ -153,11 +153,11 @@ def read_json(file: str | Path, what: str | None = None) -> dict:
 
     Args:
         file (`str` or `Path`): The file.
-        what (`str`, *optional*): What the user called it, such as `--model`, to begin the messages with.
+        what (`str`, *optional*): The option or field that names the file, such as `--model`, for the error message.
 
     Raises:
-        UserError: If the file is missing, empty, not UTF-8, not JSON or not an object, or has a key twice; the message
-            names it.
+        UserError: If the file is missing, empty, not UTF-8, not JSON or not an object, or has duplicate keys. The
+            message names the file.
     """
     named = f"{what}: {file}" if what else str(file) or repr(file)
     try:

@@ -123,5 +123,5 @@ def test_a_file_of_the_user_comes_first(tmp_path, monkeypatch):
     own = tmp_path / "configuration" / "train" / "quickstart.yaml"
     own.write_text("model: mine\n")
     assert presets.find("configuration/train/quickstart.yaml").read_text() == "model: mine\n"
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="none.yaml does not exist"):
         parse_recipe(["--config", "configuration/train/none.yaml"])

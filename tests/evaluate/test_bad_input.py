@@ -290,7 +290,7 @@ def perplexity_result(folder, name, nll=5.0, **changes):
             lambda file: (
                 perplexity_result(file.parent, "x", 6.0).with_suffix(".jsonl").replace(file.parent / "two.jsonl")
             ),
-            "two.jsonl gives 21 where",
+            "the score is 21 in ",
         ),
         (lambda file: file.write_text(""), "two.json is damaged"),
         (lambda file: file.write_text("[]"), "must hold a JSON object"),

@@ -220,7 +220,7 @@ def test_runs_that_asked_something_else_are_refused(folders, tmp_path, edit, mes
 def test_items_of_another_evaluation_than_the_result_are_refused(folders, tmp_path):
     shutil.copytree(folders / "two", tmp_path / "two")
     change(tmp_path / "two", TASKS[0], lambda result, items: items.pop())
-    with pytest.raises(RunError, match=f"{TASKS[0]}.jsonl gives .* of different evaluations"):
+    with pytest.raises(RunError, match=f"{TASKS[0]}.jsonl but .* of different evaluations"):
         read_run(tmp_path / "two", "two")
 
 

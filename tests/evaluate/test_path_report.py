@@ -240,7 +240,7 @@ def test_missing_data_is_named(model_folder, tmp_path):
 
 
 def test_a_length_must_suit_both_models(model_folder, qwen_folder, data, tmp_path):
-    message = "--max_length 257 must be from 2 to the 256 that a model reads"
+    message = "--max_length 257 must be from 2 to 256, the most that the models can read"
     refused(UserError, message, tmp_path, [model_folder, qwen_folder], data, "--max_length", "257")
 
 
