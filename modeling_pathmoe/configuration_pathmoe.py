@@ -59,7 +59,7 @@ class PathMoEConfig(PreTrainedConfig):
             of each block. 1 is the usual independent routing; 4 is the paper's best.
         router_type (`str`, defaults to `"linear"`): How a router scores the experts: `"linear"`, `"cosine"`,
             `"low_rank"`, `"recurrent"`, `"random"`, or a name given to `register_router`.
-        router_sharing (`str`, defaults to `"parameters"`): What a block shares: the router's `"parameters"`, so that
+        router_sharing (`str`, defaults to `"parameters"`): Whether a block shares the router's `"parameters"`, so that
             each layer routes its own hidden state (PathMoE), or the `"decision"` of its first layer (Mono).
         router_dim (`int`, *optional*): Width of the cosine router's projection (E / 2 when unset) or of the recurrent
             router's state (128 when unset).
@@ -214,7 +214,7 @@ class PathMoEConfig(PreTrainedConfig):
 
     @classmethod
     def _check_names(cls, given: dict):
-        """Refuses the model type of another architecture, and names that look like a misspelt field."""
+        """Refuses the model type of a different architecture, and names that look like a misspelt field."""
         if given.get("model_type", cls.model_type) != cls.model_type:
             raise _refusal(
                 f"model_type={given['model_type']!r} is a different architecture than {cls.model_type!r}: convert its "

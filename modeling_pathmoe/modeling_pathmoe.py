@@ -169,7 +169,7 @@ class PathMoEPreTrainedModel(PreTrainedModel):
         # The rate may have been set after the config was built.
         config.router_selection_bias |= bool(config.router_bias_update_rate)
         super().__init__(config, *inputs, **kwargs)
-        # From a local folder, transformers loads the config's file a second time under another module name. The
+        # From a local folder, transformers loads the config's file a second time under a different name. The
         # generic heads build their decoder through `AutoModel`, which must know that copy of the class too.
         if not isinstance(config, PathMoEConfig):
             AutoModel.register(type(config), PathMoEModel, exist_ok=True)

@@ -402,7 +402,7 @@ def register_router(name: str, cls: type[PathMoERouter]):
 
     Raises:
         TypeError: If `cls` is not a subclass of `PathMoERouter`.
-        ValueError: If `name` already names another class.
+        ValueError: If `name` is already registered for a different class.
     """
     if not (isinstance(cls, type) and issubclass(cls, PathMoERouter)):
         raise TypeError(f"register_router({name!r}, cls): cls must be a subclass of PathMoERouter, got {cls!r}.")

@@ -142,7 +142,7 @@ def _redraw(expert: Expert, share: float, seed: tuple[int, ...]) -> Expert:
         new = old.mean() + old.std() * torch.randn(old.shape, generator=_generator(*seed, 1, matrix))
         return weight.index_copy(dim, neurons, new.to(weight.dtype))
 
-    note = f"{len(neurons)} of {width} neurons drawn anew"
+    note = f"{len(neurons)} of {width} neurons redrawn"
     return Expert(
         *(
             piece.map(partial(redraw, dim=dim, matrix=matrix), note)

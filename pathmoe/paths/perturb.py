@@ -4,8 +4,8 @@
 All functions run the documents one by one, and split documents longer than `max_length` into windows that do not
 overlap. They do not change the model's mode: call `model.eval()` first. Perplexity is
 exp(Σ loss / Σ predicted tokens) over all documents. Intervals are 95 % percentile bootstraps over documents; the rise
-over the baseline is resampled in pairs. Random numbers are drawn anew for each document, so that intervals include
-their variation.
+over the baseline is resampled in pairs. Random numbers are drawn separately for each document, so that intervals
+include their variation.
 """
 
 import math
