@@ -58,8 +58,10 @@ from benchmarks.contenders import (
     make_zoo,
     run_experts,
 )
+from benchmarks.options import check_options, read_report
 from pathmoe import PathMoEConfig
 from pathmoe.accounting import forward_flops_per_token
+from pathmoe.command import ArgumentParser, run_command
 from pathmoe.files import write_text
 from pathmoe.train.plan import PeakMemory
 
@@ -447,7 +449,7 @@ def resume(file: Path, report: dict) -> dict:
 
 
 def parse_options(args: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--shape", nargs="+", help=f"{', '.join(SHAPES)}, or a JSON file; each suite's own when unset")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
@@ -466,6 +468,9 @@ def parse_options(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="picture of the scaling suite, or of that of the first --table")
     parser.add_argument("--table", type=Path, nargs="+", help="only print the table of such files")
     options = parser.parse_args(args)
+    check_options(options, {"batch_size": 1, "length": 1, "seconds": 0}, json='"matmul_peak"', plot="Matplotlib")
+    if options.plot and not options.table and "scaling" not in options.suite:
+        parser.error(f"--plot {options.plot} draws the scaling suite: add it to --suite.")
     if options.resume and not (options.json and options.json.is_file()):
         parser.error("--resume needs a --json file that a stopped run has written.")
     if options.compile == []:
@@ -481,7 +486,7 @@ def parse_options(args: list[str] | None) -> argparse.Namespace:
 def main(args: list[str] | None = None):
     options = parse_options(args)
     if options.table:
-        reports = [json.loads(file.read_text()) for file in options.table]
+        reports = [read_report(file, "comparisons") for file in options.table]
         print(make_table(*reports))
         if options.plot:
             plot_scaling(reports[0], options.plot)
@@ -522,4 +527,4 @@ def main(args: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from modeling_pathmoe.cache_pathmoe import CACHE_NAME
 from modeling_pathmoe.loss_pathmoe import linear_cross_entropy
 from pathmoe import PathMoEConfig
+from pathmoe.files import read_json
 
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ def load_config(shape: str, **overrides) -> PathMoEConfig:
     """Returns the configuration of a shape: one of `SHAPES`, or a JSON file."""
     preset, changes = SHAPES.get(shape, (None, {}))
     file = ROOT / "configuration" / "model" / f"{preset}.json" if preset else Path(shape)
-    return PathMoEConfig.from_dict({**json.loads(file.read_text()), **changes, **overrides})
+    return PathMoEConfig.from_dict({**read_json(file), **changes, **overrides})
 
 
 def peer_config(name: str, config: PathMoEConfig) -> PreTrainedConfig:

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
+from benchmarks.options import check_options
 from pathmoe import PathMoEConfig
+from pathmoe.command import ArgumentParser, run_command
 from pathmoe.convert import export_checkpoint, import_checkpoint, upcycle
 from pathmoe.convert.checkpoint import difference, load, logits_of, sample_tokens
 from pathmoe.files import write_text
@@ -70,9 +72,10 @@ TRIPS = {
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args(argv)
+    check_options(args, json='"largest_logit"')
     results, rows = {}, []
     for name, (config, *steps) in TRIPS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -96,4 +99,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

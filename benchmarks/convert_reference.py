@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.options import check_options
+from pathmoe.command import ArgumentParser, run_command
 from pathmoe.files import write_text
 
 
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict:
     Raises:
         RuntimeError: If results that must be equal differ, or training does not help.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", type=Path, required=True, help="folder of the dense model")
     parser.add_argument("--text", type=Path, required=True, help="folder with train.jsonl and validation.jsonl")
     parser.add_argument("--output", type=Path, required=True, help="folder for models and results")
@@ -88,6 +90,10 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--gguf-converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py; no GGUF when unset")
     args = parser.parse_args(argv)
+    check_options(args, {"limit": 1, "steps": 1}, json='"log_likelihoods"')
+    for file in (args.dense / "config.json", *(args.text / f"{split}.jsonl" for split in ("train", "validation"))):
+        if not file.is_file():
+            parser.error(f"{file} is missing: the module's docstring names the commands that make it.")
     args.dense, args.text, out = args.dense.resolve(), args.text.resolve(), args.output.resolve()
     moe, trained, mixtral = out / "moe", out / "run" / "final", out / "mixtral"
     result = {}
@@ -168,4 +174,4 @@ def to_gguf(mixtral: Path, file: Path, converter: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

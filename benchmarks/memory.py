@@ -7,7 +7,6 @@ On a CPU, the memory of a run is its peak resident size minus that of a run with
 libraries; the ranks are gloo processes.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -17,6 +16,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from benchmarks.options import check_options
+from pathmoe.command import ArgumentParser, run_command
 from pathmoe.files import write_text
 from pathmoe.train.model import build_config
 from pathmoe.train.plan import plan_memory
@@ -73,9 +74,10 @@ def measure(args: list[str], engine: str, output: Path) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    check_options(options, json='"planned"')
     results = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -102,4 +104,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

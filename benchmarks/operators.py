@@ -21,6 +21,8 @@ from tqdm.auto import tqdm
 
 from benchmarks.bench import count_flops, describe_machine, seconds_of
 from benchmarks.contenders import BATCHES, Case, make_zoo, run_experts, train_step
+from benchmarks.options import check_options, read_report
+from pathmoe.command import ArgumentParser, run_command
 from pathmoe.files import write_text
 
 
@@ -76,14 +78,15 @@ def make_table(report: dict) -> str:
 
 
 def main(args: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--calls", type=int, default=10, help="number of calls with the profiler, and again without")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--table", type=Path, help="only print the table of such a file")
     options = parser.parse_args(args)
+    check_options(options, {"calls": 1}, json='"model": "PathMoE"')
     if options.table:
-        print(make_table(json.loads(options.table.read_text())))
+        print(make_table(read_report(options.table, "results")))
         return
     options.device = "cpu"
     report = {**describe_machine(options), "results": []}
@@ -99,4 +102,4 @@ def main(args: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

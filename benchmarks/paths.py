@@ -21,7 +21,9 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
+from benchmarks.options import check_options
 from pathmoe import PathMoEConfig, PathMoEForCausalLM, record_paths
+from pathmoe.command import ArgumentParser, run_command
 from pathmoe.files import write_text
 from pathmoe.paths import (
     adjacent_jaccard,
@@ -140,7 +142,7 @@ def record_overhead(rounds: int, batch: int, length: int, device: str, steps: in
 
 
 def main(args: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--experts", type=int, default=16)
@@ -152,6 +154,10 @@ def main(args: list[str] | None = None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args(args)
+    names = ("tokens", "layers", "experts", "top_k", "batch_size", "length", "steps")
+    check_options(options, dict.fromkeys(names, 1) | {"rounds": 2}, json='"measure_seconds"')
+    if options.top_k > options.experts:
+        parser.error(f"--top_k {options.top_k} must be at most --experts {options.experts}.")
     batch, length, steps = options.batch_size, options.length, options.steps
     overheads = {
         f"forward of {batch} x {length} tokens": record_overhead(options.rounds, batch, length, options.device),
@@ -181,4 +187,4 @@ def main(args: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

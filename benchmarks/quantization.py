@@ -14,14 +14,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 import pathmoe  # noqa: F401  registers PathMoE with the Auto classes
+from benchmarks.options import check_options
+from pathmoe.command import ArgumentParser, run_command
 from pathmoe.evaluate.perplexity import load_documents
 from pathmoe.evaluate.scoring import perplexity
 from pathmoe.files import write_text
 
+
+try:
+    from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig
+except ModuleNotFoundError:
+    raise SystemExit("error: this benchmark needs the package torchao: pip install torchao") from None
 
 SCHEMES = {"bfloat16": None, "int8": Int8WeightOnlyConfig(version=2), "float8": Float8WeightOnlyConfig()}
 
@@ -43,12 +49,13 @@ def load(folder: str, scheme: str, implementation: str):
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a saved model and its tokenizer")
     parser.add_argument("--data", required=True, help="text, as for eval/perplexity.py")
     parser.add_argument("--limit", type=int, default=8, help="documents (8)")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args(argv)
+    check_options(args, {"limit": 1}, json='"megabytes"')
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = list(load_documents(args.data, ["text"], limit=args.limit)["text"])
     results = {}
@@ -70,4 +77,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

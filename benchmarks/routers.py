@@ -20,13 +20,16 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
+from benchmarks.options import check_options
 from pathmoe import PathMoEConfig, PathMoEForCausalLM, update_selection_bias
+from pathmoe.command import ArgumentParser, run_command
 from pathmoe.files import write_text
 from pathmoe.markdown import markdown_table
 
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = "pathmoe-0.9b"
+MOST_SHRINK = 18
 PRESETS = [
     REFERENCE, "indep-moe", "indep-moe-lbl", "rand-moe", "x-moe", "recurrent-moe", "lowrank-moe", "monob8-moe",
     "pathb2-moe", "pathb8-moe", "pathb24-moe", "pathb4x-moe",
@@ -59,13 +62,16 @@ def step(model, optimizer, ids) -> float:
 
 
 def main(args: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shrink", type=int, default=8, help="divides the hidden size, heads and expert width")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens in a step, in sequences of 512")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(args)
+    check_options(options, {"shrink": 1, "tokens": 512, "rounds": 2}, json='"tokens_per_s"')
+    if options.shrink > MOST_SHRINK:
+        parser.error(f"--shrink {options.shrink} must be at most {MOST_SHRINK}, the heads of the smallest preset.")
     torch.manual_seed(0)
     ids = torch.randint(0, 2048, (options.tokens // 512, 512), device=options.device)
     models = {preset: build(preset, options.shrink, options.device) for preset in PRESETS}
@@ -92,4 +98,4 @@ def main(args: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

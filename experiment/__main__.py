@@ -27,7 +27,7 @@ from experiment.collapse import collapse
 from experiment.first.train import ExperimentRun, RunPool, make_tokenizer
 from experiment.measure import HELD_OUT_TOKENS, measure
 from experiment.report import report
-from experiment.runs import PARTS, Experiment, corpus_files, hash_file, place_corpus, read_settings
+from experiment.runs import PARTS, Experiment, corpus_files, hash_corpus, hash_file, place_corpus, read_settings
 from pathmoe.command import ArgumentParser, UserError, run_command
 from pathmoe.files import check_writable, write_text
 from pathmoe.train.recipe import RecipeError
@@ -48,8 +48,10 @@ def check_options(options: argparse.Namespace, settings: dict):
     model = Path(settings["recipe"]["model"])
     if not model.is_file():
         raise UserError(f"--config {options.config}: model={str(model)!r} not found: run in the repository's root.")
-    corpus_files(options.corpus or options.output / "corpus")
+    hash_corpus(corpus_files(options.corpus or options.output / "corpus")[1])
     check_writable(options.output / "corpus.json", "--output")
+    if options.part in ("primary", "map"):
+        runs_of(Experiment(settings, options.output, options.results), options.part)  # refuses rows without a rate
 
 
 def prepare(options: argparse.Namespace, settings: dict) -> Experiment:

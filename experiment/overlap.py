@@ -21,7 +21,7 @@ from pathmoe.evaluate.contamination import check_report, check_words, contaminat
 from pathmoe.evaluate.inputs import check_sources, keep_texts
 from pathmoe.evaluate.perplexity import load_documents
 from pathmoe.evaluate.run_lm_eval import SUITES
-from pathmoe.files import write_text
+from pathmoe.files import write_texts
 from pathmoe.markdown import markdown_table
 from pathmoe.text.ngrams import Words, are_among, ngram_digests
 
@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> dict:
     splits = shared_runs(train, validation["text"], validation["source"], args.n)
     tasks = contamination(train, task_items(SUITES[args.suite]), args.n)
     figures = {"n": args.n, "skipped_documents": skipped + others, "validation": splits, "tasks": tasks}
-    write_text(args.output, json.dumps(figures, indent=2, allow_nan=False) + "\n")
     text = f"{table(splits, args.n)}\nBenchmark items in the training text:\n\n{markdown(tasks, args.n)}"
-    write_text(args.output.with_suffix(".md"), text)
+    figures = json.dumps(figures, indent=2, allow_nan=False) + "\n"
+    write_texts({args.output: figures, args.output.with_suffix(".md"): text})
     print(text)
     return {"validation": splits, "tasks": tasks}
 

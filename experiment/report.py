@@ -221,6 +221,10 @@ def provenance(experiment: Experiment) -> str:
     runs = [run for of_row in experiment.tuning_runs().values() for run in of_row] + experiment.primary_runs()
     runs += [run for of_point in experiment.map_runs().values() for run in of_point]
     results = [result for run in runs if (result := experiment.read(run))]
+    if not results and not any(experiment.results.glob("collapse-*.json")):
+        raise UserError(
+            f"{experiment.results} holds no result of a run: train a part first, or name another --results."
+        )
     corpora = {tuple(sorted(result["corpus"].items())) for result in results}
     if len(corpora) > 1:
         raise UserError(f"{experiment.results} mixes results of {len(corpora)} corpora or tokenizers: separate them.")

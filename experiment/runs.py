@@ -171,6 +171,21 @@ def corpus_files(folder: Path) -> tuple[str, dict[str, str]]:
     )
 
 
+def hash_corpus(files: dict[str, str]) -> dict[str, str]:
+    """Returns the SHA-256 of the two files of a corpus.
+
+    Raises:
+        UserError: If a file is empty, or both are the same.
+    """
+    for file in files.values():
+        if not Path(file).stat().st_size:
+            raise UserError(f"{file} is empty: build the corpus again.")
+    hashes = {split: hash_file(Path(file)) for split, file in files.items()}
+    if hashes["train"] == hashes["validation"]:
+        raise UserError(f"{files['train']} and {files['validation']} are the same text: pass another --corpus.")
+    return hashes
+
+
 def place_corpus(corpus: Path | None, output: Path, sources: set[str]) -> tuple[str, dict[str, str], dict[str, str]]:
     """Links the corpus into the folder of the runs, so that recipes do not depend on the place of the corpus.
 
@@ -185,23 +200,24 @@ def place_corpus(corpus: Path | None, output: Path, sources: set[str]) -> tuple[
     Raises:
         UserError: If the corpus is missing or is not the one that the runs have used before.
     """
-    folder = output / "corpus"
+    folder, known = output / "corpus", output / "corpus.json"
+    builder, files = corpus_files(corpus or folder)
+    hashes = hash_corpus(files)
+    if known.exists() and read_json(known) != hashes:
+        raise UserError(
+            f"the corpus in {corpus or folder} is not the one that {output} was begun with: name another --output."
+        )
     if corpus is not None:
-        named = corpus_files(corpus)[1].values()
         folder.mkdir(parents=True, exist_ok=True)
-        for file in named:
+        for file in files.values():
             link = folder / Path(file).name
             if link.exists() and link.samefile(file):
                 continue
             if link.exists() and not link.is_symlink():
-                raise UserError(f"{link} is a file, not a link to a corpus: choose another --output.")
+                raise UserError(f"{link} is a file of its own, not a link to a corpus: name another --output.")
             link.unlink(missing_ok=True)
             link.symlink_to(Path(file).resolve())
-    builder, files = corpus_files(folder)
-    hashes = {split: hash_file(Path(file)) for split, file in files.items()}
-    known = output / "corpus.json"
-    if known.exists() and read_json(known) != hashes:
-        raise UserError(f"the corpus in {folder} is not the one that {output} started with: choose another --output.")
+        builder, files = corpus_files(folder)
     with write_aside(known) as partial:
         partial.write_text(json.dumps(hashes), encoding="utf-8")
     for source in sources:

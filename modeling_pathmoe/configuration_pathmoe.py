@@ -404,6 +404,10 @@ class PathMoEConfig(PreTrainedConfig):
             ("mlp_only_layers", []),
             ("decoder_sparse_step", 1),
             ("is_encoder_decoder", False),
+            ("n_shared_experts", 0),
+            ("num_shared_experts", 0),
+            ("shared_expert_intermediate_size", 0),
+            ("first_k_dense_replace", 0),
         ):
             value = getattr(self, name, None)
             if value is not None and value != supported:

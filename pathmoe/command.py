@@ -3,6 +3,7 @@
 
 import argparse
 import errno
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -10,6 +11,11 @@ from collections.abc import Callable
 
 # Errors of a disk that is full, over quota, read-only or broken.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+
+# What asks a process to end. SIGHUP comes when the terminal is closed, unless `nohup` has it ignored.
+STOPPING = {signal.SIGINT, signal.SIGTERM}
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    STOPPING.add(signal.SIGHUP)
 
 
 class UserError(ValueError):
@@ -23,7 +29,10 @@ class ArgumentParser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         if "" in args:  # as a path it would stand for the working directory
             place = args.index("")
-            self.error(f"{args[place - 1] if place else 'the first argument'} must not be empty: give a value.")
+            options = [i for i in range(place) if args[i].startswith("-")]
+            before = " ".join(args[options[-1] if options else 0 : place]) or "the first argument"
+            what = before if place == 0 or place - 1 in options else f"the value after {before}"
+            self.error(f"{what} must not be empty: give a value.")
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
@@ -37,8 +46,9 @@ def run_command(main: Callable[[], object], interrupted: int = 130):
         main (`Callable`): The command. If it returns an integer, that is the exit status; otherwise the status is 0.
         interrupted (`int`, defaults to 130): The exit status after Ctrl-C.
     """
-    # SIGTERM raises an exception too, so that temporary files are removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # These signals raise an exception too, so that temporary files are removed.
+    for number in STOPPING - {signal.SIGINT}:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         status = main()
         sys.exit(status if isinstance(status, int) else 0)
@@ -57,5 +67,6 @@ def run_command(main: Callable[[], object], interrupted: int = 130):
 
 
 def one_line(error: BaseException | str) -> str:
-    """Returns the message of an error on one line."""
-    return " ".join(str(error).split())
+    """Returns the message of an error on one line, without what `strict` puts before those of a configuration."""
+    prefix = r"(Class validation error for validator|Validation error for field) '\w+': \w+: "
+    return re.sub(prefix, "", " ".join(str(error).split()))

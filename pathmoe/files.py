@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .command import UserError, one_line
@@ -26,7 +26,7 @@ def write_aside(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: If the folder cannot be created or written. The error names `path`.
     """
-    path, created, folder = Path(path), [], None
+    named, path, created, folder = path, Path(os.path.realpath(path)), [], None  # a link stays one
     try:
         make_parents(path, created)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent))
@@ -39,7 +39,7 @@ def write_aside(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is not None and (error.filename is None or ".partial" in str(error.filename)):
             # The user does not know the temporary file.
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise OSError(error.errno, error.strerror, str(named)) from error
         raise
     finally:
         if folder is not None:
@@ -91,8 +91,14 @@ def remove_empty(folders: list[Path]):
 
 def write_text(path: str | Path, text: str):
     """Writes `text` to `path` as UTF-8, through [`write_aside`]."""
-    with write_aside(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_texts({path: text})
+
+
+def write_texts(texts: dict[str | Path, str]):
+    """Writes files that belong together: if one cannot be written, none is. The last is the first to be there."""
+    with ExitStack() as stack:
+        for path, text in texts.items():
+            stack.enter_context(write_aside(path)).write_text(text, encoding="utf-8")
 
 
 def check_writable(path: str | Path, option: str, mark: str | None = None):
@@ -112,6 +118,8 @@ def check_writable(path: str | Path, option: str, mark: str | None = None):
     try:
         if path.is_dir():
             raise UserError(f"{option} {path} is a folder: name a file.")
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{option} {path} is a link to {os.readlink(path)}, which is not there: name a file.")
         if mark is not None and path.is_file() and path.stat().st_size and not holds(path, mark):
             raise UserError(
                 f"{option}: {path} exists and is not an earlier result, so it is not overwritten: choose another "

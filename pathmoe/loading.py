@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -95,8 +96,27 @@ def load_model(
     if missing := sorted(info["missing_keys"]):
         names = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
         warnings.warn(f"{what}: {len(missing)} missing tensors were initialized at random: {names}", stacklevel=2)
+    check_dtypes(source, model, what)
     check_finite(model, what)
     return model.eval()
+
+
+def check_dtypes(folder: str | Path, model: PreTrainedModel, what: str):
+    """Refuses integers in the place of weights, which would be loaded as if they were weights.
+
+    Raises:
+        UserError: If a file of the folder has such a tensor and config.json does not say that it is quantised.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
+    weights = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in weights & set(tensors.keys()):
+                if (dtype := tensors.get_slice(name).get_dtype())[0] in "IU":
+                    raise UserError(
+                        f"{what}: {name} in {file} holds integers ({dtype}), not weights: replace the file."
+                    )
 
 
 def check_generation_config(file: Path, what: str):

@@ -23,6 +23,11 @@ from pathmoe.files import check_writable, write_aside, write_text
         ("lambda: (_ for _ in ()).throw(KeyboardInterrupt)", 130, "interrupted\n"),
         ("lambda: ArgumentParser().parse_args(['--no'])", 2, "error: unrecognized arguments: --no\n"),
         ("lambda: ArgumentParser().parse_args(['--a', ''])", 2, "error: --a must not be empty: give a value.\n"),
+        (
+            "lambda: ArgumentParser().parse_args(['--a', 'b', ''])",
+            2,
+            "error: the value after --a b must not be empty: give a value.\n",
+        ),
         ("lambda: ArgumentParser().error('two\\n lines')", 2, "error: two lines\n"),
     ],
 )

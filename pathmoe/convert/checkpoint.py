@@ -24,7 +24,7 @@ from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
 
 from ..command import UserError, one_line
 from ..files import check_new_folder, read_json, write_folder_aside
-from ..loading import CONSTANTS, describe, load_config, load_model
+from ..loading import CONSTANTS, LARGEST, describe, load_config, load_model
 from .shapes import check_tensors, meta_model
 
 
@@ -209,6 +209,11 @@ class Checkpoint:
                 raise UserError(
                     f"{self.folder / file}: {name} holds values that are not finite: the checkpoint is damaged, or "
                     "its training diverged."
+                )
+            if tensor.numel() and max(-tensor.min().item(), tensor.max().item()) > LARGEST:
+                raise UserError(
+                    f"{self.folder / file}: {name} holds values above {LARGEST:.0e}, whose squares overflow: it is "
+                    "damaged."
                 )
             return tensor
 

@@ -19,6 +19,7 @@ import hashlib
 import html
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from scipy import stats
 from pathmoe.command import ArgumentParser, UserError, one_line, run_command
 from pathmoe.evaluate.inputs import check_whole
 from pathmoe.evaluate.run_lm_eval import score_of
-from pathmoe.files import check_writable, read_json, write_aside, write_text
+from pathmoe.files import check_writable, read_json, write_aside
 
 
 matplotlib.use("Agg")
@@ -444,11 +445,13 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     except RunError as error:
         parser.error(str(error))
     text = markdown(table, runs)
-    write_text(args.output / "comparison.md", text)
-    with write_aside(args.output / "comparison.csv") as partial:
-        table.to_csv(partial, index=False)
-    with write_aside(args.output / "comparison.png") as partial:
-        plot(table, runs, partial)
+    with ExitStack() as stack:  # all of them, or none
+        page, rows, picture = (
+            stack.enter_context(write_aside(args.output / f"comparison.{name}")) for name in ("md", "csv", "png")
+        )
+        page.write_text(text, encoding="utf-8")
+        table.to_csv(rows, index=False)
+        plot(table, runs, picture)
     print(text)
     return table
 

@@ -25,7 +25,7 @@ from pathmoe.evaluate.inputs import keep_texts
 from pathmoe.evaluate.offline_tasks import PREFIX, package_folder, write_tasks
 from pathmoe.evaluate.perplexity import load_documents
 from pathmoe.evaluate.run_lm_eval import SUITES
-from pathmoe.files import check_writable, write_text
+from pathmoe.files import check_writable, write_texts
 from pathmoe.markdown import markdown_table
 from pathmoe.text.ngrams import WORD, Words, ngram_digests
 
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="training text: file, folder or name of a dataset")
     parser.add_argument("--name", help="configuration of a named dataset")
-    parser.add_argument("--split", default="train", help="split, if the data has several")
+    parser.add_argument("--split", help="split, if the data has several; by default train")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--suite", help=f"one of: {', '.join(SUITES)}")
     parser.add_argument("--tasks", help="comma-separated tasks or groups, in addition to the suite's")
@@ -168,13 +168,13 @@ def main(argv: list[str] | None = None) -> dict:
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit} must be at least 1.")
     check_report(args.output, args.data)
-    data = load_documents(args.data, [args.text_column], args.split, args.name)
+    data = load_documents(args.data, [args.text_column], args.split, args.name, default_split="train")
     data, skipped = keep_texts(data, args.text_column, f"--data {args.data}")
     report = contamination(data[args.text_column], task_items(names, args.limit), args.n)
     figures = {"data": args.data, "skipped_documents": skipped, "n": args.n, "tasks": report}
-    write_text(args.output, json.dumps(figures, indent=2, allow_nan=False) + "\n")
-    write_text(args.output.with_suffix(".md"), markdown(report, args.n))
-    print(markdown(report, args.n))
+    text, figures = markdown(report, args.n), json.dumps(figures, indent=2, allow_nan=False) + "\n"
+    write_texts({args.output: figures, args.output.with_suffix(".md"): text})
+    print(text)
     return report
 
 

@@ -38,7 +38,7 @@ from pathmoe.evaluate.inputs import (
 from pathmoe.evaluate.path_figures import curves, first_choices, frequent_paths, measure, perturb
 from pathmoe.evaluate.path_reading import DOCUMENT_TOKENS, Reading, encode, read_documents, read_text, tags_of
 from pathmoe.evaluate.prefetch import AHEAD, prefetch_estimate
-from pathmoe.files import check_writable, write_text
+from pathmoe.files import check_writable, write_texts
 from pathmoe.loading import load_model
 from pathmoe.paths.hooks import Routing
 from pathmoe.paths.measure import jaccard_chance
@@ -114,6 +114,10 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(args)
     if len(options.model) > 2:
         parser.error(f"--model is given {len(options.model)} times: give one model, or two to show side by side.")
+    if len({file.resolve() for file in options.data}) < len(options.data):
+        parser.error(
+            f"--data {' '.join(map(str, options.data))} names a file twice, which would count double: omit it."
+        )
     for option, least in (
         ("max_tokens", 1),
         ("perturbed_tokens", 0),
@@ -220,8 +224,8 @@ def main(args: list[str] | None = None):
             "models": models,
         }
     )
-    write_text(options.output / "paths.json", json.dumps(figures, ensure_ascii=False, allow_nan=False) + "\n")
-    write_text(options.output / "report.html", render(figures))
+    text = json.dumps(figures, ensure_ascii=False, allow_nan=False) + "\n"
+    write_texts({options.output / "paths.json": text, options.output / "report.html": render(figures)})
     print(f"Wrote {options.output / 'paths.json'} and {options.output / 'report.html'}.")
 
 

@@ -43,18 +43,20 @@ from pathmoe.text.rows import find_builder
 def load_documents(
     data: str,
     columns: list[str],
-    split: str = "validation",
+    split: str | None = None,
     name: str | None = None,
     limit: int | None = None,
+    default_split: str = "validation",
 ) -> Dataset:
     """Reads documents.
 
     Args:
         data (`str`): A file, a folder written by `save_to_disk`, or the name of a dataset.
         columns (`list[str]`): The columns to read; a .txt file has only `text`.
-        split (`str`): The split, if the data has several.
+        split (`str`, *optional*): The split, if the data has several.
         name (`str`, *optional*): The configuration of a named dataset.
         limit (`int`, *optional*): Number of documents to read from the start; by default all.
+        default_split (`str`, defaults to `"validation"`): The split if the data has several and `split` is unset.
 
     Returns:
         `Dataset`: The documents, with these columns.
@@ -76,9 +78,13 @@ def load_documents(
                 f"loaded: {first_line(error)}"
             ) from error
         if isinstance(dataset, DatasetDict):
+            split = default_split if split is None else split
             if split not in dataset:
                 raise UserError(f"--split {split}: {data} has no split {split!r}: choose one of {', '.join(dataset)}.")
-            dataset = dataset[split]
+            dataset, split = dataset[split], None
+    for option, value in (("--split", split), ("--name", name if path.exists() else None)):
+        if value is not None:
+            raise UserError(f"{option} {value}: {data} has nothing to choose from: leave {option} out.")
     for column in columns:
         if column not in dataset.column_names:
             raise UserError(
@@ -93,7 +99,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a saved model and its tokenizer")
     parser.add_argument("--data", required=True, help="file, folder or name of a dataset")
     parser.add_argument("--name", help="configuration of a named dataset")
-    parser.add_argument("--split", default="validation", help="split, if the data has several")
+    parser.add_argument("--split", help="split, if the data has several; by default validation")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--source_column", help="also report the results of each value of this column")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the result, with a .jsonl beside it")
@@ -172,9 +178,9 @@ def main(argv: list[str] | None = None) -> dict:
         for document, source in zip(documents, data[args.source_column]):
             document["source"] = source
             by_source[source].append(document)
-    settings |= {
-        key: getattr(args, key) for key in ("name", "split", "text_column", "limit", "device", "allow_missing")
-    }
+    settings |= {key: getattr(args, key) for key in ("name", "text_column", "limit", "device", "allow_missing")} | {
+        "split": args.split or "validation"
+    }  # as in older results, with which this one is compared
     result = summarize(documents) | {
         "skipped_documents": skipped,
         "sources": {source: summarize(of_source) for source, of_source in by_source.items()},

@@ -20,7 +20,7 @@ from pathmoe.command import ArgumentParser, UserError, run_command
 from pathmoe.evaluate.compare import escape
 from pathmoe.evaluate.inputs import check_whole, keep_texts, load_file, load_tokenizer
 from pathmoe.evaluate.run_lm_eval import load_results
-from pathmoe.files import check_writable, read_json, write_aside, write_text
+from pathmoe.files import check_writable, read_json, write_aside
 from pathmoe.loading import load_model
 from pathmoe.paths import adjacent_jaccard, path_counts, path_coverage, record_paths
 from pathmoe.paths.measure import jaccard_chance
@@ -175,9 +175,9 @@ def main(args: list[str] | None = None):
         + [f"| {name:<{width}} | {value} |" for name, value in rows]
     )
     text = f"{table}\n\nA sample:\n\n> {escape(str(tokenizer.decode(sample[0], skip_special_tokens=True)))}\n"
-    write_text(options.run / "report.md", text)
-    with write_aside(options.run / "report.png") as partial:
-        plot(metrics, experts, partial)
+    with write_aside(options.run / "report.md") as page, write_aside(options.run / "report.png") as picture:
+        page.write_text(text, encoding="utf-8")
+        plot(metrics, experts, picture)
     print(f"\n{text}\nThe picture is {options.run / 'report.png'}.")
 
 

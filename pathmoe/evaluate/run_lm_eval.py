@@ -41,7 +41,7 @@ from pathmoe.evaluate.inputs import (
     load_tokenizer,
 )
 from pathmoe.evaluate.offline_tasks import PREFIX, TASKS, package_folder, write_tasks
-from pathmoe.files import check_writable, read_json, write_text
+from pathmoe.files import check_writable, read_json, write_text, write_texts
 from pathmoe.loading import load_model
 
 
@@ -238,7 +238,8 @@ def done_tasks(parser: argparse.ArgumentParser, args: argparse.Namespace, settin
             continue
         wanted = json.loads(json.dumps(settings | {"num_fewshot": shots}))
         try:
-            found = read_json(file, "--output").get("settings")
+            result = read_json(file, "--output")
+            found = result.get("settings")
             if not isinstance(found, dict):
                 raise UserError(f"--output: {file} has no settings.")
         except UserError as error:
@@ -248,8 +249,10 @@ def done_tasks(parser: argparse.ArgumentParser, args: argparse.Namespace, settin
         differences = [
             f"{key}={found.get(key)!r} instead of {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]
         ]
-        if not differences:
+        if not differences and holds_all_items(file.with_suffix(".jsonl"), result):
             done.append(name)
+        elif not differences:
+            print(f"{file.with_suffix('.jsonl')} is missing or damaged: {name} is run again.")
         elif not args.overwrite:
             parser.error(
                 f"--output {args.output} already has {name} with {'; '.join(differences)}. "
@@ -260,10 +263,18 @@ def done_tasks(parser: argparse.ArgumentParser, args: argparse.Namespace, settin
 
 def write_task(folder: Path, name: str, result: dict, truncated: int, settings: dict) -> None:
     """Writes the items and then the result, which marks the task as done."""
-    samples = result.pop("samples")[name]
-    write_text(folder / f"{name}.jsonl", "".join(to_json(sample, ensure_ascii=False) for sample in samples))
+    items = "".join(to_json(sample, ensure_ascii=False) for sample in result.pop("samples")[name])
     result |= {"truncated": {name: truncated}, "settings": settings}
-    write_text(folder / f"{name}.json", to_json(result, indent=2))
+    write_texts({folder / f"{name}.json": to_json(result, indent=2), folder / f"{name}.jsonl": items})
+
+
+def holds_all_items(file: Path, result: dict) -> bool:
+    """Whether a task's items are all in its file, which someone may have cut short."""
+    try:
+        items = [json.loads(line)["doc_id"] for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    return len(set(items)) == result.get("n-samples", {}).get(file.stem, {}).get("effective", len(items))
 
 
 def put_together(

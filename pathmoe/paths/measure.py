@@ -85,8 +85,10 @@ def path_coverage(experts: torch.Tensor, top: int) -> float:
 
     Args:
         experts (`torch.Tensor` of shape `(T, L, k)`): Expert indices, best first.
-        top (`int`): Number of paths.
+        top (`int`): Number of paths, at least 1.
     """
+    if top < 1:
+        raise ValueError(f"top={top} must be at least 1.")
     counts = path_counts(experts)
     return (counts[:top].sum() / counts.sum()).item()
 

@@ -2,7 +2,9 @@
 """Records the experts that each token visits, and replays recorded paths."""
 
 import json
+import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,6 +26,8 @@ from .hooks import RoutedModel, Routing, check_indices, edit_paths
 # The fields of a token that a trace always has, besides its experts.
 _TOKEN_FIELDS = ("token_ids", "sequence_ids", "positions", "offsets")
 _METADATA = b"pathmoe_trace"
+_CHECKSUM = b"pathmoe_crc32"
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # ends an Arrow stream; without it, the reader takes the stream for a shorter one
 # A trace holds up to this many forwards or bytes unconverted on their device, so that the many short forwards of a
 # generation are converted together, without waiting for the device each time.
 _HELD_FORWARDS = 256
@@ -73,6 +77,7 @@ class PathTrace:
         self._pending: list[dict[str, np.ndarray]] = []
         self._pending_bytes = 0
         self._file: Path | None = None
+        self._checked = False  # whether the file has been read to its end and its checksums are right
         self._writer: Any = None
 
     def __getattr__(self, name: str) -> torch.Tensor:
@@ -102,10 +107,16 @@ class PathTrace:
             pa = _pyarrow()
             try:
                 with pa.memory_map(str(self._file)) as source, pa.ipc.open_stream(source) as reader:
-                    for batch in reader:
-                        yield {name: _to_numpy(batch[name], name, self.model) for name in batch.schema.names}
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{self._file} is truncated or damaged: {error}") from error
+                    for batch, metadata in reader.iter_batches_with_custom_metadata():
+                        batch.validate()  # a damaged length would have us read beyond the file
+                        values = {name: _to_numpy(batch[name], name, self.model) for name in batch.schema.names}
+                        checksum = (metadata or {}).get(_CHECKSUM)  # older traces have none
+                        if not self._checked and checksum not in (None, _checksum(values, self.model)):
+                            raise ValueError("its checksum is wrong")
+                        yield values
+                self._checked = self._writer is None
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise ValueError(f"{self._file} is truncated or damaged: {error}. Record or copy it again.") from error
         yield from self._pending
 
     def _hold(self, values: dict[str, torch.Tensor], tokens: "ForwardTokens", offsets: torch.Tensor | None):
@@ -188,18 +199,19 @@ class PathTrace:
         with write_aside(path) as partial:
             with partial.open("wb") as sink, _pyarrow().ipc.new_stream(sink, schema) as writer:
                 for batch in self.batches():
-                    writer.write_batch(_to_arrow([batch]))
+                    checksum = _checksum(batch, self.model)
+                    writer.write_batch(_to_arrow([batch]), custom_metadata={_CHECKSUM: checksum})
 
     @classmethod
     def load(cls, path: str | Path) -> "PathTrace":
-        """Opens a saved trace. The file is memory-mapped and read only when an attribute is.
+        """Opens a saved trace. The file is memory-mapped; reading an attribute reads it and verifies its checksums.
 
         Args:
             path (`str` or `Path`): A file that `save` has written.
 
         Raises:
             FileNotFoundError: If the file does not exist.
-            ValueError: If the file is not a saved trace.
+            ValueError: If the file is not a saved trace, or its end is missing.
         """
         pa = _pyarrow()
         trace = cls()
@@ -213,6 +225,10 @@ class PathTrace:
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a trace that PathTrace.save has written.") from error
+        with open(path, "rb") as file:
+            file.seek(-len(_END), os.SEEK_END)
+            if file.read() != _END:
+                raise ValueError(f"{path} is truncated or damaged: its end is missing. Record or copy it again.")
         trace._file = Path(path)
         return trace
 
@@ -245,6 +261,14 @@ def _in_order(rows: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 
 def _schema(batch: dict[str, np.ndarray], model: RoutedModel):
     return _to_arrow([batch]).schema.with_metadata({_METADATA: json.dumps(asdict(model))})
+
+
+def _checksum(batch: dict[str, np.ndarray], model: RoutedModel) -> bytes:
+    """CRC-32 of a batch and of what identifies the model."""
+    checksum = zlib.crc32(json.dumps(asdict(model)).encode())
+    for name, values in batch.items():
+        checksum = zlib.crc32(np.ascontiguousarray(values), zlib.crc32(f"{name} {values.dtype}".encode(), checksum))
+    return b"%08x" % checksum
 
 
 def _to_arrow(batches: list[dict[str, np.ndarray]]):

@@ -202,9 +202,9 @@ class Prefetch:
         return self._state
 
     def load_state_dict(self, state: dict):
-        """Restores a state. It must be called before the first batch, or after drawing a batch has failed."""
+        """Restores a state. It must be called before the first batch."""
         self.batches.load_state_dict(state)
-        self._state, self._queue = state, None
+        self._state = state
 
 
 def document_positions(tokens: torch.Tensor, end_of_text: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pathmoe import presets
 from pathmoe.command import ArgumentParser, UserError, run_command
-from pathmoe.files import check_writable, write_text
+from pathmoe.files import check_writable, holds, write_text
 
 
 DOCUMENT_LENGTH = 4000
@@ -60,11 +60,12 @@ def main(args: list[str] | None = None):
     parser = ArgumentParser(description="Write the quick-start text as train.jsonl and validation.jsonl.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart/data"))
     folder = parser.parse_args(args).output_dir
-    if (folder / "train.jsonl").exists():
+    mark, files = '"source": "', [folder / f"{split}.jsonl" for split in ("validation", "train")]
+    if all(file.is_file() and file.stat().st_size and holds(file, mark) for file in files):
         print(f"{folder} already exists.")
         return
-    for split in ("validation", "train"):
-        check_writable(folder / f"{split}.jsonl", "--output_dir", '"source": "')
+    for file in files:
+        check_writable(file, "--output_dir", mark)
     splits = {"validation": [], "train": []}
     for index, document in enumerate(documents()):
         splits["train" if index % VALIDATION_EVERY else "validation"].append(json.dumps(document, ensure_ascii=False))

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pathmoe.files import write_aside
-from pathmoe.text.rows import READERS, DataError, find_builder
+from pathmoe.text.rows import READERS, DataError, check_file, find_builder
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -69,6 +69,8 @@ def load_text(
                 f"dataset={dataset!r} is one file and has no split {split!r}: add a file for that split to data_files."
             )
         dataset, data_files = kind, {split: dataset}
+    elif path.is_file():
+        check_file(path, "dataset:")  # which names the types that are read
     files = find_files(data_files, split)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         data = load_saved(dataset, split, streaming)
@@ -85,6 +87,10 @@ def load_text(
         except Exception as error:
             reason = f"{error} {error.__cause__ or ''}".strip() or type(error).__name__
             where = dataset if data_files is None else f"{dataset} {data_files}"
+            if "corresponds to no data" in reason:
+                raise DataError(f"split {split!r} of {where} holds no text: it is empty or blank.") from error
+            if data_files is None and not path.exists():
+                reason = f"it is neither a file nor a folder here, and as a dataset of the Hub: {reason}"
             raise DataError(f"could not load split {split!r} of {where}: {reason}") from error
     first = next(iter(data), None)
     if first is None:

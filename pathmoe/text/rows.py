@@ -8,6 +8,7 @@ each line, and a `.json` file either that or one list of objects. All of these m
 import bz2
 import gzip
 import json
+import logging
 import lzma
 import os
 import sys
@@ -26,6 +27,8 @@ BUILDERS = {
 }  # fmt: skip
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSIBLE = ("json", "text", "csv")
+# The builders of `datasets` print what they cannot read before they raise it.
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 # If a larger share of the rows has no text, the wrong column or a damaged file is likelier than stray dirt.
 MOST_SKIPPED = 0.5
 

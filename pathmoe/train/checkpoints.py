@@ -192,10 +192,14 @@ class Checkpoints:
             tensors |= {f"optimizer.{name}.{key}": state[key] for key in MOMENTS if key in state}
         return tensors
 
-    def save(self, step: int):
+    def save(self, step: int, batches: dict | None = None):
         """Writes a checkpoint to a temporary folder, and renames the folder when all files are on the disk.
 
         Old checkpoints are removed afterwards if `counters["healthy"]` is true.
+
+        Args:
+            step (`int`): The number of steps done.
+            batches (`dict`, *optional*): The place in the data, unless it is where the batches stand now.
 
         Raises:
             CheckpointError: If the checkpoint could not be written. Earlier checkpoints are unchanged.
@@ -204,7 +208,7 @@ class Checkpoints:
         partial = folder.with_name(folder.name + ".partial")
         faults, _ = self._attempt(lambda: partial.mkdir(parents=True, exist_ok=True))
         if not faults:
-            faults, written = self._attempt(lambda: self._write(partial, step))
+            faults, written = self._attempt(lambda: self._write(partial, step, batches))
         if not faults:
             manifest = {name: entry for sizes in written for name, entry in sizes.items()}
             faults, _ = self._attempt(lambda: self._seal(partial, folder, manifest))
@@ -217,26 +221,35 @@ class Checkpoints:
             )
 
     def draw_step(self, step: int, accumulation: int) -> list[torch.Tensor]:
-        """Draws the micro-batches of a step. If a stream breaks in a run of one process, a checkpoint is saved first.
+        """Draws the micro-batches of a step. If the stream of any rank breaks, a checkpoint is saved first.
 
         Raises:
-            DataError: If the text cannot be read. The message names the place in the text and the checkpoint.
+            DataError: On all ranks, if the text cannot be read. The message names the place in the text and the
+                checkpoint.
         """
-        rows, streaming = self.recipe.micro_batch_size, self.recipe.streaming
-        before = self.state.batches.state_dict() if streaming else None
-        try:
+        rows = self.recipe.micro_batch_size
+        if not self.recipe.streaming:
             return [self.state.batches.next_batch(rows) for _ in range(accumulation)]
+        before, drawn, fault = self.state.batches.state_dict(), [], None
+        try:
+            drawn = [self.state.batches.next_batch(rows) for _ in range(accumulation)]
         except DataError as error:
-            # With several processes, the others would wait for this one in the middle of their step.
-            if not streaming or self.accelerator.num_processes > 1 or step == 1:
-                raise
-            self.state.batches.load_state_dict(before)
-            folder = Path(self.recipe.output_dir) / "checkpoints" / f"step-{step - 1:08d}"
-            if not folder.exists():
-                self.save(step - 1)
-            raise DataError(
-                f"{error} {folder} holds the run up to there: fix the text, then pass --resume auto."
-            ) from error
+            fault = str(error)
+        if not self._on_any_rank(fault is not None):
+            return drawn
+        fault = next(filter(None, gather_object([fault])))
+        if step == 1:
+            raise DataError(fault)
+        folder = Path(self.recipe.output_dir) / "checkpoints" / f"step-{step - 1:08d}"
+        if not folder.exists():
+            self.save(step - 1, before)
+        raise DataError(f"{fault} {folder} holds the run up to there: fix the text, then pass --resume auto.")
+
+    def _on_any_rank(self, value: bool) -> bool:
+        """Whether a value is true on any rank, which would otherwise be waited for in the middle of a step."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device)).item() > 0
 
     def _attempt(self, write) -> tuple[list[str], list]:
         """Runs `write` on all ranks. Returns the faults of the ranks that failed, and the results of all ranks."""
@@ -249,14 +262,15 @@ class Checkpoints:
         outcomes = gather_object([(fault, result)])
         return [fault for fault, _ in outcomes if fault], [result for _, result in outcomes]
 
-    def _write(self, partial: Path, step: int) -> dict[str, list[int]]:
+    def _write(self, partial: Path, step: int, batches: dict | None) -> dict[str, list[int]]:
         accelerator, index = self.accelerator, self.accelerator.process_index
         dcp.save(
             self._tensors(),
             storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True),
             no_dist=accelerator.num_processes == 1,
         )
-        rank = {"batches": self.state.batches.state_dict(), "random": torch.get_rng_state().numpy().tobytes().hex()}
+        batches = batches or self.state.batches.state_dict()
+        rank = {"batches": batches, "random": torch.get_rng_state().numpy().tobytes().hex()}
         if accelerator.device.type == "cuda":
             rank["device_random"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
         (partial / f"rank-{index}.json").write_text(json.dumps(rank))

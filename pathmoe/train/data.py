@@ -16,7 +16,8 @@ from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pathmoe.files import write_aside
+from pathmoe.command import one_line
+from pathmoe.files import read_json, write_aside
 from pathmoe.text.batches import Batches, PackedBlocks, PackedStream, Prefetch, document_positions
 from pathmoe.text.reader import DataError, load_text, pack, read_blocks, train_tokenizer
 from pathmoe.train.output import set_aside
@@ -60,10 +61,15 @@ def build_tokenizer(
                 tokenizer.save_pretrained(partial)
         accelerator.wait_for_everyone()
         name = str(folder)
+    for file in filter(Path.is_file, (Path(name) / "tokenizer.json", Path(name) / "tokenizer_config.json")):
+        read_json(file, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a damaged file can raise any type of error
-        raise RecipeError(f"tokenizer={name!r} could not be loaded: {type(error).__name__}: {error}") from error
+        reason = (
+            one_line(error) if Path(name).exists() else "it is not a folder here, nor could the Hub be asked for it"
+        )
+        raise RecipeError(f"tokenizer={name!r} could not be loaded: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"tokenizer={name!r} has no end-of-text token, which separates packed documents.")
     if len(tokenizer) > vocab_size:

@@ -19,6 +19,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from pathmoe.command import STOPPING
 from pathmoe.train.recipe import Recipe, RecipeError
 
 
@@ -149,13 +150,13 @@ def gather_full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class StopOnSignal:
-    """Records SIGINT and SIGTERM, so that the run can stop after the current step."""
+    """Records SIGINT, SIGTERM and SIGHUP, so that the run can stop after the current step."""
 
     def __init__(self):
         self.signalled, self._before = False, {}
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             with contextlib.suppress(ValueError):  # raised outside of the main thread: the caller handles signals
                 self._before[number] = signal.signal(number, self._handle)
         return self

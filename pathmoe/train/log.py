@@ -151,6 +151,8 @@ def plot(args: list[str]) -> Path:
         if not runs[run]:
             raise RecipeError(f"{run} holds no metrics.jsonl with a finished line: name the output_dir of a run.")
         check_curves(run, runs[run])
+        if not any(line.keys() & CURVES.keys() for line in runs[run]):
+            raise RecipeError(f"{run}/metrics.jsonl has nothing to draw: no line has one of {', '.join(CURVES)}.")
     output = Path(options.output or Path(options.runs[0]) / "training.png")
     if output.suffix != ".png":
         raise RecipeError(f"--output {output} must end in .png.")

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from pathmoe.accounting import count_parameters
+from pathmoe.command import STOPPING
 from pathmoe.files import check_writable
 from pathmoe.train.checkpoints import Checkpoints, find_checkpoint, step_of
 from pathmoe.train.data import build_data, build_tokenizer
@@ -118,7 +119,10 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
     output = Path(recipe.output_dir)
     check_inputs(recipe)
     checkpoint = find_checkpoint(recipe, accelerator)
-    if is_finished(recipe, checkpoint, 0 if checkpoint is None else step_of(checkpoint)):
+    steps = 0 if checkpoint is None else step_of(checkpoint)
+    if steps > recipe.max_steps:
+        raise RecipeError(f"max_steps={recipe.max_steps} is below the {steps} steps of {checkpoint}: raise it.")
+    if is_finished(recipe, checkpoint, steps):
         accelerator.print(f"{output / 'final'} is complete: max_steps={recipe.max_steps}.")
         return 0
     changed = []
@@ -153,6 +157,6 @@ def run(recipe: Recipe, config: PreTrainedConfig, accelerator: Accelerator) -> i
 
 
 def command() -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):  # both are handled alike: the run can be resumed
+    for number in STOPPING:  # all are handled alike: the run can be resumed
         signal.signal(number, signal.default_int_handler)
     return main()

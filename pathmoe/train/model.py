@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils.output_capturing import install_all_output_capturing_hooks
 
 from pathmoe import presets
-from pathmoe.command import UserError
+from pathmoe.command import UserError, one_line
 from pathmoe.files import read_json
 from pathmoe.loading import load_model
 from pathmoe.train.checkpoints import list_checkpoints
@@ -41,6 +41,8 @@ MAX_LAYERS = 10_000
 def read_fields(file: Path) -> dict:
     """Reads the fields of a model configuration file and checks its architecture."""
     fields = read_json(file)
+    if not fields:
+        raise ValueError("it has no fields: give at least the sizes of the model.")
     if (kind := fields.get("model_type", "pathmoe")) not in list(CONFIG_MAPPING):
         raise ValueError(f"model_type={kind!r} is not known to transformers.")
     return fields
@@ -91,13 +93,16 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
     try:
         if recipe.model.endswith(".json"):
             fields = read_fields(presets.find(recipe.model)) | recipe.model_overrides
+            fields.pop("auto_map", None)  # `save_pretrained` writes it; the code is this package's
             check_fields(fields)
             config = AutoConfig.for_model(fields.pop("model_type", "pathmoe"), **fields)
         else:
             check_fields(recipe.model_overrides)
+            if Path(recipe.model).is_dir():
+                read_json(Path(recipe.model) / "config.json")
             config = AutoConfig.from_pretrained(recipe.model, **recipe.model_overrides)
     except (UserError, StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RecipeError(f"model={recipe.model!r}: {error.__cause__ or error}") from error
+        raise RecipeError(f"model={recipe.model!r}: {one_line(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise RecipeError(f"model={recipe.model!r}: model_type={config.model_type!r} is not a causal language model.")
     known = set(type(config)().to_dict()) | set(type(config).attribute_map) | {"model_type", "architectures"}

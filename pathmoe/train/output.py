@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 from pathmoe.files import write_text
 from pathmoe.train.recipe import OPERATIONAL_FIELDS, Recipe, RecipeError, list_changes, published, read_recipe
@@ -33,6 +34,7 @@ def lock_output_dir(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
     output = Path(recipe.output_dir)
     try:
         created, locked_first = not output.exists(), not (output / "run.lock").exists()
+        recipe_before = (output / "recipe.yaml").exists()
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / "run.lock", timeout=0).acquire()
     except Timeout:
@@ -48,10 +50,13 @@ def lock_output_dir(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            # recipe.yaml is the first file that a run keeps. A run that fails before it leaves nothing behind.
-            if locked_first and not (output / "recipe.yaml").exists():
+            # A run that has not taken a step leaves nothing behind: its metrics are the first file that it keeps.
+            metrics = output / "metrics.jsonl"
+            begun = (output / "checkpoints").exists() or (metrics.is_file() and metrics.stat().st_size)
+            if locked_first and (recipe_before or not (output / "recipe.yaml").exists() or created and not begun):
                 (output / "run.lock").unlink()
-            made = {path.name for path in output.glob("validation-*.npy")} | {"tokenizer"}
+            made = {path.name for path in output.glob("validation-*.npy")}
+            made |= {"tokenizer"} if begun else {"tokenizer", "recipe.yaml", "metrics.jsonl"}
             if created and {path.name for path in output.iterdir()} <= made:
                 shutil.rmtree(output)
             raise
@@ -111,11 +116,12 @@ def is_finished(recipe: Recipe, checkpoint: Path | None, steps: int) -> bool:
     made_with = read_recipe(final / "recipe.yaml")
     now = published(vars(recipe))
     changed = None if made_with is None else list_changes(made_with, now, OPERATIONAL_FIELDS - {"max_steps"})
-    weights = [file for file in final.glob("*.safetensors") if file.stat().st_size]
+    weights = [*final.glob("*.safetensors")]
     if (
         changed == []
         and (final / "config.json").is_file()
         and weights
+        and all(map(is_whole, weights))
         and (checkpoint is None or steps >= recipe.max_steps)
     ):
         return True
@@ -133,6 +139,15 @@ def is_finished(recipe: Recipe, checkpoint: Path | None, steps: int) -> bool:
             "or choose another output_dir."
         )
     return False
+
+
+def is_whole(weights: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    try:
+        with safe_open(weights, "pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def write_recipe(recipe: Recipe):

@@ -25,6 +25,11 @@ from pathmoe.command import UserError
 MAX_COUNT = 10**9  # the most steps, tokens, sequences etc. that a recipe may ask for
 SMALLEST, LARGEST = 2.0**-126, 2.0**127  # the range in which float32 has full precision
 
+TYPES = {
+    int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list",
+    type(None): "null",
+}  # fmt: skip
+
 
 class RecipeError(UserError, ValueError):
     """The recipe cannot be run as asked. The message names the field, the value and the fix."""
@@ -174,8 +179,10 @@ class Recipe:
                 raise ValueError(f"{field.name}={value} must not be a boolean.")
             if isinstance(value, int) and value > MAX_COUNT and field.name != "seed":
                 raise ValueError(f"{field.name}={value} must be at most {MAX_COUNT:,}.")
-            if value == "" or (isinstance(value, str) and "\0" in value):
+            if isinstance(value, str) and (not value.strip() or "\0" in value):
                 raise ValueError(f"{field.name}={value!r} is empty or has a null byte: set a value or omit the field.")
+            if field.name in ("output_dir", "cache_dir") and str(value).startswith(("~", "$")):
+                raise ValueError(f"{field.name}={value!r} is not expanded: write the path without {value[0]}.")
 
     def validate_numbers(self):
         for name in (
@@ -398,6 +405,11 @@ def parse_recipe(args: list[str]) -> Recipe:
     ]
     if missing:
         raise RecipeError(f"the recipe lacks {', '.join(missing)}: add them to the YAML or pass --{missing[0]} VALUE.")
+    for name, value in values.items():
+        kinds = getattr(fields[name].type, "__args__", (fields[name].type,))
+        if type(value) not in kinds:
+            words = [TYPES[kind] for kind in kinds if not (kind is int and float in kinds)]
+            raise RecipeError(f"{name}={value!r} must be {' or '.join(words)}.")
     try:
         return Recipe(**values)
     except StrictDataclassError as error:

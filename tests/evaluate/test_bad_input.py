@@ -23,6 +23,7 @@ from pathmoe import PathMoEConfig, PathMoEForCausalLM
 from pathmoe.command import UserError
 from pathmoe.evaluate import compare, contamination, path_report, perplexity, report, run_lm_eval
 from pathmoe.evaluate.inputs import explained
+from pathmoe.files import write_texts
 
 
 GOOD = "".join(json.dumps({"text": f"The quick brown fox number {i} jumps over the dog."}) + "\n" for i in range(6))
@@ -207,6 +208,9 @@ def test_data_that_cannot_be_read_is_refused(command, place, name, content, mess
             "column 'of' holds ['b'], which is neither text nor a number",
         ),
         (lambda p: setattr(p, "output", p.folder / "out.txt"), "must end in .json"),
+        (lambda p: (p.folder / "out.json").symlink_to("/nowhere/out"), "out.json is a link to /nowhere/out"),
+        (options("--split", "test"), "--split test: "),
+        (options("--name", "wiki"), "--name wiki: "),
         (lambda p: setattr(p, "output", p.folder / ("n" * 300 + ".json")), "File name too long"),
         (lambda p: (p.folder / "out.json").mkdir(), "is a folder: name a file"),
         (lambda p: setattr(p, "output", p.folder / "data.json"), "would overwrite the data"),
@@ -241,6 +245,7 @@ def tagged(**columns):
         (options("--resamples", "1000000000"), "--resamples 1000000000 must be at most"),
         (options("--resamples", "0"), "--resamples 0 must be at least 1"),
         (options("--seed", "-1"), "--seed -1 must be at least 0"),
+        (lambda p: options("--data", str(p.data), str(p.data))(p), "names a file twice"),
         (options("--max_tokens", "3"), "documents of at least two tokens, but intervals need at least 4"),
         (lambda p: p.give("a.jsonl", '{"text": "a"}\n' * 8), "reaches 0 documents of at least two tokens"),
         (tagged(source={"of": "b"}), "column 'source' holds {'of': 'b'}, which is neither text nor a number"),
@@ -339,6 +344,12 @@ def test_compare_replaces_its_own_results_alone(tmp_path, name):
     with pytest.raises(UserError, match=f"{name} exists and is not an earlier result"):
         compare.main(args)
     assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_files_that_belong_together_are_all_written_or_none(tmp_path):
+    with pytest.raises(OSError):
+        write_texts({tmp_path / "new" / "a.json": "{}", tmp_path / "new" / "b" * 300: ""})
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_are_no_html_in_a_comparison(tmp_path):

@@ -195,6 +195,31 @@ def test_files_of_the_user_in_the_folder_of_runs_are_kept(settings, tmp_path):
     assert mine.read_text() == "mine"
 
 
+def test_a_wrong_corpus_is_refused_and_leaves_the_one_that_was_placed(settings, tmp_path):
+    settings()
+    corpus, runs = tmp_path / "corpus", tmp_path / "other-runs"
+    place_corpus(corpus, runs, set())
+    shutil.copytree(corpus, wrong := tmp_path / "wrong")
+    for content, complaint in (
+        ("", "train.jsonl is empty"),
+        ("one\n", "is not the one that"),
+        (None, "the same text"),
+    ):
+        (wrong / "train.jsonl").write_text((wrong / "validation.jsonl").read_text() if content is None else content)
+        with pytest.raises(UserError, match=complaint):
+            place_corpus(wrong, runs, set())
+    assert (runs / "corpus" / "train.jsonl").samefile(corpus / "train.jsonl")
+
+
+def test_parts_without_what_they_need_are_refused_and_leave_nothing(settings, tmp_path):
+    options = settings()
+    before = sorted(tmp_path.rglob("*"))
+    for part, complaint in (("primary", "no learning rate yet"), ("map", "no learning rate"), ("report", "no result")):
+        with pytest.raises(UserError, match=complaint):
+            main([part, *options])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_damaged_result_of_a_run_is_named(settings, tmp_path):
     options = settings(rows={"indep": {}})
     (tmp_path / "results").mkdir()

@@ -283,6 +283,28 @@ def test_a_trace_that_lacks_its_end_is_named(tiny_model, tokens, tmp_path):
         _ = PathTrace.load(file).experts
 
 
+def test_a_flipped_bit_of_a_trace_is_found_unless_it_has_no_checksum(tiny_model, tokens, tmp_path, monkeypatch):
+    with record_paths(model := tiny_model(), weights=True) as trace:
+        model(tokens())
+    trace.save(file := tmp_path / "trace.arrow")
+    whole = file.read_bytes()
+    names = ("experts", "weights", "token_ids", "sequence_ids", "positions", "offsets")
+    refused = 0
+    for place in range(0, len(whole), 7):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            loaded = PathTrace.load(file)
+            assert all(torch.equal(getattr(loaded, name), getattr(trace, name)) for name in names)
+            assert loaded.model == trace.model
+        except ValueError as error:
+            assert "trace.arrow is" in str(error)
+            refused += 1
+    assert refused > len(whole) / 7 / 2  # the rest is padding
+    monkeypatch.setattr("pathmoe.paths.record._CHECKSUM", b"unknown")
+    file.write_bytes(whole)
+    assert torch.equal(PathTrace.load(file).experts, trace.experts)
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", None], ids=["empty", "text", "truncated"])
 def test_a_damaged_trace_is_named(tiny_model, tokens, tmp_path, content):
     with record_paths(model := tiny_model()) as trace:

@@ -16,8 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from pathmoe.command import UserError
+from pathmoe.command import STOPPING, UserError
 from pathmoe.train.divergence import Diverged
+from pathmoe.train.engine import StopOnSignal
 from pathmoe.train.main import main
 from tests.run_helpers import metrics
 
@@ -83,6 +84,13 @@ RECIPES = [
     ({"dataset": "nonesuch.jsonl"}, "nonesuch.jsonl"),
     ({"dataset": "json", "data_files": {"test": "x"}}, "'x' does not exist"),
     ({"dataset": "json", "data_files": [3]}, "3 where the name of a file"),
+    ({"max_steps": "6 steps"}, "max_steps='6 steps' must be a whole number"),
+    ({"tokenizer": ["tok"]}, "tokenizer=.*tok.* must be text or null"),
+    ({"warmup_steps": "5%"}, "warmup_steps='5%' must be a number"),
+    ({"cache_dir": "~/cache"}, "cache_dir='~/cache' is not expanded"),
+    ({"cache_dir": " "}, "cache_dir=' ' is empty"),
+    ({"tokenizer": "nonesuch"}, "tokenizer='nonesuch' could not be loaded: it is not a folder here"),
+    ({"model_overrides": {"n_shared_experts": 1}}, "n_shared_experts"),
 ]
 
 
@@ -137,6 +145,8 @@ def test_recipe_file_is_refused(tmp_path, content, complaint):
     ("content", "complaint"),
     [
         (b"", "model="),
+        (b"{}", "it has no fields"),
+        (b"// mine", "model.json is damaged: it is not valid JSON"),
         (b"[]", "must hold a JSON object"),
         (b'{"num_experts": 8', "model="),
         (b'{"num_experts": 8, "num_experts": 4}', "duplicate key 'num_experts'"),
@@ -400,6 +410,68 @@ def test_damaged_token_cache_is_named(recipe, tmp_path, content):
         file.write_bytes(file.read_bytes()[:-100] if content is None else content)
     with pytest.raises(UserError, match="tokens-.*npy is damaged .*remove it"):
         main([*args, "--output_dir", str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("notes.docx", b"PK", "notes.docx must end in one of .jsonl"),
+        ("blank.txt", b"\n \n", "holds no text: it is empty or blank"),
+        ("cut.parquet", b"PAR1", "cut.parquet.*arquet"),
+    ],
+)
+def test_data_file_that_holds_no_text_is_refused_in_one_line(recipe, tmp_path, caplog, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        main(recipe(tmp_path / "run", dataset=str(tmp_path / name)))
+    assert not caplog.records  # of `datasets`, which would be printed before the error
+
+
+def test_configuration_of_a_saved_model_is_read(trained, recipe, tmp_path):
+    assert "auto_map" in json.loads((trained / "final" / "config.json").read_text())
+    assert main(recipe(tmp_path / "run", model=str(trained / "final" / "config.json"), max_steps=1)) == 0
+
+
+def test_integers_in_the_place_of_weights_are_refused(trained, recipe, tmp_path):
+    shutil.copytree(trained / "final", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="model.norm.weight in .* holds integers .I8., not weights"):
+        main(recipe(tmp_path / "run", model=str(tmp_path / "model")))
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(trained, recipe, tmp_path):
+    shutil.copytree(trained, run := tmp_path / "run")
+    shutil.rmtree(run / "final")
+    before = contents(run)
+    with pytest.raises(UserError, match="max_steps=1 is below the . steps of .*step-"):
+        main([*recipe(run, max_steps=1), "--resume", "auto"])
+    assert contents(run) == before
+
+
+def test_damaged_result_of_a_finished_run_is_made_again_from_its_checkpoint(trained, recipe, tmp_path):
+    shutil.copytree(trained, run := tmp_path / "run")
+    file = run / "final" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    args = ["--config", str(run / "recipe.yaml"), "--output_dir", str(run), "--resume", "auto"]
+    assert main(args) == 0 and file.read_bytes() == whole
+
+
+def test_stream_that_breaks_before_the_first_step_leaves_nothing(recipe, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_bytes(b"".join([GOOD % 0, *[b'{"text": null}\n'] * 3, *(GOOD % number for number in range(200))]))
+    with pytest.raises(UserError, match="line 2 holds null"):
+        main(recipe(tmp_path / "run", dataset=str(text), streaming=True, max_bad_rows=0))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", sorted(STOPPING), ids=str)
+def test_each_signal_that_asks_to_stop_is_recorded(number):
+    with StopOnSignal() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.signalled
 
 
 @pytest.mark.parametrize("manifest", ["{}", "[]", "3", '{"a": 1}', '{"state.json": null}', ""])

@@ -89,6 +89,31 @@ def test_two_processes_that_are_asked_to_stop_save_the_step_they_are_in(single, 
     assert_same_training(tmp_path / "run", single, "loss")
 
 
+def test_a_stream_that_breaks_on_one_of_two_processes_leaves_a_checkpoint_of_both(single, recipe, tmp_path, free_port):
+    rows = [json.dumps({"text": f"In row {i} the ship came in late and stayed for {i} days."}) for i in range(300)]
+    texts = [tmp_path / name for name in ("even.jsonl", "odd.jsonl", "validation.jsonl")]  # a process reads one each
+    for text in texts:
+        text.write_text("\n".join(rows))
+    texts[1].write_text("\n".join([*rows[:20], '{"text": null}', *rows[21:]]))
+    fields = FIELDS | {
+        "dataset": "json", "data_files": {"train": [str(file) for file in texts[:2]], "validation": str(texts[2])},
+        "validation_split": "validation", "streaming": True, "max_bad_rows": 0, "shuffle_window": 1,
+        "tokenizer": str(single / "tokenizer"),
+    }  # fmt: skip
+    run = tmp_path / "run"
+    process = start_with_accelerate(recipe(run, **fields), "ddp", free_port)
+    output, _ = process.communicate(timeout=1800)
+    done = max(metrics(run))
+    assert process.returncode
+    assert "odd.jsonl line 21 " in output and f"{run}/checkpoints/step-{done:08d} holds the run up to there" in output
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:08d}"]
+    texts[1].write_text("\n".join(rows))
+    accelerate_launch(recipe(run, **fields, resume="auto", accept_changed_inputs=True), "ddp", free_port)
+    accelerate_launch(recipe(tmp_path / "at-once", **fields), "ddp", free_port)
+    assert 1 <= done < 20 and list(metrics(run)) == list(range(1, 21))
+    assert metrics(run) == pytest.approx(metrics(tmp_path / "at-once"), rel=1e-4)
+
+
 WORKER = """
 import os, sys
 import torch
