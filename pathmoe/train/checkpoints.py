@@ -2,7 +2,7 @@
 """Training checkpoints. They are written atomically, contain no pickle, and load on any number of ranks.
 
 step-00000100/
-  shard-*.safetensors   weights and AdamW moments; each rank writes its own shards
+  shard-*.safetensors   weights and moments of the optimizer; each rank writes its own shards
   rank-N.json           random state and data position of rank N
   state.json            step, schedule, counters
   manifest.json         size and CRC-32 of the other files
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pathmoe.command import UserError
 from pathmoe.files import follow_umask
 from pathmoe.text.reader import DataError
+from pathmoe.train.muon import moment_names
 from pathmoe.train.output import set_aside
 from pathmoe.train.recipe import (
     CHANGEABLE_ON_RESUME,
@@ -39,8 +40,6 @@ from pathmoe.train.state import TrainState
 
 # torch warns in every run with one process, where this is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 NAME = re.compile(r"step-\d{8,}")
@@ -189,7 +188,7 @@ class Checkpoints:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items() if name in own}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})
-            tensors |= {f"optimizer.{name}.{key}": state[key] for key in MOMENTS if key in state}
+            tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items() if key != "step"}
         return tensors
 
     def save(self, step: int, batches: dict | None = None):
@@ -350,7 +349,7 @@ class Checkpoints:
                 fused = any(group["fused"] for group in self.optimizer.param_groups)
                 self.optimizer.state[parameter] = {
                     "step": step.to(parameter.device) if fused else step,
-                    **{key: torch.zeros_like(parameter) for key in MOMENTS},
+                    **{key: torch.zeros_like(parameter) for key in moment_names(self.optimizer, parameter)},
                 }
         dcp.load(self._tensors(), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=world_size == 1)
         self.state.scheduler.last_epoch = saved["scheduler"]

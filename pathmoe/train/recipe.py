@@ -70,8 +70,11 @@ class Recipe:
         cache_dir (`str`, *optional*): The folder that caches token ids, so that other runs on the same text can reuse
             them. Defaults to `pathmoe` in the cache folder of `datasets`.
         eval_sequences (`int`): The most validation sequences that an evaluation reads.
-        learning_rate, weight_decay, beta1, beta2, epsilon, max_grad_norm: Settings of AdamW and of gradient clipping.
-            Weight decay applies to matrices, not to norms and biases.
+        optimizer (`str`): `"adamw"`, or `"muon"`: Muon for the matrices of attention and experts, and AdamW for
+            embeddings, head, norms and routers. Both use the same learning rate and weight decay.
+        muon_momentum (`float`): Momentum of Muon. 0.95 is the value of its authors.
+        learning_rate, weight_decay, beta1, beta2, epsilon, max_grad_norm: Settings of the optimizer and of gradient
+            clipping. Weight decay applies to matrices, not to norms and biases.
         router_learning_rate_scale (`float`): Factor on the learning rate of the routers.
         unigram_start (`bool`): Whether a new model starts from the token frequencies of the training text and from
             embeddings of standard deviation 1. Embeddings and head then have no weight decay, and the head must not be
@@ -129,6 +132,8 @@ class Recipe:
     shuffle_window: int = 1000
     cache_dir: str | None = None
     eval_sequences: int = 256
+    optimizer: str = "adamw"
+    muon_momentum: float = 0.95
     learning_rate: float = 1e-3
     router_learning_rate_scale: float = 1.0
     unigram_start: bool = False
@@ -164,6 +169,7 @@ class Recipe:
 
     def validate_choices(self):
         for name, choices in (
+            ("optimizer", ("adamw", "muon")),
             ("schedule", ("cosine", "wsd")),
             ("precision", ("fp32", "bf16")),
             ("engine", ("auto", "cpu", "gpu", "ddp", "fsdp", "fsdp_ep")),
@@ -205,12 +211,16 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio={self.min_lr_ratio} must be from 0 to 1.")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to below 1.")
         for name in ("warmup_steps", "decay_steps"):
             if getattr(self, name) >= 1 and getattr(self, name) % 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be a whole number of steps or a fraction < 1.")
+        if self.optimizer == "muon" and self.ep_size > 1:
+            raise ValueError(
+                f"optimizer='muon' does not support ep_size={self.ep_size}: set ep_size=1, or use 'adamw'."
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be from 0 to {2**32 - 1}.")
         if self.epsilon > 1:
@@ -300,9 +310,9 @@ OPERATIONAL_FIELDS = {
 
 # Fields that influence what is trained, but may still differ on resume. The log and the model card record the change.
 CHANGEABLE_ON_RESUME = OPERATIONAL_FIELDS | {
-    "learning_rate", "router_learning_rate_scale", "weight_decay", "beta1", "beta2", "epsilon", "max_grad_norm",
-    "schedule", "warmup_steps", "decay_steps", "min_lr_ratio", "precision", "gradient_checkpointing", "compile",
-    "attn_implementation", "experts_implementation",
+    "learning_rate", "router_learning_rate_scale", "weight_decay", "muon_momentum", "beta1", "beta2", "epsilon",
+    "max_grad_norm", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio", "precision", "gradient_checkpointing",
+    "compile", "attn_implementation", "experts_implementation",
 }  # fmt: skip
 
 
