@@ -267,7 +267,9 @@ def _checksum(batch: dict[str, np.ndarray], model: RoutedModel) -> bytes:
     """CRC-32 of a batch and of what identifies the model."""
     checksum = zlib.crc32(json.dumps(asdict(model)).encode())
     for name, values in batch.items():
-        checksum = zlib.crc32(np.ascontiguousarray(values), zlib.crc32(f"{name} {values.dtype}".encode(), checksum))
+        checksum = zlib.crc32(
+            np.ascontiguousarray(values).data, zlib.crc32(f"{name} {values.dtype}".encode(), checksum)
+        )
     return b"%08x" % checksum
 
 

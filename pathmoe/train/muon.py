@@ -84,13 +84,12 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     if isinstance(matrices, DTensor):
         mesh, placements = matrices.device_mesh, matrices.placements
-        layout = {"device_mesh": mesh, "run_check": False, "shape": matrices.shape, "stride": matrices.stride()}
         if matrices.ndim == 3 and all(p.is_replicate() or p == Shard(0) for p in placements):
-            return DTensor.from_local(orthogonalize(matrices.to_local(), dtype), placements=placements, **layout)
+            local, shape, stride = orthogonalize(matrices.to_local(), dtype), matrices.shape, matrices.stride()
+            return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
         full = orthogonalize(matrices.full_tensor(), dtype)
-        return DTensor.from_local(full, placements=[Replicate()] * mesh.ndim, **layout).redistribute(
-            placements=placements
-        )
+        replicated = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return replicated.redistribute(placements=placements)
     a, b, c = COEFFICIENTS
     x = matrices.to(dtype or (torch.float32 if matrices.device.type == "cpu" else torch.bfloat16))
     x = x.reshape(-1, *matrices.shape[-2:])

@@ -2,6 +2,7 @@
 """Optimizer and learning rate scheduler of a recipe."""
 
 from collections import defaultdict
+from functools import partial
 
 import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
@@ -30,15 +31,14 @@ def build_optimizer(recipe: Recipe, model: torch.nn.Module):
         }
         for key in sorted(groups, reverse=True)
     ]
-    kwargs = {"momentum": recipe.muon_momentum} if recipe.optimizer == "muon" else {}
-    optimizer = (Muon if recipe.optimizer == "muon" else torch.optim.AdamW)(
+    optimizer_class = partial(Muon, momentum=recipe.muon_momentum) if recipe.optimizer == "muon" else torch.optim.AdamW
+    optimizer = optimizer_class(
         groups,
         lr=recipe.learning_rate,
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.epsilon,
         fused=recipe.ep_size == 1,  # no kernel supports parameters of several device meshes at once
         foreach=False if recipe.ep_size > 1 else None,
-        **kwargs,
     )
     if recipe.schedule == "cosine":
         scheduler = get_cosine_with_min_lr_schedule_with_warmup(

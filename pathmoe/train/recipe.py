@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Set
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub.dataclasses import strict
@@ -25,7 +26,7 @@ from pathmoe.command import UserError
 MAX_COUNT = 10**9  # the most steps, tokens, sequences etc. that a recipe may ask for
 SMALLEST, LARGEST = 2.0**-126, 2.0**127  # the range in which float32 has full precision
 
-TYPES = {
+TYPES: dict[Any, str] = {
     int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list",
     type(None): "null",
 }  # fmt: skip
