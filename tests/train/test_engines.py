@@ -73,7 +73,7 @@ def test_sharded_checkpoint_goes_on_in_one_process_and_back(single, recipe, tmp_
     assert main(args) == 0
     cut(after=12)
     output = accelerate_launch(args, "fsdp", free_port)
-    assert "step-00000012 was written by 1 processes and goes on with 2" in output
+    assert "step-00000012 was written by 1 processes and continues with 2" in output
     assert_same_training(run, single, "loss")
 
 
