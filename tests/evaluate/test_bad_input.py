@@ -217,7 +217,7 @@ def test_data_that_cannot_be_read_is_refused(command, place, name, content, mess
         (lambda p: setattr(p, "output", p.model / "config.json"), "is not an earlier result"),
         (lambda p: setattr(p, "output", p.file("notes.json", "mine")), "notes.json exists and is not an earlier"),
         (lambda p: p.file("out.jsonl", '{"mine": 1}'), "out.jsonl exists and is not an earlier result"),
-        (lambda p: setattr(p, "data", p.folder / "model"), "neither a file, nor a folder that `save_to_disk` wrote"),
+        (lambda p: setattr(p, "data", p.folder / "model"), "not a file, a folder"),
         (lambda p: setattr(p, "model", p.folder / "absent"), "absent: this folder does not exist"),
     ],
 )
@@ -348,7 +348,7 @@ def test_compare_replaces_its_own_results_alone(tmp_path, name):
 
 def test_files_that_belong_together_are_all_written_or_none(tmp_path):
     with pytest.raises(OSError):
-        write_texts({tmp_path / "new" / "a.json": "{}", tmp_path / "new" / "b" * 300: ""})
+        write_texts({tmp_path / "new" / "a.json": "{}", tmp_path / "new" / ("b" * 300): ""})
     assert not list(tmp_path.iterdir())
 
 
