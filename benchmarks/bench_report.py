@@ -4,6 +4,7 @@
 from pathlib import Path
 
 from pathmoe.files import write_aside
+from pathmoe.markdown import markdown_table
 
 
 # These do not compete: the dense model has no experts, and the bounds leave out the work of experts or of routing.
@@ -93,11 +94,11 @@ def make_table(*reports: dict) -> str:
     Args:
         reports (`dict`): Reports of `bench.py --json`. Of a comparison in several reports, the first one counts.
     """
-    lines = [
-        "| | shape | dtype | | ours, ms | best peer | its time / ours | Qwen3-MoE / ours | dense / ours | routing "
-        "| of peak | peer's | memory |",
-        "|---|---|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    head = [
+        "call", "shape", "dtype", "mode", "ours, ms", "best peer", "its time / ours", "Qwen3-MoE / ours",
+        "dense / ours", "routing", "of peak", "peer's", "memory",
+    ]  # fmt: skip
+    table = []
     fields = ("suite", "shape", "dtype", "compiled", "mode", "batch", "length")
     rows = {}
     for report in reports:
@@ -125,8 +126,8 @@ def make_table(*reports: dict) -> str:
             f"{peer['gflops'] / peak:.0%}",
             _memory(comparison),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append(cells)
+    return markdown_table(head, table, left=(0, 1, 2, 3, 5))
 
 
 def plot_scaling(report: dict, file: Path):

@@ -24,6 +24,7 @@ from benchmarks.contenders import BATCHES, Case, make_zoo, run_experts, train_st
 from benchmarks.options import check_options, read_report
 from pathmoe.command import ArgumentParser, run_command
 from pathmoe.files import write_text
+from pathmoe.markdown import markdown_table
 
 
 KINDS = {
@@ -67,14 +68,14 @@ def measure(case: Case, name: str, backend: str, calls: int) -> dict:
 
 
 def make_table(report: dict) -> str:
-    lines = ["| | shape | dtype | | ms | " + " | ".join(KINDS) + " | the rest | GFLOP/s |"]
-    lines.append("|---|---|---|---|--:|" + "--:|" * (len(KINDS) + 2))
+    rows = []
     for row in report["results"]:
         shares = [*row["shares"].values(), 1 - sum(row["shares"].values())]
         cells = [row["suite"].replace("_", " "), row["shape"], row["dtype"], row["model"], f"{row['ms']:.3g}"]
         cells += [f"{share:.0%}" if share else "" for share in shares]
-        lines.append("| " + " | ".join([*cells, f"{row['gflops']:.0f}"]) + " |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{row['gflops']:.0f}"])
+    head = ["call", "shape", "dtype", "model", "ms", *KINDS, "the rest", "GFLOP/s"]
+    return markdown_table(head, rows, left=range(4))
 
 
 def main(args: list[str] | None = None):
