@@ -3,6 +3,7 @@
 
 import argparse
 import errno
+import os
 import re
 import signal
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable
 # Errors of a disk that is full, over quota, read-only or broken.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
-# What asks a process to end. SIGHUP comes when the terminal is closed, unless `nohup` has it ignored.
+# Signals that ask a process to end. SIGHUP is sent when the terminal is closed; `nohup` makes it ignored.
 STOPPING = {signal.SIGINT, signal.SIGTERM}
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     STOPPING.add(signal.SIGHUP)
@@ -51,10 +52,14 @@ def run_command(main: Callable[[], object], interrupted: int = 130):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         status = main()
+        sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

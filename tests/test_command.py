@@ -37,6 +37,14 @@ def test_a_command_ends_with_its_status_and_one_line(main, status, said):
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", said)
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_stops_reading_ends_the_command_in_silence(lines):
+    code = f"from pathmoe.command import run_command; run_command(lambda: print('line\\n' * {lines}))"
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command.stdout.close()
+    assert (command.stderr.read(), command.wait()) == (b"", 141)
+
+
 @pytest.mark.parametrize("name", ["new/deep/out.json", "out.json", "é" * 120])
 def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path, name):
     (tmp_path / "out.json").write_text("old")
