@@ -8,9 +8,12 @@ mean was wrong by 0.2.
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .routing_pathmoe import autocast_dtype, no_autocast
 
+
+logger = logging.get_logger(__name__)
 
 # Smaller chunks make the matmul with the head inefficient.
 CHUNK_TOKENS = 1024
@@ -132,3 +135,19 @@ def weigh_router_losses(
         return loss
     targets = labels[..., 1:] if shift_labels is None else shift_labels
     return loss * (targets != -100).sum().to(loss.device) / num_items_in_batch
+
+
+def warn_of_missing_labels(config: PreTrainedConfig, output_router_logits: bool):
+    """Warns once if a model is trained without labels although its configuration asks for router losses or a bias.
+
+    A trainer that computes the loss from the logits, such as `Trainer` with `label_smoothing_factor`, passes no labels.
+    Its loss then lacks the router losses, unless it adds `aux_loss` itself, for which it requests the router logits.
+    """
+    fields = ["router_bias_update_rate", "router_z_loss_coef"]
+    fields += [] if output_router_logits else ["router_aux_loss_coef"]
+    unused = [f"{name}={getattr(config, name)}" for name in fields if getattr(config, name)]
+    if unused and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"PathMoE is trained without labels, so {', '.join(unused)} has no effect: pass labels to the model (with "
+            "Trainer, set label_smoothing_factor=0), or set these fields to 0."
+        )

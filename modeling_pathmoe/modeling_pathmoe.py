@@ -23,16 +23,12 @@ from transformers.models.auto import AutoModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import (
-    OutputRecorder,
-    capture_outputs,
-    install_all_output_capturing_hooks,
-)
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, install_all_output_capturing_hooks
 
 from .attention_pathmoe import PathMoEAttention, PathMoERotaryEmbedding
 from .cache_pathmoe import CACHE_NAME, PathMoECausalLMOutputWithPast, PathMoEModelOutputWithPast, take_cache
 from .configuration_pathmoe import PathMoEConfig
-from .loss_pathmoe import linear_cross_entropy, weigh_router_losses
+from .loss_pathmoe import linear_cross_entropy, warn_of_missing_labels, weigh_router_losses
 from .norm_pathmoe import PathMoERMSNorm
 from .routing_pathmoe import (
     ROUTERS,
@@ -433,6 +429,8 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         balance = self.training and labels is not None and self.config.trains_router_balance
+        if labels is None and self.training and torch.is_grad_enabled():
+            warn_of_missing_labels(self.config, output_router_logits)
 
         outputs: PathMoEModelOutputWithPast = self.model(
             input_ids=input_ids,

@@ -293,3 +293,34 @@ def test_trainer_takes_the_step_of_one_batch_when_it_accumulates_micro_batches(t
         return dict(model.named_parameters())
 
     torch.testing.assert_close(weights_after_a_step(1, 2), weights_after_a_step(2, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "unused"),
+    [
+        ({"router_aux_loss_coef": 0.5}, "router_aux_loss_coef=0.5"),
+        (
+            {"router_z_loss_coef": 0.25, "router_aux_loss_coef": 0.5, "output_router_logits": True},
+            "router_z_loss_coef=0.25",
+        ),
+        ({"router_bias_update_rate": 0.001}, "router_bias_update_rate=0.001"),
+        ({}, None),
+        ({"router_aux_loss_coef": 0.5, "output_router_logits": True}, None),
+    ],
+    ids=str,
+)
+def test_a_trainer_that_computes_the_loss_itself_is_told_what_has_no_effect(
+    tiny_model, tokens, tmp_path, monkeypatch, fields, unused
+):
+    said = []
+    monkeypatch.setattr("modeling_pathmoe.loss_pathmoe.logger.warning_once", said.append)
+    model, row = tiny_model(**fields), tokens(1, 8)[0]
+    rows = [{"input_ids": row, "labels": row}] * 2
+    common = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "max_steps": 1}
+    Trainer(model, TrainingArguments(tmp_path, **common), train_dataset=rows).train()
+    model.eval()(row[None])
+    with torch.no_grad():
+        model.train()(row[None])
+    assert said == []
+    Trainer(model, TrainingArguments(tmp_path, label_smoothing_factor=0.1, **common), train_dataset=rows).train()
+    assert [unused in message and "pass labels" in message for message in said] == ([True] if unused else [])
