@@ -7,11 +7,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 
 from .cache_pathmoe import take_cache
 from .configuration_pathmoe import PathMoEConfig
 from .norm_pathmoe import PathMoERMSNorm
+
+
+logger = logging.get_logger(__name__)
 
 
 class PathMoERotaryEmbedding(nn.Module):
@@ -41,6 +44,21 @@ class PathMoERotaryEmbedding(nn.Module):
         angles = torch.cat([angles, angles], dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def warn_of_long_sequence(config: PathMoEConfig, past: int | torch.Tensor, length: int):
+    """Warns once if a sequence is longer than `max_position_embeddings` and the RoPE type does not adapt to that.
+
+    Compiled and traced models do not warn, because they would then be specialised to the length.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(past, torch.Tensor):
+        return
+    adapts = config.rope_parameters["rope_type"] in ("dynamic", "longrope")
+    if past + length > config.max_position_embeddings and not adapts:
+        logger.warning_once(
+            f"The sequence has {past + length} tokens, more than max_position_embeddings="
+            f"{config.max_position_embeddings} of the model: shorten it, or expect poor predictions."
+        )
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

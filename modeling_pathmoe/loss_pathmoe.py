@@ -140,7 +140,7 @@ def weigh_router_losses(
 def warn_of_missing_labels(config: PreTrainedConfig, output_router_logits: bool):
     """Warns once if a model is trained without labels although its configuration asks for router losses or a bias.
 
-    A trainer that computes the loss from the logits, such as `Trainer` with `label_smoothing_factor`, passes no labels.
+    A trainer that computes the loss from the logits passes no labels, as `Trainer` does with `label_smoothing_factor`.
     Its loss then lacks the router losses, unless it adds `aux_loss` itself, for which it requests the router logits.
     """
     fields = ["router_bias_update_rate", "router_z_loss_coef"]

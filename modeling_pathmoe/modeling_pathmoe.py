@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, install_all_output_capturing_hooks
 
-from .attention_pathmoe import PathMoEAttention, PathMoERotaryEmbedding
+from .attention_pathmoe import PathMoEAttention, PathMoERotaryEmbedding, warn_of_long_sequence
 from .cache_pathmoe import CACHE_NAME, PathMoECausalLMOutputWithPast, PathMoEModelOutputWithPast, take_cache
 from .configuration_pathmoe import PathMoEConfig
 from .loss_pathmoe import linear_cross_entropy, warn_of_missing_labels, weigh_router_losses
@@ -309,6 +309,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
+            warn_of_long_sequence(self.config, past, inputs_embeds.shape[1])
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,

@@ -358,3 +358,18 @@ def test_unknown_parallel_styles_are_refused(tiny_config, monkeypatch, size, pla
     config.check_parallel_styles({"fsdp_size": 2})
     with pytest.raises(ValueError, match=r"does not know the parallel styles \['folded_sideways'\]"):
         config.check_parallel_styles({size: 2})
+
+
+def test_a_sequence_beyond_the_longest_is_reported(tiny_model, tokens, monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_pathmoe.attention_pathmoe.logger.warning_once", said.append)
+    model, ids = tiny_model(max_position_embeddings=8), tokens(1, 9)
+    cache = model(ids[:, :8], use_cache=True).past_key_values
+    model(ids, position_ids=torch.arange(9)[None] % 5)  # packed documents, each of which is short enough
+    assert said == []
+    for forward in (lambda: model(ids), lambda: model(ids[:, 8:], past_key_values=cache)):
+        forward()
+        assert "9 tokens, more than max_position_embeddings=8" in said.pop()
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    tiny_model(max_position_embeddings=8, rope_parameters=rope)(ids)
+    assert said == []
