@@ -33,7 +33,8 @@ from .perturb import (
     restrict_paths,
     shuffle_experts,
 )
-from .record import PathTrace, record_paths, replay_paths
+from .record import PathTrace, record_paths
+from .replay import replay_paths
 
 
 __all__ = [

@@ -1,11 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Records the experts that each token visits, and replays recorded paths."""
+"""Records the experts that each token visits."""
 
 import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from ..files import write_aside
-from .hooks import RoutedModel, Routing, check_indices, edit_paths
+from .hooks import RoutedModel, Routing, check_indices
 
 
 # The fields of a token that a trace always has, besides its experts.
@@ -230,6 +230,69 @@ class PathTrace:
             if file.read() != _END:
                 raise ValueError(f"{path} is truncated or damaged: its end is missing. Record or copy it again.")
         trace._file = Path(path)
+        return trace
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Sequence[torch.Tensor | np.ndarray],
+        token_ids: Sequence[Sequence[int] | torch.Tensor | np.ndarray],
+        model: nn.Module,
+        num_experts: int | None = None,
+    ) -> "PathTrace":
+        """Makes a trace of experts that another program has recorded, such as vLLM's `routed_experts`.
+
+        vLLM records no experts for the last token that it generates, because that token passes through no layer: leave
+        it out of `token_ids`.
+
+        Args:
+            experts (`list` of arrays of shape `(T, L, k)`): The experts of each sequence, best first, in an integer
+                dtype. L counts the layers that have a router.
+            token_ids (`list` of integers or arrays of shape `(T,)`): The tokens of each sequence.
+            model (`torch.nn.Module`): The model that was recorded. The trace takes its description, so that
+                [`replay_paths`] refuses other models.
+            num_experts (`int`, *optional*): The number of experts of a layer, by default that of the configuration.
+
+        Raises:
+            TypeError: If the model has no routers that are recognised.
+            ValueError: If the arrays do not fit the model or each other, or a token has an expert twice in a layer.
+
+        Example:
+
+        ```python
+        >>> outputs = llm.generate(prompts)  # vLLM with enable_return_routed_experts=True
+        >>> experts = [output.outputs[0].routed_experts for output in outputs]
+        >>> tokens = [output.prompt_token_ids + output.outputs[0].token_ids[:-1] for output in outputs]
+        >>> trace = PathTrace.from_experts(experts, tokens, model)
+        ```
+        """
+        if not len(experts) or len(experts) != len(token_ids):
+            raise ValueError(f"experts has {len(experts)} sequences and token_ids {len(token_ids)}: pass one of each.")
+        routing = Routing(model)
+        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+            num_experts = num_experts or getattr(routing.decoder.config, name, None)
+        if num_experts is None:
+            raise ValueError(
+                f"The configuration of {routing.name} does not state the number of experts: pass num_experts."
+            )
+        trace, arrays = cls(), [torch.as_tensor(array) for array in experts]
+        top_k = arrays[0].shape[-1] if arrays[0].ndim == 3 else 0
+        trace.model = routing.describe(num_experts, top_k)
+        for number, (array, ids) in enumerate(zip(arrays, map(torch.as_tensor, token_ids))):
+            shape = len(ids), trace.model.num_layers, trace.model.top_k
+            check_indices(f"experts[{number}]", array, shape, num_experts)
+            in_order = array.long().sort(dim=-1).values
+            if (in_order[..., 1:] == in_order[..., :-1]).any():
+                raise ValueError(f"experts[{number}] has an expert twice for one token in one layer.")
+            trace._append(
+                {
+                    "experts": array.cpu().to(_index_dtype(num_experts)).numpy(),
+                    "token_ids": ids.cpu().numpy().astype(np.int32),
+                    "sequence_ids": np.full(len(ids), number, dtype=np.int32),
+                    "positions": np.arange(len(ids), dtype=np.int32),
+                    "offsets": np.full((len(ids), 2), -1, dtype=np.int32),
+                }
+            )
         return trace
 
     def replace(self, experts: torch.Tensor) -> "PathTrace":
@@ -524,76 +587,3 @@ class _Sequences:
         self.begun += int(started[-1, -1])
         self.last_ids, self.next_positions = ids[:, -1], positions[:, -1] + 1
         return ids, positions
-
-
-@contextmanager
-def replay_paths(model: nn.Module, trace: PathTrace, *, check_routers: bool = True) -> Iterator[None]:
-    """Sends the tokens of a trace through the experts of the trace, recorded or edited.
-
-    The model must get the same tokens in the same forwards as when the trace was recorded. Its routers compute the
-    weights of the trace's experts from the logits of this pass, so replaying the trace of an unchanged model
-    reproduces its logits.
-
-    Args:
-        model (`torch.nn.Module`): The recorded model.
-        trace (`PathTrace`): From [`record_paths`], [`PathTrace.load`] or [`PathTrace.replace`].
-        check_routers (`bool`, defaults to `True`): Whether to refuse a trace of a model whose routers have different
-            parameters. Pass `False` for a different model of the same shape, such as one that was trained further.
-
-    Raises:
-        TypeError: If the model has no routers that are recognised, or computes weights in a way that replay cannot
-            follow.
-        ValueError: If the trace is empty or of a different model, or the model gets different tokens than the trace's.
-
-    Example:
-
-    ```python
-    >>> with record_paths(model) as trace:
-    ...     model(**inputs)
-    >>> with replay_paths(model, trace.replace(trace.experts.flip(0))):  # each token on another token's path
-    ...     model(**inputs)
-    ```
-    """
-    routing = Routing(model)
-    experts, token_ids = trace.experts, trace.token_ids
-    described = routing.describe(trace.model.num_experts, trace.model.top_k)
-    trace.model.check_same(described)
-    if check_routers:
-        trace.model.check_routers(
-            described,
-            "Record a trace of this model, or pass check_routers=False to replay this one anyway, for instance if the "
-            "model was trained further.",
-        )
-    done = 0
-    tokens: ForwardTokens | None = None
-
-    def on_start(decoder, args, kwargs):
-        nonlocal done, tokens
-        tokens = ForwardTokens(routing.arguments(args, kwargs))
-        count = int(tokens.real.sum())
-        if done + count > len(experts):
-            raise ValueError(f"The trace has {len(experts)} tokens, but the model is given {done + count}.")
-        if tokens.input_ids is not None:
-            given = tokens.input_ids.cpu()[tokens.real.cpu()]
-            recorded = token_ids[done : done + count]
-            if (different := (given != recorded) & (recorded >= 0)).any():
-                first = int(different.nonzero()[0])
-                raise ValueError(
-                    f"Token {done + first} of the trace is {int(recorded[first])}, but the model is given "
-                    f"{int(given[first])}: replay the tokens that were recorded, in the same forwards."
-                )
-        tokens.experts = experts[done : done + count]
-        done += count
-
-    def forced(layer_idx, logits, indices):
-        trace.model.check_same(routing.describe(logits.shape[-1], indices.shape[-1]))
-        flat = indices.flatten(0, -2).clone()
-        flat[tokens.real.reshape(-1).to(flat.device)] = tokens.experts[:, layer_idx].to(flat)
-        return flat.view_as(indices)
-
-    with edit_paths(model, forced):
-        handle = routing.decoder.register_forward_pre_hook(on_start, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()

@@ -214,3 +214,43 @@ def test_routers_whose_weights_do_not_follow_the_indices_are_recorded_but_not_re
     with pytest.raises(TypeError, match="PhimoeTopKRouter does not compute its weights from its logits and top-k"):
         with replay_paths(model, trace):
             model(tokens())
+
+
+def test_experts_that_another_program_recorded_are_replayed(any_model, kind, tmp_path):
+    """Sequence by sequence, as a server reports them: plain integer arrays and lists of token ids."""
+    model = any_model(kind)
+    sequences = [torch.randint(1, 99, (length,)) for length in (6, 3)]
+    with record_paths(model) as recorded:
+        expected = [model(ids[None]).logits for ids in sequences]
+    arrays = [array.long().numpy() for array in recorded.experts.split([6, 3])]
+    made = PathTrace.from_experts(arrays, [ids.tolist() for ids in sequences], model)
+    made.save(tmp_path / "trace.arrow")
+    for trace in (made, PathTrace.load(tmp_path / "trace.arrow")):
+        for name in ("experts", "token_ids", "sequence_ids", "positions"):
+            assert getattr(trace, name).tolist() == getattr(recorded, name).tolist(), name
+        assert trace.model == recorded.model
+        with replay_paths(model, trace):
+            for ids, logits in zip(sequences, expected):
+                torch.testing.assert_close(model(ids[None]).logits, logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e[:, 1:], r"experts\[0\] has shape \(6, 3, 2\), but must have shape \(6, 4, 2\)"),
+        (lambda e: e[1:], r"experts\[0\] has shape \(5, 4, 2\), but must have shape \(6, 4, 2\)"),
+        (lambda e: e[0, 0], r"experts\[0\] has shape \(2,\)"),
+        (lambda e: e + 7, "has indices from .* to .*, but experts are 0 to 7"),
+        (lambda e: e - 9, "has indices from"),
+        (lambda e: e.float(), "has dtype torch.float32"),
+        (lambda e: torch.zeros_like(e), "has an expert twice for one token in one layer"),
+    ],
+)
+def test_experts_that_cannot_be_those_of_the_model_are_refused(tiny_model, change, message):
+    model, ids = tiny_model(num_hidden_layers=4, num_experts=8, num_experts_per_tok=2), torch.arange(1, 7)
+    with record_paths(model) as recorded:
+        model(ids[None])
+    with pytest.raises(ValueError, match=message):
+        PathTrace.from_experts([change(recorded.experts.long())], [ids], model)
+    with pytest.raises(ValueError, match="experts has 1 sequences and token_ids 2"):
+        PathTrace.from_experts([recorded.experts], [ids, ids], model)
