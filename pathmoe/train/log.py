@@ -3,6 +3,7 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def plot(args: list[str]) -> Path:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs")
     parser.add_argument("--output", help="PNG file (default: training.png in the first run)")
     options = parser.parse_args(args)
-    if len({Path(run).resolve() for run in options.runs}) < len(options.runs):
+    if len({os.path.realpath(run) for run in options.runs}) < len(options.runs):
         raise RecipeError(f"RUN {' '.join(options.runs)} names a run twice: name each once.")
     runs = {}
     for run in options.runs:
