@@ -203,8 +203,8 @@ def check_indices(what: str, indices: torch.Tensor, shape: tuple[int, ...], num_
             f"{what} has indices from {int(indices.min())} to {int(indices.max())}, but experts are 0 to "
             f"{num_experts - 1}."
         )
-    if different and (indices.sort(dim=-1).values.diff(dim=-1) == 0).any():
-        raise ValueError(f"{what} has the same expert twice for a token in a layer: give each token k different ones.")
+    if different and (indices.long().sort(dim=-1).values.diff(dim=-1) == 0).any():
+        raise ValueError(f"{what} has an expert twice for one token in one layer: give each k different ones.")
 
 
 def check_type(what: str, value: object, kind: type):
