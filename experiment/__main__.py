@@ -27,9 +27,19 @@ from experiment.collapse import collapse
 from experiment.first.train import ExperimentRun, RunPool, make_tokenizer
 from experiment.measure import HELD_OUT_TOKENS, measure
 from experiment.report import report
-from experiment.runs import PARTS, Experiment, corpus_files, hash_corpus, hash_file, place_corpus, read_settings
+from experiment.runs import (
+    PARTS,
+    Experiment,
+    check_settings,
+    corpus_files,
+    hash_corpus,
+    hash_file,
+    place_corpus,
+    read_settings,
+)
 from pathmoe.command import ArgumentParser, UserError, run_command
 from pathmoe.files import check_writable, write_text
+from pathmoe.text.reader import load_text
 from pathmoe.train.recipe import RecipeError
 
 
@@ -45,10 +55,11 @@ def check_options(options: argparse.Namespace, settings: dict):
     for option in ("jobs", "held_out_tokens"):
         if getattr(options, option) < 1:
             raise UserError(f"--{option} {getattr(options, option)} must be at least 1.")
-    model = Path(settings["recipe"]["model"])
-    if not model.is_file():
-        raise UserError(f"--config {options.config}: model={str(model)!r} not found: run in the repository's root.")
-    hash_corpus(corpus_files(options.corpus or options.output / "corpus")[1])
+    check_settings(settings, options.config)
+    builder, files = corpus_files(options.corpus or options.output / "corpus")
+    hash_corpus(files)
+    for split in files:  # the first rows hold text
+        load_text(builder, split, settings["recipe"].get("text_column", "text"), data_files=files, streaming=True)
     check_writable(options.output / "corpus.json", "--output")
     if options.part in ("primary", "map"):
         runs_of(Experiment(settings, options.output, options.results), options.part)  # refuses rows without a rate

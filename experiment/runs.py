@@ -8,11 +8,14 @@ from pathlib import Path
 
 import yaml
 from datasets import load_dataset
+from huggingface_hub.errors import StrictDataclassError
 
 from experiment.first.train import ExperimentRun, make_run
-from pathmoe.command import UserError
+from pathmoe.command import UserError, one_line
 from pathmoe.files import read_json, write_aside
 from pathmoe.text.rows import BUILDERS
+from pathmoe.train.model import build_config
+from pathmoe.train.recipe import Recipe
 
 
 PARTS = ("tune", "primary", "map")
@@ -153,6 +156,61 @@ def read_settings(file: Path) -> dict:
     if missing := needed - set(settings if isinstance(settings, dict) else ()):
         raise UserError(f"--config {file} lacks {', '.join(sorted(missing))}: add them.")
     return settings
+
+
+def check_settings(settings: dict, file: Path):
+    """Checks the parts of the settings and the recipe of every run before anything is written.
+
+    Raises:
+        UserError: If a run cannot be trained. The message names the file, the part and the value.
+    """
+
+    def refuse(part: str, value: object, need: str):
+        raise UserError(f"--config {file}: {part}={value!r:.80} must be {need}.")
+
+    def check(part: str, value: object, fields: dict[str, type | tuple]):
+        """Checks that a part is a mapping whose fields have these types; those in a tuple are of lists."""
+        if not isinstance(value, dict):
+            refuse(part, value, "a mapping")
+        for name, kind in fields.items():
+            entry, kinds = value.get(name), kind if isinstance(kind, tuple) else (kind,)
+            entries = [entry] if kind is not kinds else entry if isinstance(entry, list) and entry else [None]
+            if not all(isinstance(item, kinds) and not isinstance(item, bool) for item in entries):
+                words = " or ".join(kind.__name__ for kind in kinds)
+                refuse(f"{part}.{name}", entry, f"a list of {words}" if kind is kinds else f"of type {words}")
+
+    check("tune", settings["tune"], {"tokens": int, "seed": int, "learning_rates": (float, int, str)})
+    check("primary", settings["primary"], {"tokens": int, "seeds": (int,)})
+    check("recipe", settings["recipe"], {"model": str, "batch_size": int, "sequence_length": int})
+    if not Path(model := settings["recipe"]["model"]).is_file():
+        raise UserError(f"--config {file}: model={model!r} not found: run in the repository's root.")
+    check("rows", settings["rows"], {})
+    places = {part: {"tokens": settings[part]["tokens"]} for part in ("tune", "primary")}
+    if (of_map := settings.get("map")) is not None:
+        check("map", of_map, {"seeds": (int,), "rows": (str,), "points": dict})
+        places |= {f"map.points.{point}": changes for point, changes in of_map["points"].items()}
+    for place, changes in places.items():
+        check(place, changes, {})
+        check(f"{place}.recipe", changes.get("recipe", {}), {})
+        for row, own in settings["rows"].items():
+            check(f"rows.{row}", own, {})
+            tokens = changes.get("tokens", settings["primary"]["tokens"])
+            parts = {"recipe": merge(settings["recipe"], changes.get("recipe", {}))}
+            parts["rows"] = {row: merge(own, changes.get("rows", {}).get(row, {}))}
+            for rate in settings["tune"]["learning_rates"]:
+                try:
+                    recipe = make_run(parts, row, tokens, settings["tune"]["seed"], float(rate)).recipe
+                    build_config(Recipe(**recipe | {"dataset": "json", "output_dir": "runs"}))
+                except (
+                    StrictDataclassError,
+                    UserError,
+                    TypeError,
+                    ValueError,
+                    ArithmeticError,
+                    AttributeError,
+                ) as error:
+                    reason = one_line(error.__cause__ or error)
+                    raise UserError(f"--config {file}: row {row} of {place}: {reason}") from error
 
 
 def corpus_files(folder: Path) -> tuple[str, dict[str, str]]:

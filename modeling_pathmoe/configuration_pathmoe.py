@@ -31,6 +31,18 @@ LARGEST |= {"router_initializer_range": 100.0, "embedding_initializer_range": 10
 LARGEST_COEFFICIENT = 1e4
 SMALLEST_EPSILON = 2.0**-126  # float32's smallest normal number; with less, the norm of zeros may be NaN
 LARGEST_ROPE = 1e15
+# Names that other models and papers have for fields, too different from ours to be found as misspelt.
+OTHER_NAMES = {
+    "block_size": "router_block_size",
+    "d_model": "hidden_size",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_heads": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
+    "top_k": "num_experts_per_tok",
+}
 # Keys of rope_parameters that transformers may not list among its own.
 ROPE_KEYS = {"type", "truncate", "mscale", "mscale_all_dim"}
 
@@ -201,6 +213,16 @@ class PathMoEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """See `PreTrainedConfig.get_config_dict`. A folder without fields is an error instead of the default model."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not fields:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no config.json with fields: name the folder of a saved model."
+            )
+        return fields, kwargs
+
+    @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """See `PreTrainedConfig.from_dict`. Fields that keyword arguments override are checked as well."""
         cls._check_names(kwargs)
@@ -224,6 +246,8 @@ class PathMoEConfig(PreTrainedConfig):
         for name in given:
             own = name in fields or name.startswith("_") or hasattr(cls, name)
             close = [] if own else get_close_matches(name.lower(), fields, n=1, cutoff=0.82)
+            if not own and name in OTHER_NAMES:
+                close = [OTHER_NAMES[name]]
             if close:
                 raise _refusal(f"{name}={given[name]!r} is not a field of PathMoE: did you mean {close[0]}?")
 

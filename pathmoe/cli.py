@@ -98,7 +98,7 @@ def run(name: str, arguments: list[str]) -> object:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}."
-        raise UserError(f"{name} is not a command: {fix}")
+        raise UserError(f"{name or repr(name)} is not a command: {fix}")
     command = COMMANDS[name]
     if "--help" in arguments or "-h" in arguments:
         print(f"example: pathmoe {name} {command.example}\n", flush=True)

@@ -89,7 +89,7 @@ def load_model(
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     except Exception as error:  # a damaged file can raise any error of transformers, safetensors, torch or pickle
-        raise UserError(f"{what}: the model could not be loaded: {describe(error)}") from error
+        raise UserError(f"{what}: the model could not be loaded: {find_damage(source) or describe(error)}") from error
     finally:
         logger.removeFilter(is_no_report)
     check_loading_report(info, what, allow_missing, switch)
@@ -99,6 +99,17 @@ def load_model(
     check_dtypes(source, model, what)
     check_finite(model, what)
     return model.eval()
+
+
+def find_damage(folder: str | Path) -> str | None:
+    """Returns a message that names the first file of weights in a folder that cannot be read, if there is one."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except Exception as error:  # safetensors raises its own type, or OSError
+            return f"{file} is damaged or incomplete ({one_line(error)}). Copy or download it again."
+    return None
 
 
 def check_dtypes(folder: str | Path, model: PreTrainedModel, what: str):

@@ -64,6 +64,11 @@ def average_checkpoints(
         raise UserError(f"weights={weights} must be {len(sources)} finite numbers, one per source, that sum to 1.")
     check_request(dst, sources, max_shard_size)
     checkpoints = [_pathmoe(source) for source in sources]
+    if len({Path(source).resolve() for source in sources}) < len(sources):
+        raise UserError(
+            f"SRC {' '.join(map(str, sources))} names a checkpoint twice: name each once, and use --weights to count "
+            "one more than the others."
+        )
     first = checkpoints[0]
     for other in checkpoints[1:]:
         fields, other_fields = first.config.to_diff_dict(), other.config.to_diff_dict()

@@ -430,6 +430,8 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
         parser.error(f"RUN {args.runs[0]}: give at least two runs to compare.")
     if len(set(names)) != len(args.runs) or not all(name.strip() for name in names):
         parser.error(f"--names {' '.join(names)}: give each of the {len(args.runs)} runs a different name.")
+    if args.tasks and not all(task.strip() for task in args.tasks.split(",")):
+        parser.error(f"--tasks {args.tasks!r}: a name between the commas is missing.")
     for name, mark in (("md", "| task | items |"), ("csv", "task,model,items,"), ("png", MARK)):
         check_writable(args.output / f"comparison.{name}", "--output", mark)
     try:

@@ -147,11 +147,11 @@ def load_tokenizer(source: str, option: str = "--model", **options) -> PreTraine
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # damaged or missing files can make transformers and tokenizers raise anything
-        absent = Path(source).is_dir() and not any(map(Path.is_file, files))
+        absent = Path(source).is_dir() and not files[0].is_file()
         reason = "it holds no tokenizer.json" if absent else first_line(error)
-        raise UserError(
-            f"{option} {source}: the tokenizer could not be loaded: {reason}. Copy its files into that folder."
-        ) from error
+        fix = "Copy its files into that folder" if Path(source).is_dir() else "Name a folder that holds its files"
+        reason = reason.rstrip(".")
+        raise UserError(f"{option} {source}: the tokenizer could not be loaded: {reason}. {fix}.") from error
 
 
 def check_model_folder(folder: str, option: str = "--model"):

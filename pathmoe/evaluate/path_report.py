@@ -17,6 +17,7 @@ change these measures.
 
 import argparse
 import json
+import os
 import random
 import shlex
 import sys
@@ -114,7 +115,9 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(args)
     if len(options.model) > 2:
         parser.error(f"--model is given {len(options.model)} times: give one model, or two to show side by side.")
-    if len({file.resolve() for file in options.data}) < len(options.data):
+    if len({os.path.realpath(folder) for folder in options.model}) < len(options.model):
+        parser.error(f"--model {options.model[0]} is given twice: give one model, or two different ones.")
+    if len({os.path.realpath(file) for file in options.data}) < len(options.data):
         parser.error(
             f"--data {' '.join(map(str, options.data))} names a file twice, which would count double: omit it."
         )

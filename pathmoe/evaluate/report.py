@@ -151,9 +151,11 @@ def main(args: list[str] | None = None):
     parser.add_argument("--text", type=Path, required=True, help="JSON lines with a column `text`")
     parser.add_argument("--max_tokens", type=int, default=20_000)
     options = parser.parse_args(args)
-    for path in (options.run / "final", options.run / "metrics.jsonl", options.text):
+    for path in (options.run / "final", options.run / "metrics.jsonl"):
         if not path.exists():
-            parser.error(f"{path} does not exist: train first.")
+            parser.error(f"--run {options.run}: {path} does not exist: train first.")
+    if not options.text.exists():
+        parser.error(f"--text {options.text} does not exist: name a file with a column `text`.")
     if options.max_tokens < 1:
         parser.error(f"--max_tokens {options.max_tokens} must be at least 1.")
     for name, mark in (("report.md", "| measure "), ("report.png", MARK)):

@@ -89,6 +89,7 @@ class Routing:
     """
 
     def __init__(self, model: nn.Module):
+        check_type("model", model, nn.Module)
         routers = {}
         for part in model.modules():
             recorders = getattr(part, "_can_record_outputs", None) or {} if isinstance(part, PreTrainedModel) else {}
@@ -178,12 +179,21 @@ def _loaded(module: nn.Module) -> AbstractContextManager:
     return align_module_device(module)
 
 
-def check_indices(what: str, indices: torch.Tensor, shape: tuple[int, ...], num_experts: int):
+def check_indices(what: str, indices: torch.Tensor, shape: tuple[int, ...], num_experts: int, different: bool = False):
     """Refuses expert indices that are not integers, do not have the shape `shape`, or are out of range.
 
+    Args:
+        what (`str`): The name of the indices in messages.
+        indices (`torch.Tensor`): The indices.
+        shape (`tuple[int, ...]`): The shape that they must have.
+        num_experts (`int`): Number of experts in a layer.
+        different (`bool`, defaults to `False`): Whether the k experts of a token in a layer must differ.
+
     Raises:
+        TypeError: If they are not a tensor.
         ValueError: If they are refused; the message begins with `what`.
     """
+    check_type(what, indices, torch.Tensor)
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise ValueError(f"{what} has dtype {indices.dtype}, but must have an integer dtype.")
     if indices.shape != shape:
@@ -193,6 +203,25 @@ def check_indices(what: str, indices: torch.Tensor, shape: tuple[int, ...], num_
             f"{what} has indices from {int(indices.min())} to {int(indices.max())}, but experts are 0 to "
             f"{num_experts - 1}."
         )
+    if different and (indices.long().sort(dim=-1).values.diff(dim=-1) == 0).any():
+        raise ValueError(f"{what} has an expert twice for one token in one layer: give each k different ones.")
+
+
+def check_type(what: str, value: object, kind: type):
+    """Refuses a value of a different type.
+
+    Raises:
+        TypeError: If `value` is not a `kind`; the message begins with `what`.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{what}={value!r:.80} must be a {kind.__name__}, not a {type(value).__name__}.")
+
+
+def check_limit(limit: int) -> int:
+    """Refuses a negative `memory_limit`, and returns any other."""
+    if limit < 0:
+        raise ValueError(f"memory_limit={limit} must be at least 0 bytes.")
+    return limit
 
 
 class _Calls(TorchFunctionMode):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from ..files import write_aside
-from .hooks import RoutedModel, Routing, check_indices
+from .hooks import RoutedModel, Routing, check_indices, check_limit
 
 
 # The fields of a token that a trace always has, besides its experts.
@@ -70,7 +70,7 @@ class PathTrace:
 
     def __init__(self, memory_limit: int = 2**28):
         self.model: RoutedModel | None = None
-        self._memory_limit = memory_limit
+        self._memory_limit = check_limit(memory_limit)
         self._held: list[tuple[dict[str, torch.Tensor], ForwardTokens, torch.Tensor | None]] = []
         self._held_bytes = 0
         self._sequences = _Sequences()
@@ -280,10 +280,7 @@ class PathTrace:
         trace.model = routing.describe(num_experts, top_k)
         for number, (array, ids) in enumerate(zip(arrays, map(torch.as_tensor, token_ids))):
             shape = len(ids), trace.model.num_layers, trace.model.top_k
-            check_indices(f"experts[{number}]", array, shape, num_experts)
-            in_order = array.long().sort(dim=-1).values
-            if (in_order[..., 1:] == in_order[..., :-1]).any():
-                raise ValueError(f"experts[{number}] has an expert twice for one token in one layer.")
+            check_indices(f"experts[{number}]", array, shape, num_experts, different=True)
             trace._append(
                 {
                     "experts": array.cpu().to(_index_dtype(num_experts)).numpy(),
@@ -302,11 +299,11 @@ class PathTrace:
             experts (`torch.Tensor` of shape `(T, L, k)`): The experts of each token, in any integer dtype.
 
         Raises:
-            ValueError: If the shape is not that of the trace, or an index is out of range.
+            ValueError: If the shape is not that of the trace, or an index is out of range or twice in a token's k.
         """
         tokens = {name: getattr(self, name).numpy() for name in _TOKEN_FIELDS}
         shape = (len(tokens["token_ids"]), self.model.num_layers, self.model.top_k)
-        check_indices("experts", experts, shape, self.model.num_experts)
+        check_indices("experts", experts, shape, self.model.num_experts, different=True)
         trace = PathTrace()
         trace.model = self.model
         trace._append({"experts": experts.cpu().to(_index_dtype(self.model.num_experts)).numpy(), **tokens})

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .hooks import Routing, edit_paths
+from .hooks import Routing, check_type, edit_paths
 from .record import ForwardTokens, PathTrace
 
 
@@ -39,6 +39,7 @@ def replay_paths(model: nn.Module, trace: PathTrace, *, check_routers: bool = Tr
     ```
     """
     routing = Routing(model)
+    check_type("trace", trace, PathTrace)
     experts, token_ids = trace.experts, trace.token_ids
     described = routing.describe(trace.model.num_experts, trace.model.top_k)
     trace.model.check_same(described)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pathmoe.files import write_aside
-from pathmoe.text.rows import READERS, DataError, check_file, find_builder
+from pathmoe.text.rows import BUILDERS, READERS, DataError, check_file, find_builder
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -76,6 +76,8 @@ def load_text(
         data = load_saved(dataset, split, streaming)
     else:
         cache_dir = None if cache_dir is None else str(cache_dir)
+        if config is not None and dataset in BUILDERS.values():
+            raise DataError(f"dataset_config={config!r} has no effect on dataset={dataset!r}: leave it out.")
         try:
             if dataset in READERS and files is not None:
                 data = read_files(dataset, files, text_column, streaming, cache_dir)
@@ -89,7 +91,15 @@ def load_text(
             where = dataset if data_files is None else f"{dataset} {data_files}"
             if "corresponds to no data" in reason:
                 raise DataError(f"split {split!r} of {where} holds no text: it is empty or blank.") from error
-            if data_files is None and not path.exists():
+            kinds = {find_builder(file): file for file in files or ()}
+            if "load_from_disk" in reason:
+                reason = "it is an incomplete folder of `save_to_disk`, without dataset_info.json. Save it again."
+            elif (kind := BUILDERS.get(f".{dataset}")) not in (None, dataset):
+                reason = f"for such files, set dataset={kind!r}."
+            elif dataset in BUILDERS.values() and (others := kinds.keys() - {None, dataset}):
+                kind = min(others)
+                reason = f"{kinds[kind]} does not look like {dataset}: for such files, set dataset={kind!r}."
+            elif data_files is None and not path.exists():
                 reason = f"it is neither a file nor a folder here, and as a dataset of the Hub: {reason}"
             raise DataError(f"could not load split {split!r} of {where}: {reason}") from error
     first = next(iter(data), None)

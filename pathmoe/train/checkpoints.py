@@ -158,6 +158,8 @@ def find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:
         faults.append(fault)
         accelerator.print(f"WARNING: {fault}; looking for an older checkpoint.")
     if faults:
+        if recipe.resume != "auto":
+            raise CheckpointError(f"resume={recipe.resume!r}: {faults[0]}. Resume from another checkpoint or 'auto'.")
         raise CheckpointError(f"no checkpoint is intact ({'; '.join(faults)}): start again in another output_dir.")
     return None
 

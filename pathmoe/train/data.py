@@ -61,17 +61,24 @@ def build_tokenizer(
                 tokenizer.save_pretrained(partial)
         accelerator.wait_for_everyone()
         name = str(folder)
+    if Path(name).is_file():
+        raise RecipeError(f"tokenizer={name!r} is a file: name the folder of a saved tokenizer.")
     for file in filter(Path.is_file, (Path(name) / "tokenizer.json", Path(name) / "tokenizer_config.json")):
-        read_json(file, "tokenizer")
+        read_json(file, f"tokenizer={name!r}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a damaged file can raise any type of error
-        reason = (
-            one_line(error) if Path(name).exists() else "it is not a folder here, nor could the Hub be asked for it"
-        )
+        reason = one_line(error)
+        if not Path(name).exists():
+            reason = "it is not a folder here, nor could the Hub be asked for it"
+        elif not (Path(name) / "tokenizer.json").exists():
+            reason = "it holds no tokenizer.json. Name the folder of a saved tokenizer"
         raise RecipeError(f"tokenizer={name!r} could not be loaded: {reason}") from error
     if tokenizer.eos_token_id is None:
-        raise RecipeError(f"tokenizer={name!r} has no end-of-text token, which separates packed documents.")
+        raise RecipeError(
+            f"tokenizer={name!r} has no end-of-text token, which separates packed documents: set eos_token in "
+            "its tokenizer_config.json, or name another tokenizer."
+        )
     if len(tokenizer) > vocab_size:
         raise RecipeError(
             f"tokenizer={name!r} has {len(tokenizer)} tokens but the model's vocab_size is {vocab_size}: "

@@ -3,6 +3,7 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -145,13 +146,15 @@ def plot(args: list[str]) -> Path:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs")
     parser.add_argument("--output", help="PNG file (default: training.png in the first run)")
     options = parser.parse_args(args)
+    if len({os.path.realpath(run) for run in options.runs}) < len(options.runs):
+        raise RecipeError(f"RUN {' '.join(options.runs)} names a run twice: name each once.")
     runs = {}
     for run in options.runs:
         runs[run] = read_metrics(Path(run) / "metrics.jsonl")
         if not runs[run]:
             raise RecipeError(f"{run} holds no metrics.jsonl with a finished line: name the output_dir of a run.")
         check_curves(run, runs[run])
-        if not any(line.keys() & CURVES.keys() for line in runs[run]):
+        if not any(line.get(name) is not None for line in runs[run] for name in CURVES):
             raise RecipeError(f"{run}/metrics.jsonl has nothing to draw: no line has one of {', '.join(CURVES)}.")
     output = Path(options.output or Path(options.runs[0]) / "training.png")
     if output.suffix != ".png":

@@ -2,6 +2,7 @@
 """Builds the model of a recipe. The configuration is checked before anything is built."""
 
 import copy
+import difflib
 import os
 from pathlib import Path
 
@@ -102,7 +103,10 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
                 read_json(Path(recipe.model) / "config.json")
             config = AutoConfig.from_pretrained(recipe.model, **recipe.model_overrides)
     except (UserError, StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RecipeError(f"model={recipe.model!r}: {one_line(error)}") from error
+        known = [name.removeprefix("model/") for name in presets.names() if name.startswith("model/")]
+        close = [] if Path(recipe.model).exists() else difflib.get_close_matches(recipe.model, known, n=1)
+        hint = f" Did you mean the shipped {close[0]}?" if close else ""
+        raise RecipeError(f"model={recipe.model!r}: {one_line(error)}{hint}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise RecipeError(f"model={recipe.model!r}: model_type={config.model_type!r} is not a causal language model.")
     known = set(type(config)().to_dict()) | set(type(config).attribute_map) | {"model_type", "architectures"}

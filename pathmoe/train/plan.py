@@ -192,6 +192,10 @@ def plan(args: list[str]) -> str:
     config = build_config(recipe)
     if config.model_type != "pathmoe":
         raise RecipeError(f"model={recipe.model!r}: plan supports PathMoE models, not {config.model_type}.")
+    if recipe.batch_size % recipe.micro_batch_size:
+        raise RecipeError(
+            f"batch_size={recipe.batch_size} must be a multiple of micro_batch_size={recipe.micro_batch_size}."
+        )
     if config.num_experts % recipe.ep_size or all(gpus % recipe.ep_size for gpus in options.gpus):
         raise RecipeError(
             f"ep_size={recipe.ep_size} must divide num_experts={config.num_experts} and the number of GPUs "

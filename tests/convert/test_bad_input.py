@@ -114,6 +114,8 @@ SOURCES = [
     ("export path out", do.put("path/adapter_config.json", "{}"), "adapter_config.json"),
     ("export loop out", do.link("loop", "loop"), "loop"),
     (f"inspect {'x' * 5000}", [], "x" * 5000),
+    ("average path path out", [], "path twice"),
+    ("average path other path/../other out", do.copy("path", "other"), "other twice"),
     ("average path other other/out", do.copy("path", "other"), "other/out"),
     ("average path other out", [do.copy("path", "other"), do.config("other", bos_token_id=5)], "other bos_token_id 5"),
     ("average path other out", [do.copy("path", "other"), do.cut("other/tokenizer.json")], "other/tokenizer.json"),
@@ -305,7 +307,11 @@ TENSORS = [
         "num_hidden_layers 1024 num_experts 32767",
     ),
     (UPCYCLE, do.tensors("llama", lambda t: t[NORM].fill_(3e38)), f"{NORM} llama 1e+18"),
-    ("average path path out", do.tensors("path", lambda t: t[NORM].fill_(3e38)), f"{NORM} path 1e+18"),
+    (
+        "average path other out",
+        [do.tensors("path", lambda t: t[NORM].fill_(3e38)), do.copy("path", "other")],
+        f"{NORM} path 1e+18",
+    ),
 ]
 
 FILES = [

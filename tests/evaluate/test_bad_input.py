@@ -246,6 +246,7 @@ def tagged(**columns):
         (options("--resamples", "0"), "--resamples 0 must be at least 1"),
         (options("--seed", "-1"), "--seed -1 must be at least 0"),
         (lambda p: options("--data", str(p.data), str(p.data))(p), "names a file twice"),
+        (lambda p: options("--model", str(p.model))(p), "model is given twice: give one model, or two different"),
         (options("--max_tokens", "3"), "documents of at least two tokens, but intervals need at least 4"),
         (lambda p: p.give("a.jsonl", '{"text": "a"}\n' * 8), "reaches 0 documents of at least two tokens"),
         (tagged(source={"of": "b"}), "column 'source' holds {'of': 'b'}, which is neither text nor a number"),
@@ -321,6 +322,7 @@ def test_compare_refuses_damaged_results(tmp_path, capsys, break_it, message):
         (["one.json"], "RUN one.json: give at least two runs"),
         (["one.json", "two.json", "--names", "a", " "], "give each of the 2 runs a different name"),
         (["one.json", "one.json"], "give each of the 2 runs a different name"),
+        (["one.json", "two.json", "--tasks", ","], "--tasks ',': a name between the commas is missing"),
     ],
 )
 def test_compare_refuses(tmp_path, capsys, monkeypatch, args, message):
@@ -410,6 +412,15 @@ def test_run_report_names_a_damaged_file(place, name, content):
     (run / name).write_text(content)
     with pytest.raises(UserError, match=name.split("/")[0]):
         report.main(["--run", str(run), "--text", str(place.data)])
+
+
+def test_run_report_names_the_option_of_what_is_missing(place, capsys):
+    shutil.copytree(place.model, place.folder / "final")
+    place.file("metrics.jsonl", '{"step": 1, "loss": 3.0, "tokens": 10}\n')
+    for run, text, missing in (("no", place.data, "--run no: no/final"), (place.folder, "no.txt", "--text no.txt")):
+        with pytest.raises(SystemExit, match="2"):
+            report.main(["--run", str(run), "--text", str(text)])
+        assert f"{missing} does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -176,10 +176,36 @@ def test_wrong_options_are_refused_and_leave_nothing(settings, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     options = settings()
     (tmp_path / "binary.yaml").write_bytes(b"\xb8\xff")
-    (tmp_path / "elsewhere.yaml").write_text("recipe: {model: no/model.json}\nrows: {}\ntune: {}\nprimary: {}\n")
+    tiny = (tmp_path / "tiny.yaml").read_text()
+    (tmp_path / "elsewhere.yaml").write_text(tiny.replace(str(ROOT / "experiment/model.json"), "no/model.json"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=complaint):
         main(["tune", *options, *args])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"tune": {"tokens": 256, "sed": 100, "learning_rates": [1e-2]}}, "tune.seed=None must be of type int"),
+        ({"tune": {"tokens": 256, "seed": 100, "learning_rates": []}}, "tune.learning_rates="),
+        ({"tune": {"tokens": 256, "seed": 100, "learning_rates": ["low"]}}, "'low'"),
+        ({"tune": {"tokens": 0, "seed": 100, "learning_rates": [1e-2]}}, "of tune: max_steps=0"),
+        ({"primary": {"tokens": 256, "seeds": 11}}, "primary.seeds=11 must be a list of int"),
+        ({"recipe": []}, "recipe=.* must be a mapping"),
+        ({"rows": {"indep": 3}, "map": None}, "rows.indep=3 must be a mapping"),
+        ({"rows": {"indep": {"schedule": "linear"}}, "map": None}, "row indep of tune: schedule='linear'"),
+        ({"rows": {"indep": {"scedule": "wsd"}}, "map": None}, "row indep of tune: .*scedule"),
+        ({"rows": {"indep": {"model_overrides": {"router_block_sze": 4}}}, "map": None}, "router_block_sze=4"),
+        ({"map": {"seeds": 21, "rows": ["indep"], "points": {}}}, "map.seeds=21 must be a list of int"),
+    ],
+    ids=str,
+)
+def test_settings_of_runs_that_cannot_be_trained_are_refused_and_leave_nothing(settings, tmp_path, changes, complaint):
+    options = settings(**changes)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"tiny.yaml: .*{complaint}"):
+        main(["tune", *options])
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -125,6 +125,9 @@ REFUSED = [
     ({"problem_type": "nonsense"}, "problem_type"),
     ({"router_block_sizes": 2}, "did you mean router_block_size?"),
     ({"num_expert": 3}, "did you mean num_experts?"),
+    ({"n_layers": 3}, "did you mean num_hidden_layers?"),
+    ({"top_k": 2}, "did you mean num_experts_per_tok?"),
+    ({"block_size": 2}, "did you mean router_block_size?"),
     ({"hidden_sizes": 3}, "did you mean hidden_size?"),
     ({"Hidden_Size": 3}, "did you mean hidden_size?"),
     ({"num_experts_per_token": 2}, "did you mean num_experts_per_tok?"),
@@ -184,6 +187,14 @@ def test_nonsense_is_refused_by_every_door(tiny_config, tmp_path, loader, wrong,
 def test_another_architecture_is_refused(tiny_config, wrong):
     with pytest.raises(StrictDataclassError, match="is a different architecture"):
         PathMoEConfig(**{**tiny_config().to_dict(), **wrong})
+
+
+def test_a_folder_without_a_config_is_refused_instead_of_the_default_model(tmp_path):
+    for content in (None, "{}"):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(OSError, match="has no config.json with fields"):
+            PathMoEConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

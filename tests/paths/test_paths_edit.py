@@ -156,6 +156,16 @@ def test_traces_that_do_not_fit_are_refused(any_model, tokens, tmp_path):
         trace.replace(trace.experts[1:])
     with pytest.raises(ValueError, match="experts has indices from 8 to 8, but experts are 0 to 7"):
         trace.replace(torch.full((14, 5, 2), 8))
+    with pytest.raises(ValueError, match="experts has an expert twice"):
+        trace.replace(torch.zeros(14, 5, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"experts=\[1\] must be a Tensor, not a list"):
+        trace.replace([1])
+    with pytest.raises(TypeError, match="trace='a.arrow' must be a PathTrace"), replay_paths(model, "a.arrow"):
+        pass
+    with pytest.raises(TypeError, match="model='model' must be a Module"), record_paths("model"):
+        pass
+    with pytest.raises(ValueError, match="memory_limit=-1 must be at least 0"), record_paths(model, memory_limit=-1):
+        pass
     with pytest.raises(ValueError, match="experts has dtype torch.float32, but must have an integer dtype"):
         trace.replace(trace.experts + 0.5)
 

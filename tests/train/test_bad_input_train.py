@@ -91,6 +91,12 @@ RECIPES = [
     ({"cache_dir": " "}, "cache_dir=' ' is empty"),
     ({"tokenizer": "nonesuch"}, "tokenizer='nonesuch' could not be loaded: it is not a folder here"),
     ({"model_overrides": {"n_shared_experts": 1}}, "n_shared_experts"),
+    ({"model_overrides": {"n_layers": 4}}, "n_layers=4 is not a field of PathMoE: did you mean num_hidden_layers"),
+    ({"tokenizer": __file__}, "is a file: name the folder of a saved tokenizer"),
+    ({"tokenizer": str(Path(__file__).parent)}, "it holds no tokenizer.json. Name the folder of a saved tokenizer"),
+    ({"model": "pathmoe_0.9b"}, "Did you mean the shipped pathmoe-0.9b"),
+    ({"dataset": "jsonl", "data_files": __file__}, "for such files, set dataset='json'"),
+    ({"dataset": "json", "data_files": __file__, "dataset_config": "en"}, "dataset_config='en' has no effect"),
 ]
 
 
@@ -557,7 +563,7 @@ def test_truncated_weights_are_refused(trained, recipe, tmp_path):
     shutil.copytree(trained / "final", tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-99])
-    with pytest.raises(UserError, match="model=.* could not be loaded"):
+    with pytest.raises(UserError, match="could not be loaded: .*/model.safetensors is damaged or incomplete"):
         main(recipe(tmp_path / "run", model=str(tmp_path / "model")))
 
 

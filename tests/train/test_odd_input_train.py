@@ -323,13 +323,13 @@ FILES = {
     "weights lack a router": (with_tensors(lambda t: drop(t, "router")), CHECKPOINT, "missing.*initialize_missing"),
     "weights lack experts": (with_tensors(lambda t: drop(t, "experts")), CHECKPOINT, "missing"),
     "weights have more": (with_tensors(lambda t: t.update(extra=torch.ones(2))), CHECKPOINT, "unknown.*extra"),
-    "tokenizer.json empty": (damage("tokenizer/tokenizer.json", b""), {}, "tokenizer: tokenizer/tokenizer.json"),
-    "tokenizer.json truncated": (damage("tokenizer/tokenizer.json", lambda x: x[:99]), {}, "tokenizer: tokenizer/tokenizer.json"),
-    "tokenizer.json a list": (damage("tokenizer/tokenizer.json", b"[]"), {}, "tokenizer: tokenizer/tokenizer.json"),
+    "tokenizer.json empty": (damage("tokenizer/tokenizer.json", b""), {}, "tokenizer='tokenizer'"),
+    "tokenizer.json truncated": (damage("tokenizer/tokenizer.json", lambda x: x[:99]), {}, "tokenizer='tokenizer'"),
+    "tokenizer.json a list": (damage("tokenizer/tokenizer.json", b"[]"), {}, "tokenizer='tokenizer'"),
     "tokenizer.json an object": (damage("tokenizer/tokenizer.json", b"{}"), {}, "tokenizer='tokenizer'"),
     "tokenizer.json missing": (lambda p: (p / "tokenizer/tokenizer.json").unlink(), {}, "tokenizer='tokenizer'"),
-    "tokenizer_config.json a list": (damage("tokenizer/tokenizer_config.json", b"[]"), {}, "tokenizer: tokenizer/tokenizer_config.json"),
-    "tokenizer_config.json empty": (damage("tokenizer/tokenizer_config.json", b""), {}, "tokenizer: tokenizer/tokenizer_config.json"),
+    "tokenizer_config.json a list": (damage("tokenizer/tokenizer_config.json", b"[]"), {}, "tokenizer='tokenizer'"),
+    "tokenizer_config.json empty": (damage("tokenizer/tokenizer_config.json", b""), {}, "tokenizer='tokenizer'"),
     "no end of text": (set_config("tokenizer/tokenizer_config.json", eos_token=None), {}, "end-of-text"),
     "text empty": (damage("text.jsonl", b""), {}, "text.jsonl"),
     "text blank": (damage("text.jsonl", b"\n\n\n"), {}, "text.jsonl"),
@@ -562,6 +562,7 @@ def test_validation_on_the_training_text_is_said(place, capsys, fields):
         (["--gpus", "8", "1000000000000"], "--gpus 1000000000000"),
         (["--memory", "-80"], "--memory -80"),
         (["--memory", "nan"], "--memory nan"),
+        (["--batch_size", "5", "--micro_batch_size", "4"], "batch_size=5 must be a multiple of micro_batch_size=4"),
         (["--ep_size", "3"], "ep_size=3 must divide num_experts=4"),
         (["--ep_size", "4", "--gpus", "2"], "ep_size=4 must divide"),
         (["--model", "llama.json"], "not llama"),
@@ -584,6 +585,7 @@ def test_wrong_plan_is_refused(place, capsys, args, complaint):
     [
         ('{"step": 1, "loss": {"a": 1}}', "loss of step 1"),
         ('{"step": 1, "loss": "low"}', "loss of step 1"),
+        ('{"step": 1, "loss": null}', "nothing to draw"),
         ('{"step": 1, "loss": 1.0, "load": [[0.5, 0.5], [1.0]]}', "load of step 1"),
         ('{"step": 1, "loss": 1.0, "load": [0.5, "x"]}', "load of step 1"),
     ],
@@ -592,3 +594,4 @@ def test_wrong_figures_are_not_drawn(place, line, complaint):
     (place / "run").mkdir()
     (place / "run" / "metrics.jsonl").write_text(line + "\n")
     assert_refused(place, complaint, lambda: main(["plot", "run"]))
+    assert_refused(place, "names a run twice", lambda: main(["plot", "run", "./run"]))
