@@ -100,19 +100,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     run("-m", "pathmoe.convert", "upcycle", args.dense, moe, "--experts", 8, "--top-k", 2, unless=moe)
     result["upcycle"] = json.loads((moe / "conversion.json").read_text())["verified"]
-    dense_items, moe_items = (
-        log_likelihoods(model, out / f"lm_eval_{model.name}", args.limit) for model in (args.dense, moe)
-    )
-    if dense_items.keys() != moe_items.keys() or not dense_items:
-        raise RuntimeError("lm-eval returned different items for the upcycled model than for the dense one.")
-    gaps = [abs(a - b) for item in dense_items for a, b in zip(dense_items[item], moe_items[item], strict=True)]
-    result["log_likelihoods"] = {
-        "items": len(dense_items), "values": len(gaps), "largest": max(map(abs, sum(dense_items.values(), []))),
-        "largest_difference": max(gaps),
-    }  # fmt: skip
-    print(result["log_likelihoods"], flush=True)
-    if max(gaps) > 1e-4:
-        raise RuntimeError(f"Log-likelihoods differ by up to {max(gaps)}, more than 1e-4.")
+    result["log_likelihoods"] = compare_log_likelihoods(args.dense, moe, out, args.limit)
 
     recipe = {
         "model": moe, "dataset": "json", "validation_split": "validation", "output_dir": out / "run",
@@ -151,6 +139,26 @@ def main(argv: list[str] | None = None) -> dict:
         result["gguf"] = to_gguf(mixtral, out / "mixtral.gguf", args.gguf_converter)
     write_text(args.json, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+    return result
+
+
+def compare_log_likelihoods(dense: Path, moe: Path, out: Path, limit: int) -> dict:
+    """Compares the log-likelihoods that lm-eval computes with the dense and with the upcycled model.
+
+    Raises:
+        RuntimeError: If one differs by more than 1e-4.
+    """
+    dense_items, moe_items = (log_likelihoods(model, out / f"lm_eval_{model.name}", limit) for model in (dense, moe))
+    if dense_items.keys() != moe_items.keys() or not dense_items:
+        raise RuntimeError("lm-eval returned different items for the upcycled model than for the dense one.")
+    gaps = [abs(a - b) for item in dense_items for a, b in zip(dense_items[item], moe_items[item], strict=True)]
+    result = {
+        "items": len(dense_items), "values": len(gaps), "largest": max(map(abs, sum(dense_items.values(), []))),
+        "largest_difference": max(gaps),
+    }  # fmt: skip
+    print(result, flush=True)
+    if max(gaps) > 1e-4:
+        raise RuntimeError(f"Log-likelihoods differ by up to {max(gaps)}, more than 1e-4.")
     return result
 
 

@@ -406,15 +406,13 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         """Predicts the next token. Arguments that are not listed are those of [`PathMoEModel.forward`].
 
         Args:
-            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Token ids to predict, unshifted; -100
-                is ignored.
-            output_router_logits (`bool`, *optional*): Whether to return the router logits and the auxiliary losses;
-                the config's value when unset.
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Unshifted targets; -100 is ignored.
+            output_router_logits (`bool`, *optional*): Whether to return router logits and losses; by default as
+                configured.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Number of last positions that get logits, or their
                 indices; 0 means all.
-            skip_logits (`bool`, defaults to `False`): Whether to compute the loss without the logits of the whole
-                batch, which is faster and takes less memory. `logits` is then `None`, and the loss supports one
-                backward.
+            skip_logits (`bool`, defaults to `False`): Whether to compute the loss faster and in less memory, without
+                the logits of the whole batch. `logits` is then `None`, and the loss supports one backward.
             **kwargs: `num_items_in_batch`, the number of targets in all micro-batches of an optimizer step, and
                 arguments of the model.
 

@@ -87,21 +87,7 @@ def load_text(
                 )
             next(iter(data), None)
         except Exception as error:
-            reason = f"{error} {error.__cause__ or ''}".strip() or type(error).__name__
-            where = dataset if data_files is None else f"{dataset} {data_files}"
-            if "corresponds to no data" in reason:
-                raise DataError(f"split {split!r} of {where} holds no text: it is empty or blank.") from error
-            kinds = {find_builder(file): file for file in files or ()}
-            if "load_from_disk" in reason:
-                reason = "it is an incomplete folder of `save_to_disk`, without dataset_info.json. Save it again."
-            elif (kind := BUILDERS.get(f".{dataset}")) not in (None, dataset):
-                reason = f"for such files, set dataset={kind!r}."
-            elif dataset in BUILDERS.values() and (others := kinds.keys() - {None, dataset}):
-                kind = min(others)
-                reason = f"{kinds[kind]} does not look like {dataset}: for such files, set dataset={kind!r}."
-            elif data_files is None and not path.exists():
-                reason = f"it is neither a file nor a folder here, and as a dataset of the Hub: {reason}"
-            raise DataError(f"could not load split {split!r} of {where}: {reason}") from error
+            raise explain_failure(error, dataset, split, data_files, files) from error
     first = next(iter(data), None)
     if first is None:
         raise DataError(f"split {split!r} of {path} is empty.")
@@ -111,6 +97,27 @@ def load_text(
         kind = type(first[text_column]).__name__
         raise DataError(f"column {text_column!r} of {path} holds {kind}, not text: choose another text_column.")
     return leave_out_bad_rows(data, source, text_column, max_bad_rows)
+
+
+def explain_failure(
+    error: Exception, dataset: str, split: str, data_files: str | list | dict | None, files: list[str] | None
+) -> DataError:
+    """Returns the error to raise if `datasets` could not load a split, with the fix where the reason is known."""
+    reason = f"{error} {error.__cause__ or ''}".strip() or type(error).__name__
+    where = dataset if data_files is None else f"{dataset} {data_files}"
+    if "corresponds to no data" in reason:
+        return DataError(f"split {split!r} of {where} holds no text: it is empty or blank.")
+    kinds = {find_builder(file): file for file in files or ()}
+    if "load_from_disk" in reason:
+        reason = "it is an incomplete folder of `save_to_disk`, without dataset_info.json. Save it again."
+    elif (kind := BUILDERS.get(f".{dataset}")) not in (None, dataset):
+        reason = f"for such files, set dataset={kind!r}."
+    elif dataset in BUILDERS.values() and (others := kinds.keys() - {None, dataset}):
+        kind = min(others)
+        reason = f"{kinds[kind]} does not look like {dataset}: for such files, set dataset={kind!r}."
+    elif data_files is None and not Path(dataset).exists():
+        reason = f"it is neither a file nor a folder here, and as a dataset of the Hub: {reason}"
+    return DataError(f"could not load split {split!r} of {where}: {reason}")
 
 
 def find_files(data_files: str | list | dict | None, split: str) -> list[str] | None:
