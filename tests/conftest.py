@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from pathlib import Path
 # Read when the libraries are imported, and by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores must not fight over them
+
+# In the background of a shell or under nohup, SIGINT is ignored, and the processes that tests interrupt inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import yaml  # noqa: E402

@@ -1,6 +1,8 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Average and prune."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,9 +21,10 @@ def test_average_is_the_weighted_mean_of_every_tensor(saved, tmp_path):
         torch.testing.assert_close(tensor, 0.5 * first[name] + 0.3 * second[name] + 0.2 * third[name])
 
 
-def test_average_of_one_model_with_itself_is_that_model(saved, tmp_path, logits):
-    source = saved()
-    manifest = average_checkpoints([source, source], tmp_path / "average")
+def test_average_of_one_model_with_its_copy_is_that_model(saved, tmp_path, logits):
+    source, copy = saved(), tmp_path / "copy"
+    shutil.copytree(source, copy)
+    manifest = average_checkpoints([source, copy], tmp_path / "average")
     torch.testing.assert_close(logits(tmp_path / "average"), logits(source), rtol=1e-5, atol=1e-5)
     assert [entry["weight"] for entry in manifest["averaged"]] == [0.5, 0.5]
 

@@ -45,7 +45,7 @@ CODE = {"auto_map": {"AutoTokenizer": ["theirs.T", None]}, "custom_generate": "t
         "export path out",
         "import qwen out",
         "upcycle llama out --experts 4 --top-k 2",
-        "average path path out",
+        "average path other out",
         "prune path out --experts 2 --text text.jsonl",
     ],
 )
@@ -55,6 +55,7 @@ def test_references_to_code_of_others_are_left_behind(place, argv):
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         place.set(f"{model}/{name}", **CODE, custom_pipelines={"x": {"impl": "theirs.P"}})
     (place / model / "theirs.py").write_text("")
+    shutil.copytree(place / model, place / "other")
 
     main(shlex.split(argv))
 
@@ -72,14 +73,14 @@ def test_lines_without_text_are_skipped_and_counted(place, capsys):
     place.put("t.jsonl", "\n".join([lines[0], '{"text": null}', '{"body": "x"}', "", *lines[1:]]))
     main(shlex.split("prune path out --experts 2 --text t.jsonl"))
     main(shlex.split("prune path without --experts 2 --text text.jsonl"))
-    assert f"t.jsonl: skipped 2 of {len(lines) + 2} lines" in capsys.readouterr().err
+    assert f"t.jsonl: skipped 2 of {len(lines) + 2} rows" in capsys.readouterr().err
     kept = [json.loads((place / name / "conversion.json").read_text())["kept"] for name in ("out", "without")]
     assert kept[0] == kept[1]
 
 
 def test_results_that_are_not_finite_are_not_written(place):
     """Finite checkpoints whose weighted sum overflows."""
-    place.tensors("path", lambda tensors: tensors[NORM].fill_(3e38))
+    place.tensors("path", lambda tensors: tensors.update({NORM: tensors[NORM].half().fill_(6e4)}))
     shutil.copytree(place / "path", place / "other")
     place.tensors("other", lambda tensors: tensors[NORM].neg_())
     before = contents(place.folder)
