@@ -141,9 +141,12 @@ def check_row(where: str, fields) -> Row:
     """Returns a row of a JSON file, with a problem if it is not an object or cannot be stored as UTF-8."""
     if not isinstance(fields, dict):
         return Row(where, {}, f"holds {type(fields).__name__}, not an object")
-    for text in fields.values():
-        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
-            return Row(where, {}, "holds half of a surrogate pair")
+    try:
+        for text in fields.values():
+            if isinstance(text, str):
+                text.encode()
+    except UnicodeEncodeError:
+        return Row(where, {}, "holds half of a surrogate pair")
     return Row(where, fields)
 
 
@@ -160,10 +163,10 @@ def read_paragraphs(file: str | Path) -> Iterator[Row]:
             lines.append(line)
         elif lines:
             content = b"".join(lines).replace(b"\r\n", b"\n").removesuffix(b"\n")
-            if (damaged := find_undecodable(lines)) is None:
+            try:
                 yield Row(f"{file} line {start}", {"text": content.decode("utf-8-sig")})
-            else:
-                yield Row(f"{file} line {start + damaged}", {}, "is not valid UTF-8")
+            except UnicodeDecodeError:
+                yield Row(f"{file} line {start + (find_undecodable(lines) or 0)}", {}, "is not valid UTF-8")
             lines = []
 
 
