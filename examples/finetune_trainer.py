@@ -4,8 +4,8 @@
     python examples/finetune_trainer.py --model runs/quickstart/final --text runs/quickstart/data/validation.jsonl \
         --output_dir runs/finetuned --max_steps 20 --learning_rate 1e-3 --logging_steps 1
 
-All options of `TrainingArguments` are options here. No auxiliary loss is added unless the checkpoint's configuration
-has a coefficient for one.
+All options of `TrainingArguments` are options here, and the logs include the routing. No auxiliary loss is added
+unless the checkpoint's configuration has a coefficient for one.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-import pathmoe  # noqa: F401  registers PathMoE; or pass trust_remote_code=True
+from pathmoe import PathMoECallback  # importing it also registers PathMoE
 
 
 @dataclass
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
     )
+    trainer.add_callback(PathMoECallback(trainer))
     trainer.train()
     trainer.save_model()
     return trainer

@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-import pathmoe  # noqa: F401  registers PathMoE; or pass trust_remote_code=True
+from pathmoe import PathMoECallback  # importing it also registers PathMoE
 
 
 @dataclass
@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
     )
+    trainer.add_callback(PathMoECallback(trainer))
     trainer.train()
     trainer.save_model()
 

@@ -9,8 +9,8 @@ loss is that of the completion alone. All options of `SFTConfig` are options her
 gets ChatML, which is saved with the model.
 
 TRL computes the loss itself. Where an auxiliary loss is asked for (`--router_aux_loss_coef`), it is that of
-transformers, which pools the layers; checkpoints with a router z-loss or a selection bias, which TRL would leave out,
-are refused.
+transformers, which pools the layers; checkpoints with a router z-loss, which TRL would leave out, are refused. The
+callback updates a selection bias and adds the routing to the logs.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
-import pathmoe  # noqa: F401  registers PathMoE; or pass trust_remote_code=True
+from pathmoe import PathMoECallback  # importing it also registers PathMoE
 
 
 CHATML = (
@@ -47,18 +47,18 @@ def main(argv: list[str] | None = None) -> SFTTrainer:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.chat_template = tokenizer.chat_template or CHATML
     model = AutoModelForCausalLM.from_pretrained(args.model)
-    for name in ("router_z_loss_coef", "router_bias_update_rate"):
-        if getattr(model.config, name):
-            raise ValueError(
-                f"{name}={getattr(model.config, name)}: TRL computes the loss without the model's own and would leave "
-                "this out. Set it to 0 in config.json, or train with finetune_trainer.py or train_accelerate.py."
-            )
+    if model.config.router_z_loss_coef:
+        raise ValueError(
+            f"router_z_loss_coef={model.config.router_z_loss_coef}: TRL computes the loss without the model's own and "
+            "would leave it out. Set it to 0 in config.json, or train with finetune_trainer.py or train_accelerate.py."
+        )
     trainer = SFTTrainer(
         model,
         config,
         train_dataset=load_dataset("json", data_files=args.conversations, split="train"),
         processing_class=tokenizer,
     )
+    trainer.add_callback(PathMoECallback(trainer))
     trainer.train()
     trainer.save_model()
     return trainer

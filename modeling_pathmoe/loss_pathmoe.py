@@ -138,12 +138,12 @@ def weigh_router_losses(
 
 
 def warn_of_missing_labels(config: PreTrainedConfig, output_router_logits: bool):
-    """Warns once if a model is trained without labels although its configuration asks for router losses or a bias.
+    """Warns once if a model is trained without labels although its configuration asks for router losses.
 
     A trainer that computes the loss from the logits passes no labels, as `Trainer` does with `label_smoothing_factor`.
     Its loss then lacks the router losses, unless it adds `aux_loss` itself, for which it requests the router logits.
     """
-    fields = ["router_bias_update_rate", "router_z_loss_coef"]
+    fields = ["router_z_loss_coef"]
     fields += [] if output_router_logits else ["router_aux_loss_coef"]
     unused = [f"{name}={getattr(config, name)}" for name in fields if getattr(config, name)]
     if unused and not torch.compiler.is_compiling():

@@ -382,7 +382,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         """Returns the load-balancing loss and the z-loss; `count_load` also counts the load for the selection bias."""
         mask = token_mask(attention_mask, sequence_length=hidden_states.shape[1])
         aux_loss = load_balancing_loss(router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask)
-        if count_load and self.config.router_bias_update_rate:
+        if count_load:
             for layer, of_layer in zip(self.model.layers, router_logits):
                 self.model.routers[str(layer.router_block)].count_load(of_layer, layer.router_layer, mask)
         return aux_loss, router_z_loss(router_logits, mask)
@@ -428,8 +428,12 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         balance = self.training and labels is not None and self.config.trains_router_balance
-        if labels is None and self.training and torch.is_grad_enabled():
-            warn_of_missing_labels(self.config, output_router_logits)
+        count_load = self.training and self.config.router_bias_update_rate > 0
+        if labels is None:
+            trained = self.training and torch.is_grad_enabled()  # by a loss that the caller computes
+            count_load = count_load and trained
+            if trained:
+                warn_of_missing_labels(self.config, output_router_logits)
 
         outputs: PathMoEModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -439,7 +443,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cache=cache,
-            output_router_logits=output_router_logits or balance,
+            output_router_logits=output_router_logits or balance or count_load,
             return_dict=True,
             **kwargs,
         )
@@ -453,8 +457,8 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         # Without labels no loss is needed, and a server's mask may not mark the padding.
         mask_is_known = attention_mask is None or getattr(attention_mask, "ndim", None) == 2
-        if outputs.router_logits is not None and (mask_is_known or labels is not None):
-            aux_loss, z_loss = self._router_losses(outputs.router_logits, attention_mask, hidden_states, balance)
+        if outputs.router_logits is not None and (mask_is_known or labels is not None or count_load):
+            aux_loss, z_loss = self._router_losses(outputs.router_logits, attention_mask, hidden_states, count_load)
         if balance and (self.config.router_aux_loss_coef or self.config.router_z_loss_coef):
             loss = loss + weigh_router_losses(self.config, aux_loss, z_loss, labels, **kwargs).to(loss.device)
 

@@ -35,9 +35,11 @@ if not _is_command():
 
     from . import experts
     from .paths import PathTrace, record_paths, replay_paths
+    from .train.callback import PathMoECallback
 
 
 __all__ = [
+    "PathMoECallback",
     "PathMoEConfig",
     "PathMoEForCausalLM",
     "PathMoEForQuestionAnswering",

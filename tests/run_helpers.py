@@ -68,7 +68,7 @@ def start_with_accelerate(args, engine, port, **options):
 def accelerate_launch(args, engine, port, **options):
     """Runs two processes to their end and returns what they printed."""
     process = start_with_accelerate(args, engine, port, **options)
-    output, _ = process.communicate(timeout=1800)  # minutes for a busy machine; a run that hangs has to end
+    output, _ = process.communicate(timeout=600)  # minutes for a busy machine; a run that hangs has to end
     assert process.returncode == 0, output
     return output
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from examples import finetune_trainer, lora_peft, sft_trl
-from pathmoe import PathMoEForCausalLM
+from pathmoe import PathMoEForCausalLM, PathMoERouter
 from pathmoe.text.reader import train_tokenizer
 
 
@@ -126,10 +126,17 @@ def test_an_auxiliary_loss_that_is_asked_for_counts_once(run, checkpoint, script
     assert balanced[0] - plain[0] == pytest.approx(0.5 * aux_loss.item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("field", ["router_z_loss_coef", "router_bias_update_rate"])
-def test_trl_refuses_what_it_would_leave_out(run, checkpoint, field):
-    with pytest.raises(ValueError, match=f"{field}=0.001"):
-        run(sft_trl, checkpoint(**{field: 0.001}))
+def test_trl_refuses_what_it_would_leave_out(run, checkpoint):
+    with pytest.raises(ValueError, match="router_z_loss_coef=0.001"):
+        run(sft_trl, checkpoint(router_z_loss_coef=0.001))
+
+
+@SCRIPTS
+def test_the_selection_bias_moves_and_the_routing_is_logged(run, checkpoint, script):
+    trainer, _ = run(script, checkpoint(router_bias_update_rate=0.01), steps=2)
+    assert all("routing/load_cv" in entry for entry in trainer.state.log_history if "loss" in entry)
+    biases = [router.selection_bias for router in trainer.model.modules() if isinstance(router, PathMoERouter)]
+    assert len(biases) >= 3 and all(bias.abs().max() > 0 for bias in biases)
 
 
 def test_only_the_completion_is_learnt_and_packing_changes_nothing(run, checkpoint):

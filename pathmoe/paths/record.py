@@ -359,7 +359,12 @@ def _to_numpy(column, name: str, model: RoutedModel) -> np.ndarray:
 
 @contextmanager
 def record_paths(
-    model: nn.Module, *, weights: bool = False, probabilities: bool = False, memory_limit: int = 2**28
+    model: nn.Module,
+    *,
+    weights: bool = False,
+    probabilities: bool = False,
+    memory_limit: int = 2**28,
+    only_training: bool = False,
 ) -> Iterator[PathTrace]:
     """Records the experts of every token that passes through the model, in any forward or `generate`.
 
@@ -370,6 +375,8 @@ def record_paths(
         probabilities (`bool`, defaults to `False`): Whether to record the probabilities of all experts.
         memory_limit (`int`, defaults to 2**28): Bytes that a trace may take in memory. Beyond them, it is moved to the
             folder for temporary files, which `TMPDIR` sets.
+        only_training (`bool`, defaults to `False`): Whether to record only the forwards that are trained: in training
+            mode and with gradients, so without evaluation, generation and reference models.
 
     Yields:
         `PathTrace`: The trace, which grows with every forward.
@@ -401,6 +408,9 @@ def record_paths(
     def on_start(decoder, args, kwargs):
         nonlocal tokens, offsets
         layers.clear()
+        tokens = None
+        if only_training and not (decoder.training and torch.is_grad_enabled()):
+            return
         tokens = ForwardTokens(routing.arguments(args, kwargs))
         if prompt_offsets:
             offsets = _offsets_of_prompt(prompt_offsets[0], tokens)
@@ -408,7 +418,7 @@ def record_paths(
             raise ValueError(f"offset_mapping has {len(offsets)} tokens, but input_ids has {tokens.real.numel()}.")
 
     def on_route(router, args, kwargs, output):
-        if tokens is None:  # a backward pass recomputes the layer
+        if tokens is None:  # a backward pass recomputes the layer, or the forward is not trained
             return
         if trace.model is None:
             routing.check_output(router, output)
@@ -417,6 +427,8 @@ def record_paths(
 
     def on_forward(decoder, args, output):
         nonlocal tokens, offsets
+        if tokens is None:
+            return
         if len(layers) != len(routing.layer_to_block):
             raise ValueError(
                 f"{routing.name} has {len(routing.layer_to_block)} routed layers, but this forward passed through "

@@ -19,7 +19,7 @@ from pathmoe.train.engine import StopOnSignal, accumulate, clip_gradients, gradi
 from pathmoe.train.evaluation import evaluate, loss_only_kwargs
 from pathmoe.train.log import Log, is_spike
 from pathmoe.train.recipe import Recipe
-from pathmoe.train.routing_monitor import RoutingMonitor
+from pathmoe.train.routing_monitor import RoutingMonitor, find_collapse
 from pathmoe.train.state import TrainState
 from pathmoe.train.throughput import Throughput, measure_peak_memory
 
@@ -196,7 +196,7 @@ class TrainingLoop:
                 )
         if step.routing is not None:
             with self.throughput.timed("log"):
-                report_routing(step.routing, self.monitor.find_collapse(step.routing), self.log, number)
+                report_routing(step.routing, find_collapse(step.routing), self.log, number)
 
     def evaluate(self, step: Step):
         """Measures the validation loss if it is due."""

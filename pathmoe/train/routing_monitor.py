@@ -53,14 +53,10 @@ class RoutingMonitor:
         load, entropy = torch.stack(loads), torch.stack(entropies)
         if self.accelerator.num_processes > 1:
             load, entropy = self.accelerator.reduce((load, entropy), reduction="mean")
-        share = load / load.sum(dim=-1, keepdim=True)
         experts = torch.stack(experts, dim=1).to("cpu", torch.int16)
         paths = path_counts(experts)
         return {
-            "load": rounded(load),
-            "load_cv": rounded(load.std(dim=-1, correction=0) / load.mean(dim=-1)),
-            "dead_experts": (load == 0).sum(dim=-1).tolist(),
-            "effective_experts": rounded(torch.special.entr(share).sum(dim=-1).exp()),
+            **measure_load(load),
             "router_entropy": rounded(entropy),
             "router_grad_norm": [router_gradient_norm(router) for router in self.routers.values()],
             "sampled_tokens": len(experts),
@@ -69,23 +65,46 @@ class RoutingMonitor:
             "path_coverage_100": round((paths[:100].sum() / paths.sum()).item(), 5),
         }
 
-    def find_collapse(self, measured: dict) -> list[str]:
-        """Returns a warning for each layer that is collapsing. The warning names the busiest expert.
 
-        A layer counts as collapsing when it has fewer than k + (E - k) / 4 effective experts.
-        """
-        experts, top_k = self.config.num_experts, self.config.num_experts_per_tok
+def measure_load(load: torch.Tensor) -> dict[str, list]:
+    """Measures how evenly the experts of each layer are used.
+
+    Args:
+        load (`torch.Tensor` of shape `(L, E)`): The share of the tokens that choose each expert; rows sum to k.
+
+    Returns:
+        `dict`: With one entry per layer, `load`, `load_cv`, `dead_experts` and `effective_experts`, as in
+        [`RoutingMonitor.measure`].
+    """
+    share = load / load.sum(dim=-1, keepdim=True)
+    return {
+        "load": rounded(load),
+        "load_cv": rounded(load.std(dim=-1, correction=0) / load.mean(dim=-1)),
+        "dead_experts": (load == 0).sum(dim=-1).tolist(),
+        "effective_experts": rounded(torch.special.entr(share).sum(dim=-1).exp()),
+    }
+
+
+def find_collapse(measured: dict[str, list]) -> list[str]:
+    """Returns a warning for each layer that is collapsing. The warning names the busiest expert.
+
+    A layer counts as collapsing when it has fewer than k + (E - k) / 4 effective experts.
+
+    Args:
+        measured (`dict`): The result of [`measure_load`].
+    """
+    warnings = []
+    for layer, (load, effective) in enumerate(zip(measured["load"], measured["effective_experts"])):
+        experts, top_k = len(load), round(sum(load))
         limit = top_k + (experts - top_k) / 4
-        warnings = []
-        for layer, (load, effective) in enumerate(zip(measured["load"], measured["effective_experts"])):
-            if experts > top_k and effective < limit:
-                busiest = max(range(experts), key=load.__getitem__)
-                warnings.append(
-                    f"routing collapse in layer {layer}: expert {busiest} is chosen by {load[busiest]:.0%} of the "
-                    f"tokens, {measured['dead_experts'][layer]} of {experts} experts by none; the load is that of "
-                    f"{effective:.1f} experts (limit {limit:.1f})."
-                )
-        return warnings
+        if experts > top_k and effective < limit:
+            busiest = max(range(experts), key=load.__getitem__)
+            warnings.append(
+                f"routing collapse in layer {layer}: expert {busiest} is chosen by {load[busiest]:.0%} of the "
+                f"tokens, {measured['dead_experts'][layer]} of {experts} experts by none; the load is that of "
+                f"{effective:.1f} experts (limit {limit:.1f})."
+            )
+    return warnings
 
 
 def router_gradient_norm(router: torch.nn.Module) -> float | None:

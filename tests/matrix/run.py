@@ -36,7 +36,7 @@ GROUPS = {
     "paths": ["tests/paths"],
     "hub": ["tests/hub"],
     "convert": ["tests/convert"],
-    "trainer": ["tests/test_examples.py"],
+    "trainer": ["tests/test_examples.py", "tests/train/test_callback.py"],
 }  # fmt: skip
 QUICK = ("generation", "routing", "hub")
 
