@@ -14,6 +14,8 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
+from .hooks import check_type
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -30,7 +32,10 @@ class Interval:
     high: float
 
 
-def _refuse_empty(name: str, values: torch.Tensor):
+def _check_values(name: str, values: torch.Tensor, dimensions: int = 3):
+    check_type(name, values, torch.Tensor)
+    if values.ndim != dimensions:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, but must have {dimensions} dimensions.")
     if len(values) == 0:
         raise ValueError(f"{name} is empty: there is nothing to measure. Record some tokens first.")
 
@@ -47,7 +52,7 @@ def path_ids(experts: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If there are no tokens.
     """
-    _refuse_empty("experts", experts)
+    _check_values("experts", experts)
     first, *rest = experts[:, :, 0].T.contiguous()  # layer by layer in memory, which is faster
     base = int(experts.max()) + 1
     ids, size = first.long(), base
@@ -136,7 +141,7 @@ def expert_load(experts: torch.Tensor, num_experts: int, layer_to_block: list[in
     Raises:
         ValueError: If there are no tokens, or an expert index is not below `num_experts`.
     """
-    _refuse_empty("experts", experts)
+    _check_values("experts", experts)
     if (largest := int(experts.max())) >= num_experts:
         raise ValueError(f"experts holds index {largest}, but num_experts={num_experts}.")
     counts = torch.stack([layer.reshape(-1).long().bincount(minlength=num_experts) for layer in experts.unbind(dim=1)])
@@ -183,7 +188,7 @@ def routing_entropy(probabilities: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If there are no tokens.
     """
-    _refuse_empty("probabilities", probabilities)
+    _check_values("probabilities", probabilities)
     total = torch.zeros(probabilities.shape[1], dtype=torch.float64)
     for chunk in probabilities.split(2**14):  # a float32 copy of all tokens may not fit
         chunk = chunk.float()
@@ -195,7 +200,7 @@ def routing_entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 def _expert_sets(experts: torch.Tensor) -> np.ndarray:
     """Returns the expert sets as bit masks `(L, words, T)`, in the smallest unsigned dtype with a bit per expert."""
-    _refuse_empty("experts", experts)
+    _check_values("experts", experts)
     experts = np.ascontiguousarray(experts.cpu().numpy().transpose(1, 2, 0))
     size = int(experts.max()) + 1
     bits = next((bits for bits in (8, 16, 32) if size <= bits), 64)
@@ -282,7 +287,7 @@ def _contingency(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tenso
     """Returns the non-empty cells of the contingency table: row, column and count, each `(cells,)`."""
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(f"Each token needs two labels, got labels of shape {first.shape} and {second.shape}.")
-    _refuse_empty("labels", first)
+    _check_values("labels", first, dimensions=1)
     # 64-bit labels are renumbered from 0, so that a cell has one 64-bit number.
     (_, first), (rows, second) = (labels.unique(return_inverse=True) for labels in (first, second))
     width = len(rows)

@@ -179,28 +179,32 @@ class PeakMemory(TorchDispatchMode):
 def plan(args: list[str]) -> str:
     """Formats a table of the memory per GPU, with and without the options that save memory."""
     parser = ArgumentParser(prog=f"{Path(sys.argv[0]).name} plan", description=__doc__.split("\n")[0])
-    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--gpus", type=int, nargs="+")
     parser.add_argument("--memory", type=float, nargs="+", default=[80, 141], metavar="GB")
-    options, rest = parser.parse_known_args(args)
-    for gpus in options.gpus:
+    options, fields = parser.parse_known_args(args)
+    for gpus in options.gpus or []:
         if not 1 <= gpus <= MAX_COUNT:
             parser.error(f"--gpus {gpus} must be from 1 to {MAX_COUNT:,}.")
     for size in options.memory:
         if not 0 < size < math.inf:
             parser.error(f"--memory {size:g} must be a positive number of GB.")
-    recipe = parse_recipe(rest)
+    recipe = parse_recipe(fields)
     config = build_config(recipe)
     if config.model_type != "pathmoe":
         raise RecipeError(f"model={recipe.model!r}: plan supports PathMoE models, not {config.model_type}.")
-    if recipe.batch_size % recipe.micro_batch_size:
-        raise RecipeError(
-            f"batch_size={recipe.batch_size} must be a multiple of micro_batch_size={recipe.micro_batch_size}."
-        )
+    micro_batches, rest = divmod(recipe.batch_size, recipe.micro_batch_size)
+    options.gpus = options.gpus or [gpus for gpus in (8, 16, 64) if micro_batches % gpus == 0] or [1]
     if config.num_experts % recipe.ep_size or all(gpus % recipe.ep_size for gpus in options.gpus):
         raise RecipeError(
             f"ep_size={recipe.ep_size} must divide num_experts={config.num_experts} and the number of GPUs "
             f"(--gpus {' '.join(map(str, options.gpus))})."
         )
+    for gpus in options.gpus:
+        if rest or micro_batches % gpus:
+            raise RecipeError(
+                f"batch_size={recipe.batch_size} must be a multiple of micro_batch_size={recipe.micro_batch_size} "
+                f"times the number of GPUs (--gpus {gpus})."
+            )
     count = count_parameters(config)
     head = ["GPUs", "engine", "checkpointing", "states", "gathered", "working", "total"]
     head += [f"fits {size:g} GB" for size in options.memory]

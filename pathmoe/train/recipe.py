@@ -209,7 +209,7 @@ class Recipe:
             "decay_steps", "weight_decay", "max_bad_rows",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or a positive number.")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio={self.min_lr_ratio} must be from 0 to 1.")
         for name in ("beta1", "beta2", "muon_momentum"):
@@ -373,6 +373,7 @@ def parse_recipe(args: list[str]) -> Recipe:
     if "--help" in args or "-h" in args:
         print(f"{__doc__}\n{Recipe.__doc__}")
         sys.exit(0)
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     given = {}
     for name, value in zip(args[::2], args[1::2]):
         if not name.startswith("--"):

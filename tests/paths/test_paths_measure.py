@@ -212,8 +212,12 @@ def test_subsample_has_that_many_tokens_of_whole_documents():
 
 
 def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(TypeError, match="must be a Tensor, not a list"):
+        path_ids([[[0, 1]]])
     empty = torch.zeros(0, 3, 2, dtype=torch.uint8)
     for measure in (path_ids, path_entropy, jaccard_matrix, lambda e: sustained_engagement(e, 2)):
+        with pytest.raises(ValueError, match=r"experts has shape \(5, 2\), but must have 3 dimensions"):
+            measure(torch.zeros(5, 2, dtype=torch.uint8))
         with pytest.raises(ValueError, match="experts is empty: there is nothing to measure"):
             measure(empty)
     with pytest.raises(ValueError, match="experts holds index 7, but num_experts=4"):

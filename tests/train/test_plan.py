@@ -8,7 +8,7 @@ from pathmoe.accounting import count_parameters
 from pathmoe.train.main import main
 from pathmoe.train.model import build_config
 from pathmoe.train.plan import plan_memory
-from pathmoe.train.recipe import parse_recipe
+from pathmoe.train.recipe import RecipeError, parse_recipe
 
 
 MEMORY = Path(__file__).parents[2] / "benchmarks" / "memory.json"
@@ -42,7 +42,9 @@ def test_checkpointing_and_smaller_micro_batches_take_less(recipe, tmp_path):
 
 
 def test_plan_is_a_table_of_gpus_and_engines(recipe, tmp_path, capsys):
-    assert main(["plan", *recipe(tmp_path), "--gpus", "2", "8", "--memory", "80"]) == 0
+    assert main(["plan", *recipe(tmp_path, micro_batch_size=1), "--gpus", "2", "8", "--memory", "80"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "fits 80 GB" in lines[2] and any("FSDP2 x EP 8" in line and line.endswith("| yes |") for line in lines)
     assert len(lines) == 4 + 2 + 4
+    with pytest.raises(RecipeError, match=r"micro_batch_size=1 times the number of GPUs \(--gpus 3\)"):
+        main(["plan", *recipe(tmp_path, micro_batch_size=1), "--gpus=3"])
