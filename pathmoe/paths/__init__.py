@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Expert paths of any mixture-of-experts model: record and replay, measure, perturb."""
 
-from .hooks import RoutedModel, edit_paths
+from .hooks import RoutedModel, balance_routing, edit_paths
 from .measure import (
     Interval,
     adjacent_jaccard,
@@ -43,6 +43,7 @@ __all__ = [
     "PerturbationCurve",
     "RoutedModel",
     "adjacent_jaccard",
+    "balance_routing",
     "bootstrap",
     "cluster_purity",
     "distinct_paths",

@@ -4,7 +4,7 @@ import torch
 from accelerate import cpu_offload
 
 from pathmoe import PathTrace, record_paths, replay_paths
-from pathmoe.paths import edit_paths
+from pathmoe.paths import balance_routing, edit_paths
 
 
 def other_experts(trace, seed=0):
@@ -264,3 +264,18 @@ def test_experts_that_cannot_be_those_of_the_model_are_refused(tiny_model, chang
         PathTrace.from_experts([change(recorded.experts.long())], [ids], model)
     with pytest.raises(ValueError, match="experts has 1 sequences and token_ids 2"):
         PathTrace.from_experts([recorded.experts], [ids, ids], model)
+
+
+def test_balanced_routing_loads_all_experts_alike_and_ends_with_the_block(any_model, tokens, kind, tmp_path):
+    model = any_model(kind)
+    before = model(tokens()).logits
+    with balance_routing(model), record_paths(model) as trace:
+        assert not torch.allclose(model(tokens()).logits, before, atol=1e-2)
+        model.save_pretrained(tmp_path)
+    load = torch.stack(
+        [layer.flatten().bincount(minlength=trace.model.num_experts) for layer in trace.experts.unbind(1)]
+    )
+    assert (load.max(dim=1).values - load.min(dim=1).values).max() <= 1
+    assert (trace.experts.sort(dim=-1).values.diff(dim=-1) > 0).all()  # a token has k different experts
+    for unbalanced in (model, type(model).from_pretrained(tmp_path).eval()):
+        torch.testing.assert_close(unbalanced(tokens()).logits, before, rtol=1e-4, atol=1e-5)
