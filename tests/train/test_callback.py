@@ -165,6 +165,8 @@ torch.manual_seed(0)
 model = PathMoEForCausalLM(PathMoEConfig.from_pretrained(folder))
 trainer = build_trainer(model, folder, per_device_train_batch_size=int(size))
 trainer.train()
+trainer.model_wrapped = trainer.model  # DDP must not hold the last reference to the process group
+trainer.accelerator.free_memory()
 logs = [entry for entry in trainer.state.log_history if "loss" in entry]
 keys = [name for name in logs[-1] if name in ("routing/load_cv", "routing/dead_experts", "routing/entropy")]
 print("RESULT", json.dumps([biases(trainer.model).tolist(), [[log[key] for key in keys] for log in logs]]))
