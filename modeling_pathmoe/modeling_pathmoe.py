@@ -428,12 +428,10 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         balance = self.training and labels is not None and self.config.trains_router_balance
-        count_load = self.training and self.config.router_bias_update_rate > 0
-        if labels is None:
-            trained = self.training and torch.is_grad_enabled()  # by a loss that the caller computes
-            count_load = count_load and trained
-            if trained:
-                warn_of_missing_labels(self.config, output_router_logits)
+        trained = self.training and (labels is not None or torch.is_grad_enabled())
+        count_load = trained and self.config.router_bias_update_rate > 0
+        if trained and labels is None:
+            warn_of_missing_labels(self.config, output_router_logits)
 
         outputs: PathMoEModelOutputWithPast = self.model(
             input_ids=input_ids,

@@ -439,6 +439,7 @@ def load_balancing_loss(
     num_experts: int,
     top_k: int,
     attention_mask: torch.Tensor | None = None,
+    load: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes the Switch load-balancing loss of each layer and averages it over the layers.
 
@@ -453,17 +454,22 @@ def load_balancing_loss(
         num_experts (`int`): E.
         top_k (`int`): k.
         attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 marks padding, which is left out.
+        load (`torch.Tensor` of shape `(L, E)`, *optional*): f of a larger batch that these tokens are a part of (arXiv
+            2501.11873). The mean of the losses of its parts, weighted by tokens, is then the loss of that batch.
 
     Returns:
         `torch.Tensor`: A float32 scalar on the device of the first layer's logits.
     """
     device = router_logits[0].device
     losses = []
-    for logits in router_logits:
+    for layer, logits in enumerate(router_logits):
         probs = logits.float().softmax(dim=-1)
-        picked = torch.zeros_like(probs).scatter_(1, probs.topk(top_k, dim=-1).indices, 1.0)
-        load, importance = (_mean_over_tokens(x, attention_mask) for x in (picked, probs))
-        losses.append((num_experts * (load * importance).sum()).to(device))
+        if load is None:
+            picked = torch.zeros_like(probs).scatter_(1, probs.topk(top_k, dim=-1).indices, 1.0)
+            of_layer = _mean_over_tokens(picked, attention_mask)
+        else:
+            of_layer = load[layer].to(probs)
+        losses.append((num_experts * (of_layer * _mean_over_tokens(probs, attention_mask)).sum()).to(device))
     return torch.stack(losses).mean()
 
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from modeling_pathmoe import update_selection_bias
+from pathmoe.train.balance import GlobalBatchBalance
 from pathmoe.train.checkpoints import Checkpoints
 from pathmoe.train.data import count_targets, make_inputs
 from pathmoe.train.divergence import check_evaluation, check_weights, skip_bad_step
@@ -76,6 +77,9 @@ class TrainingLoop:
         self.config = self.model.config
         self.accumulation = recipe.batch_size // (recipe.micro_batch_size * accelerator.num_processes)
         self.monitor = RoutingMonitor(self.model, accelerator) if self.config.model_type == "pathmoe" else None
+        self.balance = None
+        if recipe.balance_over == "global_batch":
+            self.balance = GlobalBatchBalance(self.model, state.model, accelerator)
         self.stop = StopOnSignal()
         self.throughput = Throughput(recipe, accelerator, self.config)
 
@@ -159,13 +163,18 @@ class TrainingLoop:
             # Gradients are averaged over the ranks, so the loss is divided by the mean number of targets per rank.
             targets = accelerator.reduce(targets.float(), reduction="mean")
         loss_sum, router_logits = torch.zeros((), device=accelerator.device), None
+        if self.balance:
+            self.balance.begin_step(micro_batches)
         for number, inputs in enumerate(micro_batches):
-            wanted = {"output_router_logits": True} if monitored and number == 0 else {}
+            measured = monitored and number == 0
+            wanted = {"output_router_logits": True} if measured or self.balance else {}
             with accumulate(accelerator, self.state.model, last=number == len(micro_batches) - 1):
                 output = self.state.model(**inputs, num_items_in_batch=targets, use_cache=False, **loss_only, **wanted)
-                loss = output.loss
-                loss_sum += cross_entropy(output, self.config, count_targets(inputs) / targets)
-                router_logits = output.router_logits if wanted else router_logits
+                loss, share = output.loss, count_targets(inputs) / targets
+                loss_sum += cross_entropy(output, self.config, share)
+                if self.balance:
+                    loss = loss + self.balance.correct(output, share)
+                router_logits = output.router_logits if measured else router_logits
                 del output  # free the logits, the largest tensor in most models
                 accelerator.backward(loss)
         return loss_sum, router_logits

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from pathmoe.accounting import count_parameters
 from pathmoe.command import STOPPING
 from pathmoe.files import check_writable
+from pathmoe.train.balance import check_balance
 from pathmoe.train.checkpoints import Checkpoints, find_checkpoint, step_of
 from pathmoe.train.data import build_data, build_tokenizer
 from pathmoe.train.engine import build_accelerator
@@ -61,6 +62,7 @@ def main(args: list[str] | None = None) -> int:
     recipe = parse_recipe(args)
     config = build_config(recipe)
     check_start(recipe, config)
+    check_balance(recipe, config)
     if config.model_type == "pathmoe" and recipe.precision == "bf16" and recipe.experts_implementation == "grouped_mm":
         try:
             config.check_grouped_mm_rows(torch.bfloat16)

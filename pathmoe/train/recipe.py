@@ -77,6 +77,9 @@ class Recipe:
         learning_rate, weight_decay, beta1, beta2, epsilon, max_grad_norm: Settings of the optimizer and of gradient
             clipping. Weight decay applies to matrices, not to norms and biases.
         router_learning_rate_scale (`float`): Factor on the learning rate of the routers.
+        balance_over (`str`): The tokens over which the load-balancing loss (`router_aux_loss_coef`) is computed:
+            `"micro_batch"`, or `"global_batch"`, all tokens of a step (arXiv 2501.11873). With several micro-batches
+            per rank, the latter takes one more forward of each.
         unigram_start (`bool`): Whether a new model starts from the token frequencies of the training text and from
             embeddings of standard deviation 1. Embeddings and head then have no weight decay, and the head must not be
             tied to the embeddings. Together with `zero_init_projections`, this keeps the routing from collapsing in
@@ -137,6 +140,7 @@ class Recipe:
     muon_momentum: float = 0.95
     learning_rate: float = 1e-3
     router_learning_rate_scale: float = 1.0
+    balance_over: str = "micro_batch"
     unigram_start: bool = False
     zero_init_projections: bool = False
     weight_decay: float = 0.1
@@ -171,6 +175,7 @@ class Recipe:
     def validate_choices(self):
         for name, choices in (
             ("optimizer", ("adamw", "muon")),
+            ("balance_over", ("micro_batch", "global_batch")),
             ("schedule", ("cosine", "wsd")),
             ("precision", ("fp32", "bf16")),
             ("engine", ("auto", "cpu", "gpu", "ddp", "fsdp", "fsdp_ep")),
