@@ -70,7 +70,7 @@ class PathMoEConfig(PreTrainedConfig):
             number (the last block may be shorter; L or more means one router for all layers), or a list with the size
             of each block. 1 is the usual independent routing; 4 is the paper's best.
         router_type (`str`, defaults to `"linear"`): How a router scores the experts: `"linear"`, `"cosine"`,
-            `"low_rank"`, `"recurrent"`, `"random"`, or a name given to `register_router`.
+            `"low_rank"`, `"recurrent"`, `"random"`, `"hash"` (by token id), or a name given to `register_router`.
         router_sharing (`str`, defaults to `"parameters"`): Whether a block shares the router's `"parameters"`, so that
             each layer routes its own hidden state (PathMoE), or the `"decision"` of its first layer (Mono).
         router_dim (`int`, *optional*): Width of the cosine router's projection (E / 2 when unset) or of the recurrent
@@ -207,8 +207,8 @@ class PathMoEConfig(PreTrainedConfig):
         if self.router_bias_update_rate:
             self.router_selection_bias = True
         router = ROUTERS.get(self.router_type)
-        if self.router_sharing == "decision" or (router is not None and router.carries_state):
-            # Pipeline stages pass on hidden states only, so the routing would lose its state between them.
+        if self.router_sharing == "decision" or (router and (router.carries_state or router.needs_token_ids)):
+            # Pipeline stages pass on hidden states only, so routers would lose their state or the tokens between them.
             self.base_model_pp_plan = None  # type: ignore[misc]
         super().__post_init__(**kwargs)
 

@@ -240,7 +240,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
             # Otherwise the first forward would install the hooks, and a compiled forward cannot.
             install_all_output_capturing_hooks(self)
 
-    def _route_of_layer(self, index: int) -> Callable | None:
+    def _route_of_layer(self, index: int, token_ids: torch.Tensor | None = None) -> Callable | None:
         """Returns the function that routes a layer. A layer that held its router would register it a second time.
 
         Returns:
@@ -254,7 +254,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
         router = self.routers[str(layer.router_block)]
 
         def route(hidden_states, state):
-            _, weights, indices, state = router(hidden_states, layer.router_layer, state)
+            _, weights, indices, state = router(hidden_states, layer.router_layer, state, token_ids)
             device = hidden_states.device
             if isinstance(state, tuple):
                 state = tuple(tensor.to(device) for tensor in state)
@@ -303,6 +303,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
         refuse_reentrant_checkpointing(self)
 
         cache = take_cache(past_key_values, cache, kwargs)
+        token_ids = None if input_ids is None else input_ids.flatten()
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
@@ -329,7 +330,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
             # backpropagate through them twice.
             outputs = layer(
                 hidden_states,
-                self._route_of_layer(index),
+                self._route_of_layer(index, token_ids),
                 router_state,
                 attention_mask=causal_mask,
                 position_ids=position_ids,

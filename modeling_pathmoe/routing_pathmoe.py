@@ -49,6 +49,8 @@ class PathMoERouter(nn.Module):
     can_share_decision = True
     # Whether `compute_logits` hands a state from layer to layer. Pipeline stages cannot pass one on.
     carries_state = False
+    # Whether `compute_logits` gets the token ids, of shape (T,), as a fourth argument.
+    needs_token_ids = False
 
     def __init__(self, config, layers: list[int]):
         super().__init__()
@@ -133,7 +135,11 @@ class PathMoERouter(nn.Module):
         return weights, indices
 
     def forward(
-        self, hidden_states: torch.Tensor, layer_idx: int, state: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+        self,
+        hidden_states: torch.Tensor,
+        layer_idx: int,
+        state: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+        token_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...] | None]:
         """Routes the tokens of one layer. The arithmetic is float32 in any model dtype and under autocast.
 
@@ -141,6 +147,10 @@ class PathMoERouter(nn.Module):
             hidden_states (`torch.Tensor` of shape `(T, D)`): Normalised input of the layer's experts.
             layer_idx (`int`): Index of the calling layer.
             state (`torch.Tensor` or `tuple`, *optional*): The state that this method returned for the previous layer.
+            token_ids (`torch.Tensor` of shape `(T,)`, *optional*): The tokens, where the router `needs_token_ids`.
+
+        Raises:
+            ValueError: If the router needs token ids and there are none.
 
         Returns:
             `tuple`: logits `(T, E)` in float32, weights `(T, k)` in the dtype of `hidden_states`, expert indices
@@ -149,9 +159,16 @@ class PathMoERouter(nn.Module):
         """
         if self.shares_decision and state is not None:
             return (*state, state)
+        tokens = ()
+        if self.needs_token_ids:
+            if token_ids is None:
+                raise ValueError(
+                    f"router_type={self.config.router_type!r} routes by token ids: pass input_ids, not inputs_embeds."
+                )
+            tokens = (token_ids.to(hidden_states.device),)
         # Autocast would turn a float32 matrix product back into bfloat16.
         with no_autocast(hidden_states.device.type):
-            logits, state = self.compute_logits(hidden_states.float(), layer_idx, state)  # type: ignore[arg-type]
+            logits, state = self.compute_logits(hidden_states.float(), layer_idx, state, *tokens)  # type: ignore[arg-type]
             weights, indices = self.choose(logits, layer_idx)
         weights = weights.to(hidden_states.dtype)
         if self.shares_decision:
@@ -221,6 +238,31 @@ class RandomRouter(PathMoERouter):
 
     def init_weights(self, std):
         init.normal_(self.weight, mean=0.0, std=std)
+
+
+class HashRouter(PathMoERouter):
+    """Each token id always goes to the same k experts of a block, with equal weights (Hash Layers, arXiv 2106.04426).
+
+    The experts of token t are the k with the largest ((a_e t + b_e) mod p) / p, for random a and b and p = 2³¹ - 1, so
+    that the vocabulary may be resized. The logits are these numbers, and only order the experts.
+    """
+
+    needs_token_ids = True
+
+    def __init__(self, config, layers: list[int]):
+        super().__init__(config, layers)
+        self.coefficients = nn.Buffer(torch.empty(2, self.num_experts, dtype=torch.int64))
+
+    def compute_logits(self, hidden_states, layer_idx, state, token_ids):
+        factors, offsets = self.coefficients
+        return (token_ids[:, None] * factors + offsets).remainder(2**31 - 1).float() / (2**31 - 1), state
+
+    def choose(self, logits, layer_idx):
+        weights, indices = super().choose(logits, layer_idx)
+        return torch.ones_like(weights) / self.top_k, indices
+
+    def init_weights(self, std):
+        init.copy_(self.coefficients, torch.randint(1, 2**31 - 1, self.coefficients.shape))
 
 
 class CosineRouter(PathMoERouter):
@@ -328,6 +370,7 @@ def _top_k_by_maxima(scores: torch.Tensor, top_k: int) -> torch.Tensor:
 
 ROUTERS: dict[str, type[PathMoERouter]] = {
     "linear": LinearRouter,
+    "hash": HashRouter,
     "cosine": CosineRouter,
     "low_rank": LowRankRouter,
     "recurrent": RecurrentRouter,

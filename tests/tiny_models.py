@@ -65,7 +65,7 @@ PEERS = {
 
 
 PATHMOE = [
-    *({"router_type": router_type} for router_type in ("linear", "cosine", "low_rank", "recurrent", "random")),
+    *({"router_type": router_type} for router_type in ("linear", "cosine", "low_rank", "recurrent", "random", "hash")),
     {"router_sharing": "decision"},
     {"router_bias_update_rate": 0.1},
     {"norm_topk_prob": False},

@@ -28,6 +28,7 @@ from ..loading import CONSTANTS, LARGEST, describe, load_config, load_model
 from .shapes import check_tensors, meta_model
 
 
+HASHES = re.compile(r"model\.routers\.\d+\.coefficients")  # of hash routers: whole numbers that are never trained
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -123,13 +124,16 @@ class Checkpoint:
                 if weight_map is not None and (said := weight_map.pop(name, None)) != file:
                     raise UserError(f"{index}: {name} is in {file}, but the index says {said}: fetch both again.")
                 part = handle.get_slice(name)
-                if part.get_dtype() not in DTYPES:
+                dtype = DTYPES.get(part.get_dtype())
+                if part.get_dtype() == "I64" and HASHES.fullmatch(name):
+                    dtype = torch.int64
+                if dtype is None:
                     raise UserError(
                         f"{name} in {self.folder / file} is {part.get_dtype()}: only {', '.join(DTYPES)} can be "
                         "converted."
                     )
                 if not CONSTANTS.search(name):
-                    self._tensors[name] = file, tuple(part.get_shape()), DTYPES[part.get_dtype()]
+                    self._tensors[name] = file, tuple(part.get_shape()), dtype
         for name, file in (weight_map or {}).items():
             raise UserError(f"{index} says that {name} is in {file}, which does not hold it: fetch both again.")
 

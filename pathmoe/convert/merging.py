@@ -84,6 +84,10 @@ def average_checkpoints(
                     f"{other.folder} has {name} in {other.dtypes[name]}, but {first.folder} has it in {dtype}: save "
                     "both in one dtype first."
                 )
+            if not dtype.is_floating_point and not torch.equal(other.piece(name).read(), first.piece(name).read()):
+                raise UserError(
+                    f"{other.folder} has other values of {name} than {first.folder}, which have no average."
+                )
         files = [checkpoint.folder / "tokenizer.json" for checkpoint in (first, other)]
         if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
             raise UserError(f"{other.folder} has a different tokenizer than {first.folder}: their tokens differ.")
@@ -93,6 +97,8 @@ def average_checkpoints(
         dtype = pieces[0].dtype
 
         def read():
+            if not dtype.is_floating_point:  # equal in all of them
+                return pieces[0].read()
             total = torch.zeros(pieces[0].shape)
             for weight, checkpoint, piece in zip(weights, checkpoints, pieces):
                 total.add_(piece.read(), alpha=weight)

@@ -17,10 +17,10 @@ from modeling_pathmoe.routing_pathmoe import ROUTERS, load_balancing_loss
 from pathmoe import PathMoEConfig, PathMoEForCausalLM, update_selection_bias
 
 
-TYPES = sorted(ROUTERS)
+TYPES = sorted(kind for kind, router in ROUTERS.items() if not router.needs_token_ids)
 COMBINATIONS = [
     (kind, sharing)
-    for kind, sharing in itertools.product(TYPES, ("parameters", "decision"))
+    for kind, sharing in itertools.product(ROUTERS, ("parameters", "decision"))
     if sharing == "parameters" or ROUTERS[kind].can_share_decision
 ]
 
