@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from examples import finetune_trainer, lora_peft, sft_trl
+from examples import finetune_trainer, grpo_replay, lora_peft, sft_trl
 from pathmoe import PathMoEForCausalLM, PathMoERouter
 from pathmoe.text.reader import train_tokenizer
 
@@ -188,3 +188,31 @@ def test_lora_trains_experts_under_bf16_autocast(run, checkpoint):
     _, exact = run(lora_peft, checkpoint(), name="fp32", steps=3)
     _, mixed = run(lora_peft, checkpoint(), "--bf16", "true", name="bf16", steps=3)
     assert mixed != exact and mixed == pytest.approx(exact, abs=0.05)
+
+
+@pytest.fixture
+def run_grpo(run, data, tmp_path):
+    """Returns a function that runs GRPO on short prompts; gives the trainer and the differences of its steps."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text[:12]}) + "\n" for text in SENTENCES))
+    data[grpo_replay] = ["--prompts", str(file)]
+
+    def execute(checkpoint, *options):
+        sizes = ["--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "12"]
+        trainer, _ = run(grpo_replay, checkpoint, *sizes, *options, steps=2)
+        return trainer, [log["replay/logp_difference"] for log in trainer.state.log_history if "loss" in log]
+
+    return execute
+
+
+def test_replayed_routing_leaves_only_the_difference_in_arithmetic(run_grpo, checkpoint):
+    source = checkpoint(router_bias_update_rate=0.01)
+    _, exact = run_grpo(source, "--sampler_dtype", "float32")
+    assert max(exact) < 1e-3
+    trainer, replayed = run_grpo(source)
+    _, plain = run_grpo(source, "--replay", "false")
+    assert sum(replayed) < 0.8 * sum(plain)
+    before = load_file(source / "model.safetensors")
+    for name in SHARED:
+        assert not torch.equal(trainer.model.state_dict()[name], before[name]), f"{name} was not trained"
+    assert all("routing/load_cv" in log for log in trainer.state.log_history if "loss" in log)
