@@ -5,10 +5,9 @@ import argparse
 import math
 from pathlib import Path
 
-import torch
-
-from pathmoe.command import UserError, one_line
+from pathmoe.command import UserError
 from pathmoe.files import check_writable, read_json
+from pathmoe.loading import check_device
 
 
 def check_options(options: argparse.Namespace, least: dict[str, int] | None = None, **outputs: str):
@@ -30,10 +29,7 @@ def check_options(options: argparse.Namespace, least: dict[str, int] | None = No
         if getattr(options, name) is not None:
             check_writable(getattr(options, name), f"--{name}", mark)
     if "device" in options:
-        try:
-            torch.empty(1, device=options.device).cpu()
-        except Exception as error:  # torch raises AssertionError, RuntimeError or NotImplementedError
-            raise UserError(f"--device {options.device} cannot be used here: {one_line(error)}") from error
+        check_device(options.device)
 
 
 def read_report(file: Path, field: str) -> dict:

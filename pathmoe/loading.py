@@ -180,6 +180,19 @@ def describe(error: Exception) -> str:
     return str(error) if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
 
 
+def check_device(device: str):
+    """Checks that torch can compute on the `--device`.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    try:
+        torch.empty(1, device=device).cpu()
+    except Exception as error:  # torch raises AssertionError, RuntimeError or NotImplementedError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # torch adds a C++ trace
+        raise UserError(f"--device {device} cannot be used here: {reason}") from error
+
+
 def check_finite(model: torch.nn.Module, what: str):
     """Checks that all weights are finite and that their squares do not overflow.
 

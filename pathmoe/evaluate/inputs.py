@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedCo
 
 from pathmoe.command import UserError, one_line
 from pathmoe.files import read_json
+from pathmoe.loading import check_device
 from pathmoe.text.rows import READERS, check_file, find_undecodable, read_all_rows, read_lines, select_texts
 
 
@@ -90,10 +91,7 @@ def check_device_arguments(options: argparse.Namespace):
     dtype = getattr(torch, options.dtype, None)
     if options.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"--dtype {options.dtype}: choose auto, float32, bfloat16 or float16.")
-    try:
-        torch.empty(1, device=options.device).cpu()
-    except Exception as error:  # torch raises AssertionError, RuntimeError or NotImplementedError
-        raise UserError(f"--device {options.device} cannot be used here: {first_line(error)}") from error
+    check_device(options.device)
 
 
 def load_config(source: str, option: str = "--model", **options) -> PreTrainedConfig:
