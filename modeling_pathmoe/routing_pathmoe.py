@@ -253,7 +253,7 @@ class HashRouter(PathMoERouter):
         super().__init__(config, layers)
         self.coefficients = nn.Buffer(torch.empty(2, self.num_experts, dtype=torch.int64))
 
-    def compute_logits(self, hidden_states, layer_idx, state, token_ids):
+    def compute_logits(self, hidden_states, layer_idx, state, token_ids):  # type: ignore[override]
         factors, offsets = self.coefficients
         return (token_ids[:, None] * factors + offsets).remainder(2**31 - 1).float() / (2**31 - 1), state
 

@@ -10,9 +10,9 @@ micro-batch per rank, that takes one small reduction. With more, the step begins
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from modeling_pathmoe import load_balancing_loss
+from modeling_pathmoe.cache_pathmoe import PathMoECausalLMOutputWithPast
 from pathmoe.train.recipe import Recipe, RecipeError
 
 
@@ -57,7 +57,7 @@ class GlobalBatchBalance:
         others = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         return others | {"use_cache": False, "logits_to_keep": 1, "output_router_logits": True}
 
-    def measure(self, output: ModelOutput) -> torch.Tensor:
+    def measure(self, output: PathMoECausalLMOutputWithPast) -> torch.Tensor:
         """Returns the load `(L, E)` of a forward; rows sum to k."""
         top_k, experts = self.config.num_experts_per_tok, self.config.num_experts
         chosen = [logits.float().softmax(dim=-1).topk(top_k, dim=-1).indices for logits in output.router_logits]
@@ -66,11 +66,11 @@ class GlobalBatchBalance:
     def reduce(self, load: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(load, reduction="mean") if self.accelerator.num_processes > 1 else load
 
-    def correct(self, output: ModelOutput, share_of_targets: torch.Tensor) -> torch.Tensor:
+    def correct(self, output: PathMoECausalLMOutputWithPast, share_of_targets: torch.Tensor) -> torch.Tensor:
         """Returns what to add to the loss of a micro-batch, which has its own load-balancing loss in it.
 
         Args:
-            output (`ModelOutput`): The output of the model, with router logits.
+            output (`PathMoECausalLMOutputWithPast`): The output of the model, with router logits.
             share_of_targets (`torch.Tensor`, scalar): The weight of the micro-batch's own loss in the step.
         """
         if self.load is None:
