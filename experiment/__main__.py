@@ -17,8 +17,6 @@ the results are the same to the bit on the same kind of processor.
 import argparse
 import json
 import os
-import signal
-import sys
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -147,5 +145,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run_command(main)

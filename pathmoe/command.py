@@ -19,6 +19,28 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
     STOPPING.add(signal.SIGHUP)
 
 
+_handlers: dict[int, Callable] = {}
+
+
+def handle_signal(number: int, handler: Callable) -> Callable | int | None:
+    """Sets the handler of a signal in this process, but not in those that it forks, and returns the previous one.
+
+    `multiprocessing.Pool`, which lm-eval and datasets use, ends its processes by a single SIGTERM. If it arrives just
+    before such a process waits for a lock, a handler written in Python never runs, and the pool waits forever.
+    """
+    if not _handlers:
+        os.register_at_fork(after_in_child=_forget_handlers)
+    _handlers[number] = handler
+    return signal.signal(number, handler)
+
+
+def _forget_handlers():
+    for number, handler in _handlers.items():
+        if signal.getsignal(number) == handler:
+            # Ctrl-C reaches all processes of the terminal: the one that has set the handler decides what happens.
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+
+
 class UserError(ValueError):
     """A mistake that the user can fix. The message is one line that names the field or file, the value and the fix."""
 
@@ -49,7 +71,7 @@ def run_command(main: Callable[[], object], interrupted: int = 130):
     """
     # These signals raise an exception too, so that temporary files are removed.
     for number in STOPPING - {signal.SIGINT}:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        handle_signal(number, lambda number, _: sys.exit(128 + number))
     try:
         status = main()
         sys.stdout.flush()

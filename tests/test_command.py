@@ -37,6 +37,33 @@ def test_a_command_ends_with_its_status_and_one_line(main, status, said):
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", said)
 
 
+FORKED = """
+import multiprocessing, signal
+from pathmoe.command import run_command
+from pathmoe.train.engine import StopOnSignal
+
+def dispositions(_):
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+def in_a_pool():
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.map(dispositions, [0])[0]
+
+def main():
+    assert in_a_pool() == [signal.SIG_DFL, signal.default_int_handler]
+    with StopOnSignal():
+        assert in_a_pool() == [signal.SIG_DFL, signal.SIG_IGN]
+        assert callable(signal.getsignal(signal.SIGTERM))
+
+run_command(main)
+"""
+
+
+def test_forked_processes_have_no_handler_in_python_that_may_miss_their_only_sigterm():
+    ended = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_stops_reading_ends_the_command_in_silence(lines):
     code = f"from pathmoe.command import run_command; run_command(lambda: print('line\\n' * {lines}))"

@@ -24,6 +24,7 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
+from pathmoe.command import handle_signal
 from pathmoe.files import write_text
 from pathmoe.text.reader import load_text, train_tokenizer
 from pathmoe.train.log import read_metrics
@@ -251,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     experiment = read_experiment(args.config)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    handle_signal(signal.SIGTERM, lambda *_: sys.exit(143))
     pool = RunPool(args.output_dir, make_tokenizer(experiment, args.output_dir), args.jobs)
     rate = choose_learning_rate(experiment, pool)
     tqdm.write(f"learning rate {rate:g}")

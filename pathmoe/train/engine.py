@@ -19,7 +19,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from pathmoe.command import STOPPING
+from pathmoe.command import STOPPING, handle_signal
 from pathmoe.train.recipe import Recipe, RecipeError
 
 
@@ -158,7 +158,7 @@ class StopOnSignal:
     def __enter__(self):
         for number in STOPPING:
             with contextlib.suppress(ValueError):  # raised outside of the main thread: the caller handles signals
-                self._before[number] = signal.signal(number, self._handle)
+                self._before[number] = handle_signal(number, self._handle)
         return self
 
     def __exit__(self, *_):
