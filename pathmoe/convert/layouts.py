@@ -1,7 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Maps the tensors and configuration fields of the architectures to each other."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,12 +21,12 @@ SAME_FIELDS = (
     "rope_parameters", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "dtype",
 )  # fmt: skip
 # The architecture with the attention of each `qk_norm`, its name in messages, and what its attention does.
-TARGETS: dict[bool | str, tuple[str, str, str]] = {
+TARGETS: dict[bool | Literal["full"], tuple[str, str, str]] = {
     True: ("qwen3_moe", "a Qwen3-MoE", "normalises queries and keys per head"),
     False: ("mixtral", "a Mixtral", "does not normalise queries and keys"),
     "full": ("olmoe", "an OLMoE", "normalises queries and keys over their full width"),
 }
-QK_NORM = {"qwen3": True, **{target: qk_norm for qk_norm, (target, *_) in TARGETS.items()}}
+QK_NORM = {target: qk_norm for qk_norm, (target, *_) in TARGETS.items()} | {"qwen3": True}
 MISFITS = {
     "qwen2_moe": "Qwen2-MoE has a shared expert and attention biases on queries, keys and values alone",
     "deepseek_v2": "DeepSeek has shared experts and latent attention",
@@ -160,7 +160,7 @@ def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
         "output_router_logits": config.output_router_logits,
         "intermediate_size": config.moe_intermediate_size,
     }
-    options = {"norm_topk_prob": config.norm_topk_prob, "attention_bias": config.attention_bias}
+    options: dict[str, Any] = {"norm_topk_prob": config.norm_topk_prob, "attention_bias": config.attention_bias}
     if target == "qwen3_moe":
         width = config.moe_intermediate_size
         return Qwen3MoeConfig(**shared, **options, moe_intermediate_size=width, architectures=["Qwen3MoeForCausalLM"])

@@ -43,7 +43,7 @@ def test_two_ranks_compute_what_one_does(tiny_model, tokens, gradients, assert_s
     ids = tokens(2, 7)
     torch.save(ids, tmp_path / "ids.pt")
     for qk_norm in QK_NORM:
-        tiny_model(qk_norm=qk_norm).save_pretrained(tmp_path / str(qk_norm))
+        tiny_model(vocab_size=100, qk_norm=qk_norm).save_pretrained(tmp_path / str(qk_norm))
     code = "import sys; from tests.modeling_pathmoe.test_tensor_parallel import run_rank; run_rank(sys.argv[1])"
     shared = {"PYTHONPATH": str(Path(__file__).parents[2]), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port}
     ranks = [
@@ -55,7 +55,7 @@ def test_two_ranks_compute_what_one_does(tiny_model, tokens, gradients, assert_s
     ]
     assert [rank.wait() for rank in ranks] == [0, 0]
     for qk_norm in QK_NORM:
-        model = tiny_model(qk_norm=qk_norm)
+        model = tiny_model(vocab_size=100, qk_norm=qk_norm)
         outputs = model(ids, labels=ids)
         expected = {"loss": outputs.loss, "logits": outputs.logits, **gradients(model, outputs.loss)}
         for rank in range(2):
