@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from benchmarks.options import check_options
 from pathmoe import PathMoEConfig
@@ -53,11 +53,17 @@ TRIPS = {
     "Mixtral → PathMoE (block 1) → Mixtral": (
         MixtralConfig(**SIZES, **EXPERTS, intermediate_size=64), imported, export_checkpoint
     ),
+    "OLMoE → PathMoE (block 1) → OLMoE": (
+        OlmoeConfig(**SIZES, **EXPERTS, intermediate_size=64, eos_token_id=2), imported, export_checkpoint
+    ),
     "PathMoE (block 4) → Qwen3-MoE → PathMoE (block 4)": (
         PathMoEConfig(**OURS), export_checkpoint, imported_in_blocks
     ),
     "PathMoE (block 4, no QK-norm) → Mixtral → PathMoE (block 4)": (
         PathMoEConfig(**OURS, qk_norm=False), export_checkpoint, imported_in_blocks
+    ),
+    "PathMoE (block 4, QK-norm over the full width) → OLMoE → PathMoE (block 4)": (
+        PathMoEConfig(**OURS, qk_norm="full"), export_checkpoint, imported_in_blocks
     ),
     "PathMoE (low-rank routers) → Qwen3-MoE": (
         PathMoEConfig(**OURS, router_type="low_rank"), export_checkpoint

@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Rotary embedding and grouped-query attention, as in Qwen3, or as in Llama without the norms of queries and keys."""
+"""Rotary embedding and grouped-query attention, with the norms of queries and keys of Qwen3, of OLMoE, or without."""
 
 import torch
 from torch import nn
@@ -89,7 +89,8 @@ def eager_attention_forward(
 
 
 class PathMoEAttention(nn.Module):
-    """Grouped-query attention with a norm on each head's queries and keys, or as in Llama with `qk_norm=False`."""
+    """Grouped-query attention with a norm on each head's queries and keys, or on those of all heads together with
+    `qk_norm="full"`, or as in Llama with `qk_norm=False`."""
 
     def __init__(self, config: PathMoEConfig, layer_idx: int):
         super().__init__()
@@ -105,8 +106,9 @@ class PathMoEAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = PathMoERMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = PathMoERMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        q_size, k_size = (width, kv_width) if config.qk_norm == "full" else (self.head_dim, self.head_dim)
+        self.q_norm = PathMoERMSNorm(q_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = PathMoERMSNorm(k_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -120,8 +122,10 @@ class PathMoEAttention(nn.Module):
         cache = take_cache(past_key_values, cache, kwargs)  # type: ignore[arg-type]  # at run time, a dict
         batch, sequence, _ = hidden_states.shape
         heads = (batch, sequence, -1, self.head_dim)  # -1: tensor parallelism gives each rank some of the heads
-        query = rotate(self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2), *position_embeddings)
-        key = rotate(self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2), *position_embeddings)
+        rows = (batch, sequence, -1) if self.config.qk_norm == "full" else heads  # the norms' last dimension
+        query, key = self.q_proj(hidden_states).view(rows), self.k_proj(hidden_states).view(rows)
+        query = rotate(self.q_norm(query).view(heads).transpose(1, 2), *position_embeddings)
+        key = rotate(self.k_norm(key).view(heads).transpose(1, 2), *position_embeddings)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if cache is not None:
             # The cache of continuous batching changes the attention's arguments.

@@ -84,8 +84,9 @@ class PathMoEConfig(PreTrainedConfig):
             paper trains PathMoE without it; its independent baseline uses 0.01.
         router_z_loss_coef (`float`, defaults to 0.0): Coefficient of the router z-loss while training.
         output_router_logits (`bool`, defaults to `False`): Whether to return the L router-logit tensors.
-        qk_norm (`bool`, defaults to `True`): Whether queries and keys are normalised per head, as in Qwen3. Without it
-            the attention is that of Llama and Mixtral.
+        qk_norm (`bool` or `"full"`, defaults to `True`): Whether queries and keys are normalised, per head as in Qwen3
+            or with `"full"` over all heads together as in OLMoE. With `False` the attention is that of Llama and
+            Mixtral.
         attention_bias (`bool`, defaults to `False`): Whether the attention projections have biases.
         attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities.
         max_position_embeddings (`int`, defaults to 4096): Longest sequence that the model is meant for.
@@ -164,7 +165,7 @@ class PathMoEConfig(PreTrainedConfig):
     router_aux_loss_coef: float | int = 0.0
     router_z_loss_coef: float | int = 0.0
     output_router_logits: bool = False
-    qk_norm: bool = True
+    qk_norm: bool | Literal["full"] = True
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     max_position_embeddings: int = 4096
@@ -210,6 +211,13 @@ class PathMoEConfig(PreTrainedConfig):
         if self.router_sharing == "decision" or (router and (router.carries_state or router.needs_token_ids)):
             # Pipeline stages pass on hidden states only, so routers would lose their state or the tokens between them.
             self.base_model_pp_plan = None  # type: ignore[misc]
+        if self.qk_norm == "full":
+            # The norms need the values of all heads, so the ranks gather them, and each attends with all, as in OLMoE.
+            styles = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")
+            styles["o_proj"] = "rowwise_split_input"
+            experts = {name: style for name, style in self.base_model_tp_plan.items() if ".mlp." in name}
+            attention = {f"layers.*.self_attn.{name}": style for name, style in styles.items()}
+            self.base_model_tp_plan = attention | experts  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -8,7 +8,7 @@ import shutil
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from pathmoe import PathMoEConfig
 from pathmoe.text.reader import train_tokenizer
@@ -25,6 +25,7 @@ MODELS = {
     "path": PathMoEConfig(**SIZES, **EXPERTS, moe_intermediate_size=16, router_block_size=2),
     "qwen": Qwen3MoeConfig(**SIZES, **EXPERTS, moe_intermediate_size=16),
     "mixtral": MixtralConfig(**SIZES, **EXPERTS, intermediate_size=16),
+    "olmoe": OlmoeConfig(**SIZES, **EXPERTS, intermediate_size=16, eos_token_id=2),
     "llama": LlamaConfig(**SIZES, intermediate_size=24),
 }
 LINES = [f"The {i}th {noun} counts to {i * i}." for i in range(30) for noun in ("line", "town", "river", "bird")]

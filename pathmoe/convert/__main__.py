@@ -10,6 +10,7 @@ from .exporting import export_checkpoint
 from .importing import import_checkpoint
 from .inspection import inspect_checkpoint
 from .merging import average_checkpoints, prune_experts
+from .shapes import PER_EXPERT
 from .upcycling import upcycle
 
 
@@ -43,10 +44,10 @@ def parser() -> argparse.ArgumentParser:
             "--tokens", dest="num_tokens", type=int, default=8192, help="number of its tokens to use (8192)"
         )
 
-    export = add("export", export_checkpoint, "convert PathMoE to Qwen3-MoE or Mixtral, exactly")
-    export.add_argument("--to", choices=["auto", "qwen3_moe", "mixtral"], default="auto")
+    export = add("export", export_checkpoint, "convert PathMoE to Qwen3-MoE, Mixtral or OLMoE, exactly")
+    export.add_argument("--to", choices=["auto", *PER_EXPERT], default="auto")
 
-    importer = add("import", import_checkpoint, "convert Qwen3-MoE or Mixtral to PathMoE")
+    importer = add("import", import_checkpoint, "convert Qwen3-MoE, Mixtral or OLMoE to PathMoE")
     importer.add_argument("--block-size", type=int, default=1, help="layers that share a router (1: exact)")
     add_text(importer)
 

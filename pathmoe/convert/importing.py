@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Imports Qwen3-MoE and Mixtral as PathMoE: exactly with a router per layer, or with fitted shared routers."""
+"""Imports Qwen3-MoE, Mixtral and OLMoE as PathMoE: exactly with a router per layer, or with fitted shared routers."""
 
 import tempfile
 from collections.abc import Iterable
@@ -15,6 +15,7 @@ from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
 from ..command import UserError
 from .checkpoint import EXACT, Checkpoint, Piece, check_request, convert, difference, load, logits_of, sample_tokens
 from .layouts import Expert, experts_of, fuse, gate_of, import_config, refuse_misfits
+from .shapes import PER_EXPERT
 from .texts import check_text, perplexity, read_windows, router_inputs
 
 
@@ -34,14 +35,14 @@ def import_checkpoint(
     verify: bool = True,
     max_shard_size: int | str = "1GB",
 ) -> dict:
-    """Writes a Qwen3-MoE or Mixtral as a PathMoE.
+    """Writes a Qwen3-MoE, Mixtral or OLMoE as a PathMoE.
 
     With blocks of one layer, or where the layers of each block hold the same router already (an exported PathMoE),
     the function is preserved. Otherwise, the experts of each layer are reordered, which preserves the function, so
     that the same hidden states choose the same indices in all layers of a block, and one router per block is fitted.
 
     Args:
-        src (`str` or `Path`): Folder of a Qwen3-MoE or Mixtral, with per-expert or fused tensors.
+        src (`str` or `Path`): Folder of a Qwen3-MoE, Mixtral or OLMoE, with per-expert or fused tensors.
         dst (`str` or `Path`): Folder to write, which must not exist.
         block_size (`int`): Number of layers that share a router.
         text (`str` or `Path`, *optional*): A text or JSON file; required if routers are fitted.
@@ -61,14 +62,15 @@ def import_checkpoint(
     if text is not None:
         check_text(text, num_tokens)
     source = Checkpoint(src)
-    refuse_misfits(source.config, ("qwen3_moe", "mixtral"))
-    mixtral = source.config.model_type == "mixtral"
+    refuse_misfits(source.config, tuple(PER_EXPERT))
+    kind = source.config.model_type
+    width = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
     config = import_config(
         source.config,
-        moe_intermediate_size=source.config.intermediate_size if mixtral else source.config.moe_intermediate_size,
+        moe_intermediate_size=getattr(source.config, width),
         num_experts=source.config.num_experts,
         num_experts_per_tok=source.config.num_experts_per_tok,
-        norm_topk_prob=mixtral or source.config.norm_topk_prob,
+        norm_topk_prob=kind == "mixtral" or source.config.norm_topk_prob,
         router_block_size=block_size,
     )
     source.check_to_convert()

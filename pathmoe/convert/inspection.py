@@ -66,7 +66,7 @@ def inspect_checkpoint(src: str | Path) -> dict:
 
 
 def equal_routers(source: Checkpoint) -> list[list[int]]:
-    """Returns the runs of consecutive layers of a Qwen3-MoE or Mixtral whose routers are equal to the bit."""
+    """Returns the runs of consecutive layers of a foreign MoE model whose routers are equal to the bit."""
     blocks = [[0]]
     for layer in range(1, source.config.num_hidden_layers):
         if torch.equal(gate_of(source, layer - 1).read(), gate_of(source, layer).read()):

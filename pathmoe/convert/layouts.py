@@ -1,11 +1,11 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Maps the tensors and configuration fields of the architectures to each other."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import MixtralConfig, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
 
@@ -20,8 +20,14 @@ SAME_FIELDS = (
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings",
     "rope_parameters", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "dtype",
 )  # fmt: skip
+# The architecture with the attention of each `qk_norm`, its name in messages, and what its attention does.
+TARGETS: dict[bool | Literal["full"], tuple[str, str, str]] = {
+    True: ("qwen3_moe", "a Qwen3-MoE", "normalises queries and keys per head"),
+    False: ("mixtral", "a Mixtral", "does not normalise queries and keys"),
+    "full": ("olmoe", "an OLMoE", "normalises queries and keys over their full width"),
+}
+QK_NORM = {target: qk_norm for qk_norm, (target, *_) in TARGETS.items()} | {"qwen3": True}
 MISFITS = {
-    "olmoe": "OLMoE normalises queries and keys over their full width, PathMoE per head",
     "qwen2_moe": "Qwen2-MoE has a shared expert and attention biases on queries, keys and values alone",
     "deepseek_v2": "DeepSeek has shared experts and latent attention",
     "deepseek_v3": "DeepSeek has shared experts and latent attention",
@@ -63,7 +69,7 @@ def experts_of(source: Checkpoint, layer: int) -> list[Expert]:
 
 
 def gate_of(source: Checkpoint, layer: int) -> Piece:
-    """Returns the router of a layer in a Qwen3-MoE or Mixtral checkpoint."""
+    """Returns the router of a layer in a Qwen3-MoE, Mixtral or OLMoE checkpoint."""
     fused = f"model.layers.{layer}.mlp.gate.weight"
     block, _ = PER_EXPERT[source.config.model_type]
     return source.piece(fused if fused in source else f"model.layers.{layer}.{block}.gate.weight")
@@ -120,59 +126,59 @@ def same_fields(config: PreTrainedConfig) -> dict:
 
 
 def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
-    """Returns the configuration of the Qwen3-MoE or Mixtral that computes the same function as a PathMoE.
+    """Returns the configuration of the Qwen3-MoE, Mixtral or OLMoE that computes the same function as a PathMoE.
 
     Raises:
         UserError: If there is none; names the field, its value and the reason.
     """
-    if to == "auto":
-        to = "qwen3_moe" if config.qk_norm else "mixtral"
     if config.router_type not in ("linear", "low_rank"):
         raise UserError(
-            f"router_type={config.router_type!r} cannot be exported: the routers of Qwen3-MoE and Mixtral are linear. "
-            "Only 'linear' and 'low_rank' can be exported."
+            f"router_type={config.router_type!r} cannot be exported: the routers of Qwen3-MoE, Mixtral and OLMoE are "
+            "linear. Only 'linear' and 'low_rank' can be exported."
         )
     if config.router_sharing == "decision":
         raise UserError(
-            "router_sharing='decision' cannot be exported: every layer of a Qwen3-MoE or Mixtral decides for itself."
+            "router_sharing='decision' cannot be exported: every layer of a Qwen3-MoE, Mixtral or OLMoE decides for "
+            "itself."
         )
     if config.router_selection_bias:
         raise UserError(
             f"router_selection_bias=True with router_bias_update_rate={config.router_bias_update_rate} cannot be "
-            "exported: Qwen3-MoE and Mixtral have no bias on the choice of experts."
+            "exported: Qwen3-MoE, Mixtral and OLMoE have no bias on the choice of experts."
         )
+    if to not in ("auto", *PER_EXPERT):
+        raise UserError(f"to={to!r} must be 'auto' or one of {', '.join(PER_EXPERT)}.")
+    target, *_ = TARGETS[config.qk_norm]
+    if to not in ("auto", target):
+        _, name, attention = TARGETS[QK_NORM[to]]
+        raise UserError(f"qk_norm={config.qk_norm!r} cannot become {name}, which {attention}: use {target}.")
     shared = {
         **same_fields(config),
         "num_experts_per_tok": config.num_experts_per_tok,
         "num_local_experts": config.num_experts,
         "router_aux_loss_coef": config.router_aux_loss_coef,
         "output_router_logits": config.output_router_logits,
+        "intermediate_size": config.moe_intermediate_size,
     }
-    if to == "qwen3_moe":
-        if not config.qk_norm:
-            raise UserError("qk_norm=False cannot become a Qwen3-MoE, which normalises queries and keys: use mixtral.")
-        return Qwen3MoeConfig(
-            **shared,
-            intermediate_size=config.moe_intermediate_size,
-            moe_intermediate_size=config.moe_intermediate_size,
-            norm_topk_prob=config.norm_topk_prob,
-            attention_bias=config.attention_bias,
-            architectures=["Qwen3MoeForCausalLM"],
-        )
-    if config.qk_norm:
-        raise UserError(
-            "qk_norm=True cannot become a Mixtral, which does not normalise queries and keys: use qwen3_moe."
-        )
+    options: dict[str, Any] = {"norm_topk_prob": config.norm_topk_prob, "attention_bias": config.attention_bias}
+    if target == "qwen3_moe":
+        width = config.moe_intermediate_size
+        return Qwen3MoeConfig(**shared, **options, moe_intermediate_size=width, architectures=["Qwen3MoeForCausalLM"])
+    if target == "olmoe":
+        if config.num_attention_heads * shared.pop("head_dim") != config.hidden_size:
+            raise UserError(
+                f"head_dim={config.head_dim} with num_attention_heads={config.num_attention_heads} cannot become an "
+                f"OLMoE, whose heads together are as wide as hidden_size={config.hidden_size}."
+            )
+        return OlmoeConfig(**shared, **options, architectures=["OlmoeForCausalLM"])
     if not config.norm_topk_prob:
         raise UserError(
             "qk_norm=False with norm_topk_prob=False cannot be exported: Mixtral always normalises the k weights, and "
-            "Qwen3-MoE always normalises queries and keys."
+            "Qwen3-MoE and OLMoE always normalise queries and keys."
         )
     if config.attention_bias:
         raise UserError("attention_bias=True cannot become a Mixtral, whose attention has no biases.")
-    return MixtralConfig(
-        **shared, intermediate_size=config.moe_intermediate_size, architectures=["MixtralForCausalLM"]
-    )
+    return MixtralConfig(**shared, architectures=["MixtralForCausalLM"])
 
 
 def refuse_misfits(config: PreTrainedConfig, accepted: tuple[str, ...]):
@@ -187,6 +193,7 @@ def refuse_misfits(config: PreTrainedConfig, accepted: tuple[str, ...]):
         raise UserError(f"model_type={kind!r} is not supported: {reason}. Supported are {', '.join(accepted)}.")
     wanted = {
         "sliding_window": (None, "PathMoE attends to the whole sequence"),
+        "clip_qkv": (None, "PathMoE does not clip queries, keys and values"),
         "mlp_bias": (False, "PathMoE's experts have no biases"),
         "decoder_sparse_step": (1, "every layer of a PathMoE is an MoE layer"),
         "mlp_only_layers": ([], "every layer of a PathMoE is an MoE layer"),
@@ -211,7 +218,7 @@ def import_config(config: PreTrainedConfig, **fields) -> PathMoEConfig:
     try:
         return PathMoEConfig(
             **same_fields(config),
-            qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
+            qk_norm=QK_NORM.get(config.model_type, False),
             attention_bias=getattr(config, "attention_bias", False),
             router_aux_loss_coef=config.router_aux_loss_coef if uses_coefficient else 0.0,
             **fields,

@@ -15,6 +15,7 @@ from ..command import UserError
 PER_EXPERT = {
     "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "olmoe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
 }
 COUNTED = {
     "num_hidden_layers": re.compile(r"^model\.layers\.(\d+)\."),
@@ -33,8 +34,8 @@ def expected_shapes(config: PreTrainedConfig, names: Iterable[str]) -> dict[str,
 
     Args:
         config (`PreTrainedConfig`): A PathMoE, or an architecture that can be converted.
-        names (`Iterable[str]`): The tensors of the checkpoint. They decide, for each layer of a Qwen3-MoE or Mixtral,
-            between the layouts with fused experts and with a tensor for each expert.
+        names (`Iterable[str]`): The tensors of the checkpoint. They decide, for each layer of a Qwen3-MoE, Mixtral or
+            OLMoE, between the layouts with fused experts and with a tensor for each expert.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
     if config.tie_word_embeddings:

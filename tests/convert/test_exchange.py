@@ -1,5 +1,5 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
-"""Export to Qwen3-MoE and Mixtral, import from them, and there and back."""
+"""Export to Qwen3-MoE, Mixtral and OLMoE, import from them, and there and back."""
 
 import json
 import random
@@ -26,6 +26,8 @@ from transformers import (
 
 from pathmoe.convert import export_checkpoint, import_checkpoint
 from pathmoe.convert.importing import align
+from tests.modeling_pathmoe.test_parity import summed_over_blocks
+from tests.tiny_models import randomize
 
 
 SIZES = {
@@ -41,19 +43,26 @@ SIZES = {
 }
 QWEN = {**SIZES, "num_experts": 8, "moe_intermediate_size": 16}
 MIXTRAL = {**SIZES, "num_local_experts": 8, "intermediate_size": 16}
+OLMOE = {name: size for name, size in MIXTRAL.items() if name != "head_dim"} | {"eos_token_id": 2}
 SOURCES = {
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, QWEN),
     "qwen3_moe unnormalised": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {**QWEN, "norm_topk_prob": False}),
     "qwen3_moe biases": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {**QWEN, "attention_bias": True}),
     "mixtral": (MixtralForCausalLM, MixtralConfig, MIXTRAL),
     "mixtral tied": (MixtralForCausalLM, MixtralConfig, {**MIXTRAL, "tie_word_embeddings": True}),
+    "olmoe": (OlmoeForCausalLM, OlmoeConfig, OLMOE),
+    "olmoe normalised, biases": (
+        OlmoeForCausalLM,
+        OlmoeConfig,
+        {**OLMOE, "norm_topk_prob": True, "attention_bias": True},
+    ),
 }
 
 
 def save_source(kind, folder, **options):
     torch.manual_seed(0)
     model_class, config_class, fields = SOURCES[kind]
-    model_class(config_class(**fields)).save_pretrained(folder, **options)
+    randomize(model_class(config_class(**fields))).save_pretrained(folder, **options)
     return folder
 
 
@@ -74,13 +83,18 @@ EXPORTS = {
     },
     "mixtral": {"qk_norm": False},
     "mixtral low rank": {"qk_norm": False, "router_type": "low_rank"},
+    "olmoe": {"qk_norm": "full"},
+    "olmoe low rank": {"qk_norm": "full", "router_type": "low_rank"},
+    "olmoe unnormalised, biases, tied": {
+        "qk_norm": "full", "norm_topk_prob": False, "attention_bias": True, "tie_word_embeddings": True
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fields", EXPORTS.values(), ids=EXPORTS)
 def test_export_computes_the_same_and_comes_back_the_same(saved, tmp_path, logits, rounding, fields):
     source, blocks = saved(**fields), fields.get("router_block_size", 2)
-    kind = "qwen3_moe" if fields.get("qk_norm", True) else "mixtral"
+    kind = {True: "qwen3_moe", False: "mixtral", "full": "olmoe"}[fields.get("qk_norm", True)]
 
     manifest = export_checkpoint(source, tmp_path / "exported", max_shard_size="30KB")
 
@@ -107,8 +121,9 @@ def test_export_computes_the_same_and_comes_back_the_same(saved, tmp_path, logit
     [
         ({}, "model.layers.4.mlp.experts.7.gate_proj.weight"),
         ({"qk_norm": False}, "model.layers.4.block_sparse_moe.experts.7.w1.weight"),
+        ({"qk_norm": "full"}, "model.layers.4.mlp.experts.7.gate_proj.weight"),
     ],
-    ids=["qwen3_moe", "mixtral"],
+    ids=["qwen3_moe", "mixtral", "olmoe"],
 )
 def test_export_is_in_the_published_layout(saved, tmp_path, fields, name):
     """The names, shapes and configuration fields of the checkpoints that servers' loaders were written for."""
@@ -122,6 +137,20 @@ def test_export_is_in_the_published_layout(saved, tmp_path, fields, name):
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert config["rope_theta"] == 10000 and config["num_experts"] == config["num_local_experts"] == 8
     assert "auto_map" not in config
+
+
+@pytest.mark.parametrize(
+    "fields, ignored",
+    [
+        ({"qk_norm": "full"}, "ignore norm_topk_prob=True, rms_norm_eps=1e-06 of an OLMoE"),
+        ({"qk_norm": "full", "norm_topk_prob": False, "rms_norm_eps": 1e-5}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_export_to_olmoe_names_the_fields_that_servers_ignore(saved, tmp_path, fields, ignored):
+    note = export_checkpoint(saved(**fields), tmp_path / "exported").get("note")
+    assert note is None if ignored is None else ignored in note
 
 
 def test_export_loads_where_pathmoe_is_not_known(saved, tmp_path, logits, rounding):
@@ -155,6 +184,11 @@ print((logits - torch.load({str(tmp_path / "logits.pt")!r})).abs().max().item())
         ({"qk_norm": False, "attention_bias": True}, "auto", "attention_bias=True"),
         ({"qk_norm": False}, "qwen3_moe", "qk_norm=False.*use mixtral"),
         ({}, "mixtral", "qk_norm=True.*use qwen3_moe"),
+        ({}, "olmoe", "qk_norm=True cannot become an OLMoE.*full width: use qwen3_moe"),
+        ({"qk_norm": "full"}, "qwen3_moe", "qk_norm='full' cannot become a Qwen3-MoE.*per head: use olmoe"),
+        ({"qk_norm": "full"}, "mixtral", "qk_norm='full' cannot become a Mixtral.*does not normalise.*: use olmoe"),
+        ({"qk_norm": "full", "head_dim": 16}, "auto", "head_dim=16 with num_attention_heads=4.*hidden_size=32"),
+        ({}, "gguf", "to='gguf' must be 'auto' or one of qwen3_moe, mixtral, olmoe"),
     ],
     ids=str,
 )
@@ -176,7 +210,9 @@ def test_bfloat16_is_copied_bit_for_bit_and_low_rank_routers_are_not_rounded(sav
 
 
 @pytest.mark.parametrize(
-    "kind, fused", [*((kind, False) for kind in SOURCES), ("qwen3_moe", True), ("mixtral", True)], ids=str
+    "kind, fused",
+    [*((kind, False) for kind in SOURCES), ("qwen3_moe", True), ("mixtral", True), ("olmoe", True)],
+    ids=str,
 )
 def test_import_with_a_router_for_each_layer_is_exact(tmp_path, logits, kind, fused):
     source = save_source(kind, tmp_path / "source", save_original_format=not fused, max_shard_size="40KB")
@@ -190,8 +226,42 @@ def test_import_with_a_router_for_each_layer_is_exact(tmp_path, logits, kind, fu
     assert "AutoModel" in config.auto_map and (tmp_path / "imported" / "modeling_pathmoe.py").is_file()
 
 
+@pytest.mark.parametrize("kind", SOURCES)
+def test_import_and_export_return_the_same_tensors_and_fields(tmp_path, kind):
+    source = save_source(kind, tmp_path / "source")
+    import_checkpoint(source, tmp_path / "imported", 1)
+    export_checkpoint(tmp_path / "imported", tmp_path / "back")
+
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", source))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    back, config = (AutoConfig.from_pretrained(folder) for folder in (tmp_path / "back", source))
+    # The coefficient has no effect in the source, and PathMoE would train with it; see `import_config`.
+    free = {"router_aux_loss_coef", "_name_or_path"} | ({"intermediate_size"} if "qwen3_moe" in kind else set())
+    assert {**back.to_dict(), **dict.fromkeys(free)} == {**config.to_dict(), **dict.fromkeys(free)}
+
+
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_converted_olmoe_has_the_same_loss_and_gradients(saved, tmp_path, tokens, gradients, assert_same, way):
+    if way == "import":
+        theirs, ours = save_source("olmoe", tmp_path / "source"), tmp_path / "target"
+        import_checkpoint(theirs, ours, 1)
+    else:
+        ours, theirs = saved(qk_norm="full"), tmp_path / "target"
+        export_checkpoint(ours, theirs)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (ours, theirs))
+    assert type(theirs) is OlmoeForCausalLM
+    ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    actual, expected = ours(**batch), theirs(**batch)
+    assert_same(actual.logits, expected.logits)
+    assert_same(actual.loss, expected.loss)
+    assert_same(gradients(ours, actual.loss), summed_over_blocks(gradients(theirs, expected.loss), ours.config))
+
+
 def shuffle_experts(folder, seed=0):
-    """Reorders the experts of every layer of a Qwen3-MoE folder at random, which does not change its function."""
+    """Reorders the experts of every layer of a Qwen3-MoE or OLMoE at random, which does not change its function."""
     tensors = load_file(folder / "model.safetensors")
     shuffled = dict(tensors)
     for layer in range(5):
@@ -205,9 +275,10 @@ def shuffle_experts(folder, seed=0):
     save_file(shuffled, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_import_finds_the_sharing_behind_shuffled_experts(saved, tmp_path, logits, tiny_tokenizer, text):
+@pytest.mark.parametrize("qk_norm", [True, "full"])
+def test_import_finds_the_sharing_behind_shuffled_experts(saved, tmp_path, logits, tiny_tokenizer, text, qk_norm):
     """A PathMoE whose experts were reordered in each layer must become a PathMoE with the same function again."""
-    source = saved(vocab_size=320)
+    source = saved(vocab_size=320, qk_norm=qk_norm)
     tiny_tokenizer.save_pretrained(source)
     export_checkpoint(source, tmp_path / "exported")
     shuffle_experts(tmp_path / "exported")
@@ -221,8 +292,9 @@ def test_import_finds_the_sharing_behind_shuffled_experts(saved, tmp_path, logit
     assert AutoConfig.from_pretrained(tmp_path / "imported").router_block_size == 2
 
 
-def test_import_of_independent_routers_says_what_sharing_costs(tmp_path, tiny_tokenizer, text):
-    source = save_source("qwen3_moe", tmp_path / "source")
+@pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe"])
+def test_import_of_independent_routers_says_what_sharing_costs(tmp_path, tiny_tokenizer, text, kind):
+    source = save_source(kind, tmp_path / "source")
     tiny_tokenizer.save_pretrained(source)
 
     manifest = import_checkpoint(source, tmp_path / "imported", 2, text)
@@ -257,7 +329,7 @@ def test_align_undoes_any_order(num_experts, seed):
 @pytest.mark.parametrize(
     "model_class, config, reason",
     [
-        (OlmoeForCausalLM, OlmoeConfig(**{**QWEN, "intermediate_size": 16}), "full width"),
+        (OlmoeForCausalLM, OlmoeConfig(**OLMOE, clip_qkv=8.0), r"clip_qkv=8\.0.*does not clip"),
         (
             Qwen2MoeForCausalLM,
             Qwen2MoeConfig(**{**QWEN, "shared_expert_intermediate_size": 16}),
@@ -270,7 +342,7 @@ def test_align_undoes_any_order(num_experts, seed):
         ),
         (MixtralForCausalLM, MixtralConfig(**MIXTRAL, sliding_window=16), "sliding_window=16"),
     ],
-    ids=["olmoe", "qwen2_moe", "dense layer", "sliding window"],
+    ids=["clipped values", "qwen2_moe", "dense layer", "sliding window"],
 )
 def test_import_refuses_what_pathmoe_does_not_have(tmp_path, model_class, config, reason):
     model_class(config).save_pretrained(tmp_path / "source")

@@ -72,10 +72,11 @@ def test_expert_implementations_agree_in_logits_and_gradients(
 
 # Flex attention is compiled by inductor, for which a machine needs a C++ compiler; on a CPU it has no backward.
 @torch.no_grad
+@pytest.mark.parametrize("qk_norm", [True, "full"])
 @pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
-def test_attention_implementations_agree_in_logits(tiny_model, tokens, assert_same, implementation):
+def test_attention_implementations_agree_in_logits(tiny_model, tokens, assert_same, implementation, qk_norm):
     """With left and right padding; logits of padding are nobody's business."""
-    model, ids = tiny_model(head_dim=16), tokens(3, 9)
+    model, ids = tiny_model(head_dim=16, qk_norm=qk_norm), tokens(3, 9)
     mask = torch.ones_like(ids)
     mask[0, :4] = mask[2, 6:] = 0
     model.set_attn_implementation("eager")
@@ -162,7 +163,7 @@ def test_alignment_is_judged_in_the_dtype_that_is_built(tiny_config):
 
 
 @pytest.mark.parametrize("cls", MODELS)
-@pytest.mark.parametrize("fields", [{}, {"qk_norm": False, "attention_bias": True}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": False, "attention_bias": True}, {"qk_norm": "full"}], ids=str)
 def test_initialisation_covers_every_parameter_and_buffer(tiny_config, cls, fields):
     """What loading on the meta device relies on."""
     with torch.device("meta"):
@@ -262,7 +263,7 @@ def matches(pattern, names):
     return [name for name in names if regex.fullmatch(name)]
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False, "full"])
 @pytest.mark.parametrize("plan", ["_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan"])
 def test_every_key_of_a_plan_names_something_that_exists(tiny_model, plan, qk_norm):
     model = tiny_model(qk_norm=qk_norm)
@@ -272,9 +273,10 @@ def test_every_key_of_a_plan_names_something_that_exists(tiny_model, plan, qk_no
     assert [key for key in keys if not matches(key, names)] == []
 
 
+@pytest.mark.parametrize("qk_norm", [True, "full"])
 @pytest.mark.parametrize("plan", ["base_model_tp_plan", "base_model_ep_plan"])
-def test_every_style_of_a_plan_is_known_to_transformers(tiny_config, plan):
-    unknown = set(getattr(tiny_config(), plan).values()) - set(ALL_PARALLEL_STYLES)
+def test_every_style_of_a_plan_is_known_to_transformers(tiny_config, plan, qk_norm):
+    unknown = set(getattr(tiny_config(qk_norm=qk_norm), plan).values()) - set(ALL_PARALLEL_STYLES)
     if plan == "base_model_ep_plan" and Version(transformers.__version__) < Version("5.20"):
         with pytest.raises(ValueError, match=re.escape(f"does not know the parallel styles {sorted(unknown)}")):
             PathMoEConfig.check_parallel_styles({"ep_size": 2})

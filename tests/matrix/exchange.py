@@ -24,6 +24,7 @@ VARIANTS = {
     "low rank": {"router_type": "low_rank"},
     "decision": {"router_sharing": "decision"},
     "Llama attention": {"qk_norm": False},
+    "OLMoE attention": {"qk_norm": "full"},
     "tied": {"tie_word_embeddings": True},
     "selection bias": {"router_bias_update_rate": 0.1},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,

@@ -56,6 +56,8 @@ def test_default_is_the_promised_one(field, value):
         ({"router_block_size": 2.5}, ["'router_block_size'", "2.5", "expected int"]),
         ({"router_type": "lienar"}, ["router_type='lienar'", "'linear'", "register_router"]),
         ({"norm_topk_prob": "yes"}, ["'norm_topk_prob'", "yes", "expected bool"]),
+        ({"qk_norm": "head"}, ["'qk_norm'", "'head'", "expected bool", "expected one of ('full',)"]),
+        ({"qk_norm": 1}, ["'qk_norm'", "1", "expected bool", "expected one of ('full',)"]),
         ({"num_experts": "8"}, ["'num_experts'", "8", "expected int"]),
         ({"router_aux_loss_coef": -0.01}, ["router_aux_loss_coef=-0.01", "not negative", "0 switches it off"]),
         ({"router_aux_loss_coef": float("nan")}, ["router_aux_loss_coef=nan", "must be finite"]),
@@ -245,11 +247,12 @@ def test_wrong_field_in_a_file_is_refused_on_load(tiny_config, tmp_path):
         PathMoEConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("qk_norm", [True, False, "full"])
 @pytest.mark.parametrize("router_block_size", [1, 2, 64, [2, 3], [1, 1, 1, 1, 1]], ids=str)
-def test_save_and_load_keep_every_field(tiny_config, tmp_path, router_block_size):
+def test_save_and_load_keep_every_field(tiny_config, tmp_path, router_block_size, qk_norm):
     config = tiny_config(
         router_block_size=router_block_size,
-        qk_norm=False,
+        qk_norm=qk_norm,
         norm_topk_prob=False,
         router_aux_loss_coef=0.01,
         router_z_loss_coef=0.001,
@@ -258,6 +261,7 @@ def test_save_and_load_keep_every_field(tiny_config, tmp_path, router_block_size
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is PathMoEConfig
+    assert loaded.base_model_tp_plan == config.base_model_tp_plan
     assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
     assert loaded.router_blocks == config.router_blocks
 

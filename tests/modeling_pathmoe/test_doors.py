@@ -208,7 +208,7 @@ def test_functional_gradients_equal_plain_ones(tiny_model, tokens, assert_same):
             torch.testing.assert_close(of_each[name][row], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("fields", [{}, {"qk_norm": False}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": False}, {"qk_norm": "full"}], ids=str)
 def test_second_derivatives_equal_those_of_plain_torch(tiny_model, tokens, fields):
     found, ids = [], tokens(2, 6)
     for experts in ("pathmoe", "eager"):

@@ -34,7 +34,13 @@ def beams_by_hand(model, ids, num_beams):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"router_block_size": 1}, {"router_block_size": [1, 4], "qk_norm": False}, {"output_router_logits": True}],
+    [
+        {},
+        {"router_block_size": 1},
+        {"router_block_size": [1, 4], "qk_norm": False},
+        {"qk_norm": "full"},
+        {"output_router_logits": True},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("cache", ["dynamic", "static", None])

@@ -1,11 +1,18 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 
 def peer_of(config):
-    """An empty Qwen3-MoE or, without QK-norm, Mixtral of the same shape."""
+    """An empty Qwen3-MoE, OLMoE or Mixtral of the same shape, by the norms of queries and keys."""
     shared = {
         name: getattr(config, name)
         for name in (
@@ -22,6 +29,18 @@ def peer_of(config):
             "tie_word_embeddings",
         )
     }
+    if config.qk_norm == "full":
+        return OlmoeForCausalLM(
+            OlmoeConfig(
+                **shared,
+                num_experts=config.num_experts,
+                intermediate_size=config.moe_intermediate_size,
+                norm_topk_prob=config.norm_topk_prob,
+                attention_bias=config.attention_bias,
+                pad_token_id=None,
+                eos_token_id=None,
+            )
+        )
     if config.qk_norm:
         return Qwen3MoeForCausalLM(
             Qwen3MoeConfig(
@@ -90,8 +109,11 @@ def reference_logits(config, weights, sequence):
         heads = {}
         for kind in "qk":
             for position, x in enumerate(normed):
-                for head, vector in enumerate((w[f"self_attn.{kind}_proj.weight"] @ x).split(head_dim)):
-                    if config.qk_norm:
+                vectors = w[f"self_attn.{kind}_proj.weight"] @ x
+                if config.qk_norm == "full":
+                    vectors = reference_norm(vectors, w[f"self_attn.{kind}_norm.weight"], eps)
+                for head, vector in enumerate(vectors.split(head_dim)):
+                    if config.qk_norm is True:
                         vector = reference_norm(vector, w[f"self_attn.{kind}_norm.weight"], eps)
                     heads[kind, head, position] = reference_rotation(vector, position, theta)
         values = [(w["self_attn.v_proj.weight"] @ x).split(head_dim) for x in normed]
@@ -136,6 +158,12 @@ def reference_logits(config, weights, sequence):
         pytest.param({"router_block_size": 2, "tie_word_embeddings": True}, id="qwen3-tied-embeddings"),
         pytest.param({"router_block_size": 1, "qk_norm": False}, id="mixtral-independent"),
         pytest.param({"router_block_size": 3, "qk_norm": False}, id="mixtral-blocks-of-3"),
+        pytest.param({"router_block_size": 1, "qk_norm": "full"}, id="olmoe-independent"),
+        pytest.param(
+            {"router_block_size": 1, "qk_norm": "full", "norm_topk_prob": False, "attention_bias": True},
+            id="olmoe-independent-unnormalized-biases",
+        ),
+        pytest.param({"router_block_size": 3, "qk_norm": "full"}, id="olmoe-blocks-of-3"),
     ],
 )
 def test_equals_peer_with_the_routers_copied_into_its_layers(tiny_model, tokens, gradients, assert_same, fields):
@@ -153,7 +181,13 @@ def test_equals_peer_with_the_routers_copied_into_its_layers(tiny_model, tokens,
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"norm_topk_prob": False}, {"qk_norm": False}, {"router_block_size": [2, 3], "num_experts_per_tok": 3}],
+    [
+        {},
+        {"norm_topk_prob": False},
+        {"qk_norm": False},
+        {"qk_norm": "full"},
+        {"router_block_size": [2, 3], "num_experts_per_tok": 3},
+    ],
     ids=str,
 )
 def test_equals_a_loop_over_tokens_heads_and_experts(tiny_model, tokens, gradients, assert_same, fields):
