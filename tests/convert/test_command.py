@@ -90,7 +90,9 @@ def test_generation_config_tokenizer_and_licence_are_carried_along(saved, tmp_pa
         assert ours[name] == theirs[name]
 
 
-@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, {"router_type": "low_rank"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"tie_word_embeddings": True}, {"router_type": "low_rank"}, {"qk_norm": "full"}], ids=str
+)
 def test_inspect_counts_what_accounting_counts(saved, fields):
     source = saved(shards="50KB", **fields)
     found = inspect_checkpoint(source)
