@@ -90,7 +90,9 @@ def test_generation_config_tokenizer_and_licence_are_carried_along(saved, tmp_pa
         assert ours[name] == theirs[name]
 
 
-@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, {"router_type": "low_rank"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"tie_word_embeddings": True}, {"router_type": "low_rank"}, {"qk_norm": "full"}], ids=str
+)
 def test_inspect_counts_what_accounting_counts(saved, fields):
     source = saved(shards="50KB", **fields)
     found = inspect_checkpoint(source)
@@ -262,12 +264,16 @@ print("PEAK", peak(), before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["export", "import", "average", "upcycle"])
-def test_peak_memory_is_a_shard_and_two_gigabytes(tmp_path, command):
+@pytest.mark.parametrize(
+    "command, qk_norm",
+    [("export", False), ("import", False), ("import", "full"), ("average", False), ("upcycle", False)],
+    ids=["export", "import Mixtral", "import OLMoE", "average", "upcycle"],
+)
+def test_peak_memory_is_a_shard_and_two_gigabytes(tmp_path, command, qk_norm):
     """A model of 4 GB in shards of 0.6 GB; the peak of a fresh process is measured by the kernel."""
     config = PathMoEConfig(
         vocab_size=32000, hidden_size=2048, num_hidden_layers=12, num_attention_heads=16, num_experts=16,
-        num_experts_per_tok=2, moe_intermediate_size=1408, qk_norm=False, router_block_size=4, dtype=torch.bfloat16,
+        num_experts_per_tok=2, moe_intermediate_size=1408, qk_norm=qk_norm, router_block_size=4, dtype=torch.bfloat16,
     )  # fmt: skip
     if command == "upcycle":
         fields = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "dtype")
@@ -282,8 +288,8 @@ def test_peak_memory_is_a_shard_and_two_gigabytes(tmp_path, command):
     source, target = str(tmp_path / "source"), str(tmp_path / "target")
     arguments = [command, source, target, "--no-verify"]
     if command == "import":
-        export_checkpoint(source, tmp_path / "mixtral", verify=False, max_shard_size="600MB")
-        arguments = [command, str(tmp_path / "mixtral"), target, "--block-size", "4", "--no-verify"]
+        export_checkpoint(source, tmp_path / "exported", verify=False, max_shard_size="600MB")
+        arguments = [command, str(tmp_path / "exported"), target, "--block-size", "4", "--no-verify"]
     elif command == "average":
         arguments = [command, source, source, source, target, "--no-verify"]
     elif command == "upcycle":
