@@ -224,7 +224,7 @@ class PathMoEConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """See `PreTrainedConfig.get_config_dict`. A folder without fields is an error instead of the default model."""
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not fields:
+        if not fields.keys() - {"_commit_hash"}:  # old versions of transformers always add it
             raise OSError(
                 f"{pretrained_model_name_or_path} has no config.json with fields: name the folder of a saved model."
             )
