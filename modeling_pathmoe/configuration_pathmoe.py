@@ -57,18 +57,21 @@ class PathMoEConfig(PreTrainedConfig):
     Args:
         vocab_size (`int`, defaults to 32000): Size of the vocabulary.
         hidden_size (`int`, defaults to 1152): Width D of the residual stream.
-        num_hidden_layers (`int`, defaults to 24): Number of layers L. Every layer is an MoE layer.
+        num_hidden_layers (`int`, defaults to 24): Number of layers L. All are MoE layers except `mlp_only_layers`.
         num_attention_heads (`int`, defaults to 18): Number of query heads.
         num_key_value_heads (`int`, *optional*): Number of key and value heads; `num_attention_heads` when unset.
         head_dim (`int`, *optional*): Width of a head; `hidden_size // num_attention_heads` when unset.
         hidden_act (`str`, defaults to `"silu"`): Activation of the experts' gate.
         moe_intermediate_size (`int`, defaults to 512): Width F of one expert.
-        num_experts (`int`, defaults to 16): Number of experts E in a layer.
+        mlp_only_layers (`list[int]`, *optional*): Indices of dense layers, which have one network and no router.
+        intermediate_size (`int`, *optional*): Width of that network; required with `mlp_only_layers`, unused without.
+        num_experts (`int`, defaults to 16): Number of experts E in an MoE layer.
         num_experts_per_tok (`int`, defaults to 4): Number of experts k that a token visits in a layer.
         norm_topk_prob (`bool`, defaults to `True`): Whether the k weights are scaled to sum to one.
-        router_block_size (`int` or `list[int]`, defaults to 4): Number of consecutive layers that share a router: one
-            number (the last block may be shorter; L or more means one router for all layers), or a list with the size
-            of each block. 1 is the usual independent routing; 4 is the paper's best.
+        router_block_size (`int` or `list[int]`, defaults to 4): Number of consecutive MoE layers that share a router:
+            one number (the last block may be shorter; L or more means one router for all layers), or a list with the
+            size of each block. Dense layers are not counted. 1 is the usual independent routing; 4 is the paper's
+            best.
         router_type (`str`, defaults to `"linear"`): How a router scores the experts: `"linear"`, `"cosine"`,
             `"low_rank"`, `"recurrent"`, `"random"`, `"hash"` (by token id), or a name given to `register_router`.
         router_sharing (`str`, defaults to `"parameters"`): Whether a block shares the router's `"parameters"`, so that
@@ -83,7 +86,7 @@ class PathMoEConfig(PreTrainedConfig):
         router_aux_loss_coef (`float`, defaults to 0.0): Coefficient of the load-balancing loss while training. The
             paper trains PathMoE without it; its independent baseline uses 0.01.
         router_z_loss_coef (`float`, defaults to 0.0): Coefficient of the router z-loss while training.
-        output_router_logits (`bool`, defaults to `False`): Whether to return the L router-logit tensors.
+        output_router_logits (`bool`, defaults to `False`): Whether to return each MoE layer's router logits.
         qk_norm (`bool` or `"full"`, defaults to `True`): Whether queries and keys are normalised, per head as in Qwen3
             or with `"full"` over all heads together as in OLMoE. With `False` the attention is that of Llama and
             Mixtral.
@@ -152,6 +155,8 @@ class PathMoEConfig(PreTrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     moe_intermediate_size: int = 512
+    mlp_only_layers: list[int] | None = None
+    intermediate_size: int | None = None
     num_experts: int = 16
     num_experts_per_tok: int = 4
     norm_topk_prob: bool = True
@@ -185,6 +190,12 @@ class PathMoEConfig(PreTrainedConfig):
         experts = [kwargs[name] for name in ("num_experts", "num_local_experts") if name in kwargs]
         if experts[:1] != experts[-1:]:
             raise _two_numbers_of_experts(*experts)
+        width = kwargs.get("intermediate_size")
+        if width is not None and not kwargs.get("mlp_only_layers") and "moe_intermediate_size" not in kwargs:
+            raise _refusal(
+                f"intermediate_size={width!r} is the width of the layers in mlp_only_layers, which is empty: did you "
+                "mean moe_intermediate_size?"
+            )
         return super().__new__(cls)
 
     def __post_init__(self, **kwargs):
@@ -200,6 +211,8 @@ class PathMoEConfig(PreTrainedConfig):
         experts = kwargs.pop("num_local_experts", None)
         if experts is not None:
             self.num_experts = experts
+        if self.mlp_only_layers is None:
+            self.mlp_only_layers = []
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         heads = self.num_attention_heads
@@ -207,6 +220,10 @@ class PathMoEConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // heads
         if self.router_bias_update_rate:
             self.router_selection_bias = True
+        if self.mlp_only_layers:  # otherwise transformers would warn of rules that apply to no layer
+            styles = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+            dense_plan = {f"layers.*.mlp.{name}": style for name, style in styles.items()}
+            self.base_model_tp_plan = self.base_model_tp_plan | dense_plan  # type: ignore[misc]
         router = ROUTERS.get(self.router_type)
         if self.router_sharing == "decision" or (router and (router.carries_state or router.needs_token_ids)):
             # Pipeline stages pass on hidden states only, so routers would lose their state or the tokens between them.
@@ -235,9 +252,6 @@ class PathMoEConfig(PreTrainedConfig):
         """See `PreTrainedConfig.from_dict`. Fields that keyword arguments override are checked as well."""
         cls._check_names(kwargs)
         cls._check_labels(kwargs)
-        if "moe_intermediate_size" in config_dict:
-            # Tools set `intermediate_size`, the width of dense layers, for any model. Alone, it is refused as a typo.
-            config_dict = {name: value for name, value in config_dict.items() if name != "intermediate_size"}
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
@@ -285,18 +299,24 @@ class PathMoEConfig(PreTrainedConfig):
                 )
 
     @property
+    def moe_layers(self) -> list[int]:
+        """The indices of the layers that have experts, in order."""
+        return [layer for layer in range(self.num_hidden_layers) if layer not in (self.mlp_only_layers or ())]
+
+    @property
     def router_blocks(self) -> list[list[int]]:
         """The layer indices of each block, in order."""
-        sizes, layers = self.router_block_size, list(range(self.num_hidden_layers))
+        sizes, layers = self.router_block_size, self.moe_layers
         if isinstance(sizes, int):
             return [layers[i : i + sizes] for i in range(0, len(layers), sizes)]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return [layers[start : start + size] for start, size in zip(starts, sizes)]
 
     @property
-    def layer_to_block(self) -> list[int]:
-        """The block of each layer, which is also the index of its router."""
-        return [block for block, layers in enumerate(self.router_blocks) for _ in layers]
+    def layer_to_block(self) -> list[int | None]:
+        """The block of each layer, which is also the index of its router; `None` for a dense layer."""
+        blocks = {layer: block for block, layers in enumerate(self.router_blocks) for layer in layers}
+        return [blocks.get(layer) for layer in range(self.num_hidden_layers)]
 
     def check_grouped_mm_rows(self, dtype):
         """Refuses widths that the grouped_mm experts do not support.
@@ -361,18 +381,21 @@ class PathMoEConfig(PreTrainedConfig):
         for name, most in MOST.items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name}={getattr(self, name)} must not exceed {most}.")
-        experts = 3 * self.num_experts * self.moe_intermediate_size
+        dense = self.mlp_only_layers or []
+        experts = 3 * self.num_experts * self.moe_intermediate_size * (self.num_hidden_layers - len(dense))
+        mlps = 3 * (self.intermediate_size or 0) * len(dense)
         head_dim = self.head_dim or 0
-        attention = 2 * head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        attention = 2 * head_dim * (self.num_attention_heads + self.num_key_value_heads) * self.num_hidden_layers
         embeddings = self.vocab_size * (1 if self.tie_word_embeddings else 2)
-        parameters = self.hidden_size * (embeddings + self.num_hidden_layers * (attention + experts))
+        parameters = self.hidden_size * (embeddings + attention + experts + mlps)
         if parameters > MOST_PARAMETERS:
             raise ValueError(
                 f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}, "
                 f"num_hidden_layers={self.num_hidden_layers}, num_attention_heads={self.num_attention_heads}, "
-                f"head_dim={self.head_dim}, num_experts={self.num_experts} and "
-                f"moe_intermediate_size={self.moe_intermediate_size} make {parameters:.1e} parameters, more than the "
-                f"limit of {MOST_PARAMETERS:.0e}: make one of them smaller."
+                f"head_dim={self.head_dim}, num_experts={self.num_experts}, "
+                f"moe_intermediate_size={self.moe_intermediate_size} and intermediate_size={self.intermediate_size} "
+                f"make {parameters:.1e} parameters, more than the limit of {MOST_PARAMETERS:.0e}: make one of them "
+                "smaller."
             )
 
     def validate_attention_heads(self):
@@ -398,15 +421,27 @@ class PathMoEConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must not exceed num_experts={self.num_experts}."
             )
+        layers, dense = range(self.num_hidden_layers), self.mlp_only_layers or []
+        if len(dense) != len(set(dense) & set(layers)) or len(dense) == len(layers):
+            raise ValueError(
+                f"mlp_only_layers={dense} must list different layers from 0 to {layers[-1]}, but not all of them: a "
+                "PathMoE has at least one MoE layer."
+            )
+        if dense and (self.intermediate_size or 0) < 1:
+            raise ValueError(
+                f"intermediate_size={self.intermediate_size} must be at least 1 with mlp_only_layers={dense}: it is "
+                "the width of these layers."
+            )
         sizes = self.router_block_size
         if min([sizes] if isinstance(sizes, int) else sizes, default=0) < 1:
             raise ValueError(
                 f"router_block_size={sizes} must be at least 1, or a list of sizes that are: 1 is independent routing."
             )
-        if isinstance(sizes, list) and sum(sizes) != self.num_hidden_layers:
+        if isinstance(sizes, list) and sum(sizes) != len(layers) - len(dense):
+            without = f" without mlp_only_layers={dense}" if dense else ""
             raise ValueError(
-                f"router_block_size={sizes} sums to {sum(sizes)} but must sum to "
-                f"num_hidden_layers={self.num_hidden_layers}: give every layer a block."
+                f"router_block_size={sizes} sums to {sum(sizes)} but must sum to num_hidden_layers={len(layers)}"
+                f"{without}: give every MoE layer a block."
             )
         if self.router_type not in ROUTERS:
             raise ValueError(
@@ -428,12 +463,14 @@ class PathMoEConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation of transformers, such as 'silu'.")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1.")
-        every_layer = "every layer of a PathMoE has experts and attends to the whole sequence, as a decoder"
+        every_layer = (
+            "a PathMoE is a decoder whose layers attend to the whole sequence and have experts, or one dense network "
+            "if mlp_only_layers lists them"
+        )
         for name, supported in (
             ("sliding_window", None),
             ("use_sliding_window", False),
             ("layer_types", ["full_attention"] * self.num_hidden_layers),
-            ("mlp_only_layers", []),
             ("decoder_sparse_step", 1),
             ("is_encoder_decoder", False),
             ("n_shared_experts", 0),

@@ -29,6 +29,7 @@ from .attention_pathmoe import PathMoEAttention, PathMoERotaryEmbedding, warn_of
 from .cache_pathmoe import CACHE_NAME, PathMoECausalLMOutputWithPast, PathMoEModelOutputWithPast, take_cache
 from .configuration_pathmoe import PathMoEConfig
 from .loss_pathmoe import linear_cross_entropy, warn_of_missing_labels, weigh_router_losses
+from .mlp_pathmoe import PathMoEMLP
 from .norm_pathmoe import PathMoERMSNorm
 from .routing_pathmoe import (
     ROUTERS,
@@ -112,21 +113,21 @@ class PathMoESparseMoeBlock(nn.Module):
 
 
 class PathMoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention and experts. `router_block` is the index of the layer's router, and `router_layer` the layer index
-    passed to it. The layer keeps both when layers before it are skipped, removed or repeated."""
+    """Attention and experts. `router_block` is the index of the layer's router, `None` in dense layers, and
+    `router_layer` the layer index passed to it. Both stay when layers before it are skipped, removed or repeated."""
 
-    def __init__(self, config: PathMoEConfig, layer_idx: int, router_block: int):
+    def __init__(self, config: PathMoEConfig, layer_idx: int, router_block: int | None):
         super().__init__()
         self.router_block, self.router_layer = router_block, layer_idx
         self.self_attn = PathMoEAttention(config, layer_idx)
-        self.mlp = PathMoESparseMoeBlock(config)
+        self.mlp = PathMoEMLP(config) if router_block is None else PathMoESparseMoeBlock(config)
         self.input_layernorm = PathMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = PathMoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        route: Callable,
+        route: Callable | None,
         router_state: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -225,8 +226,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
 
     def __init__(self, config: PathMoEConfig):
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([PathMoEDecoderLayer(config, i, b) for i, b in enumerate(config.layer_to_block)])
         # Only this dict owns the routers; a second `ModuleList` would confuse servers that split a model by its first.
@@ -245,11 +245,11 @@ class PathMoEModel(PathMoEPreTrainedModel):
 
         Returns:
             `Callable`: `(hidden_states (T, D), state) -> (weights (T, k), indices (T, k), state)`, all on the device
-            of `hidden_states`, which may not be the router's when the layers are spread over devices. `None` for the
-            placeholder of a layer that is in another stage of a pipeline.
+            of `hidden_states`, which may not be the router's when the layers are spread over devices. `None` for a
+            dense layer, and for the placeholder of a layer that is in another stage of a pipeline.
         """
         layer = self.layers[index]
-        if not hasattr(layer, "router_block"):
+        if getattr(layer, "router_block", None) is None:
             return None
         router = self.routers[str(layer.router_block)]
 
@@ -291,7 +291,7 @@ class PathMoEModel(PathMoEPreTrainedModel):
 
         Returns:
             `PathMoEModelOutputWithPast`: `last_hidden_state` of shape `(batch, sequence, D)`, and on request
-            `router_logits`, a tuple of L float32 tensors of shape `(batch · sequence, E)`.
+            `router_logits`, a float32 tensor for each MoE layer, of shape `(batch · sequence, E)`.
 
         Raises:
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is passed, if two caches are passed, or
@@ -323,9 +323,9 @@ class PathMoEModel(PathMoEPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states, router_state, block = inputs_embeds, None, None
         for index, layer in zip(range(self.config.num_hidden_layers), self.layers):
-            previous, block = block, getattr(layer, "router_block", None)
-            if self.config.router_sharing == "decision" and block != previous:
-                router_state = None  # each block decides for itself
+            layer_block = getattr(layer, "router_block", None)
+            if self.config.router_sharing == "decision" and layer_block not in (None, block):
+                block, router_state = layer_block, None  # each block decides for itself
             # Pass tensors that need gradients positionally; as keyword arguments, reentrant checkpointing would
             # backpropagate through them twice.
             outputs = layer(
@@ -356,8 +356,7 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PathMoEConfig):
         super().__init__(config)
-        self.model = PathMoEModel(config)
-        self.vocab_size = config.vocab_size
+        self.model, self.vocab_size = PathMoEModel(config), config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -384,7 +383,8 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
         mask = token_mask(attention_mask, sequence_length=hidden_states.shape[1])
         aux_loss = load_balancing_loss(router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask)
         if count_load:
-            for layer, of_layer in zip(self.model.layers, router_logits):
+            routed = (layer for layer in self.model.layers if layer.router_block is not None)
+            for layer, of_layer in zip(routed, router_logits):
                 self.model.routers[str(layer.router_block)].count_load(of_layer, layer.router_layer, mask)
         return aux_loss, router_z_loss(router_logits, mask)
 

@@ -382,7 +382,7 @@ def match_config_to_layers(config, layers: list[nn.Module], routers: nn.ModuleDi
     """Updates the configuration of a decoder whose layers were removed or repeated after it was built.
 
     Layers keep the router that they were built with. If the configuration would route them differently, this function
-    sets `router_block_size` and `num_hidden_layers`.
+    sets `router_block_size`, `num_hidden_layers` and `mlp_only_layers`.
 
     Args:
         config (`PathMoEConfig`): The decoder's configuration.
@@ -396,8 +396,10 @@ def match_config_to_layers(config, layers: list[nn.Module], routers: nn.ModuleDi
     whole = all(hasattr(layer, "router_block") for layer in layers)  # false in a pipeline stage
     if not whole or len(layers) > config.num_hidden_layers:
         return
-    runs = [(block, [layer.router_layer for layer in run]) for block, run in groupby(layers, lambda x: x.router_block)]
-    if [served for _, served in runs] == config.router_blocks:
+    dense = [index for index, layer in enumerate(layers) if layer.router_block is None]
+    routed = [layer for layer in layers if layer.router_block is not None]
+    runs = [(block, [layer.router_layer for layer in run]) for block, run in groupby(routed, lambda x: x.router_block)]
+    if [served for _, served in runs] == config.router_blocks and dense == sorted(config.mlp_only_layers or []):
         return
     by_layer = any(router.selection_bias is not None or not router.can_share_decision for router in routers.values())
     in_order = [block for block, _ in runs] == list(range(len(routers)))
@@ -409,6 +411,7 @@ def match_config_to_layers(config, layers: list[nn.Module], routers: nn.ModuleDi
             "blocks, and all layers where routers have parameters for each layer."
         )
     config.router_block_size, config.num_hidden_layers = [len(served) for _, served in runs], len(layers)
+    config.mlp_only_layers = dense
 
 
 def refuse_reentrant_checkpointing(model: nn.Module):
@@ -426,7 +429,7 @@ def refuse_reentrant_checkpointing(model: nn.Module):
     router_loss = config.router_aux_loss_coef or config.router_z_loss_coef
     # Unless its graph is static, DDP takes each layer's gradient of a shared router for the complete one.
     ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    shared = ddp is not None and not ddp.static_graph and len(model.routers) < len(model.layers)
+    shared = ddp is not None and not ddp.static_graph and len(model.routers) < len(config.moe_layers)
     if sharded or router_loss or shared or config.router_sharing == "decision":
         raise ValueError(
             "Gradient checkpointing with use_reentrant=True fails or gives wrong router gradients when parameters are "

@@ -69,6 +69,7 @@ PATHMOE = [
     {"router_sharing": "decision"},
     {"router_bias_update_rate": 0.1},
     {"norm_topk_prob": False},
+    {"mlp_only_layers": [1], "intermediate_size": 16},  # a dense layer within a block
 ]
 
 

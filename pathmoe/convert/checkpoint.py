@@ -232,8 +232,9 @@ class Checkpoint:
         return self.piece(name).read()
 
     def unchanged(self) -> dict[str, Piece]:
-        """Returns the tensors other than feed-forward layers, experts and routers. Architectures name them alike."""
-        return {name: self.piece(name) for name in self if not re.search(r"\.(mlp|block_sparse_moe|routers)\.", name)}
+        """Returns the tensors other than experts and routers. Architectures name them alike."""
+        changed = re.compile(r"\.(mlp\.experts|mlp\.gate|block_sparse_moe|routers)\.")
+        return {name: self.piece(name) for name in self if not changed.search(name)}
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

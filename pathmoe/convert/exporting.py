@@ -50,7 +50,7 @@ def export_checkpoint(
     config = export_config(source.config, to)
     source.check_to_convert()
     plan = source.unchanged()
-    for layer in range(config.num_hidden_layers):
+    for layer in source.config.moe_layers:
         block, _ = PER_EXPERT[config.model_type]
         plan[f"model.layers.{layer}.{block}.gate.weight"] = _router_of(source, layer)
         plan |= split(experts_of(source, layer), layer, config.model_type)

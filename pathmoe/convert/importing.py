@@ -15,7 +15,7 @@ from modeling_pathmoe.configuration_pathmoe import PathMoEConfig
 from ..command import UserError
 from .checkpoint import EXACT, Checkpoint, Piece, check_request, convert, difference, load, logits_of, sample_tokens
 from .layouts import Expert, experts_of, fuse, gate_of, import_config, refuse_misfits
-from .shapes import PER_EXPERT
+from .shapes import PER_EXPERT, moe_layers, routed_blocks
 from .texts import check_text, perplexity, read_windows, router_inputs
 
 
@@ -63,23 +63,26 @@ def import_checkpoint(
         check_text(text, num_tokens)
     source = Checkpoint(src)
     refuse_misfits(source.config, tuple(PER_EXPERT))
-    kind = source.config.model_type
+    kind, routed = source.config.model_type, moe_layers(source.config)
+    dense = [layer for layer in range(source.config.num_hidden_layers) if layer not in routed]
     width = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
     config = import_config(
         source.config,
         moe_intermediate_size=getattr(source.config, width),
+        mlp_only_layers=dense,
+        intermediate_size=source.config.intermediate_size if dense else None,
         num_experts=source.config.num_experts,
         num_experts_per_tok=source.config.num_experts_per_tok,
         norm_topk_prob=kind == "mixtral" or source.config.norm_topk_prob,
         router_block_size=block_size,
     )
     source.check_to_convert()
-    gates = [gate_of(source, layer) for layer in range(config.num_hidden_layers)]
-    experts = [experts_of(source, layer) for layer in range(config.num_hidden_layers)]
+    gates = [gate_of(source, layer) for layer in routed]
+    experts = [experts_of(source, layer) for layer in routed]
     settings: dict[str, Any] = {"verify": verify, "max_shard_size": max_shard_size}
-    if all(_equal(gates[layer] for layer in layers) for layers in config.router_blocks):
-        routers = [gates[layers[0]] for layers in config.router_blocks]
-        return convert("import", source, dst, config, _plan(source, experts, routers), exact=True, **settings)
+    if all(_equal(gates[layer] for layer in layers) for layers in routed_blocks(config)):
+        routers = [gates[layers[0]] for layers in routed_blocks(config)]
+        return convert("import", source, dst, config, _plan(source, config, experts, routers), exact=True, **settings)
 
     if text is None:
         raise UserError(
@@ -105,7 +108,8 @@ def _import_fitted(
         import_checkpoint(source.folder, Path(folder) / "independent", 1, **settings)
         model = load(Path(folder) / "independent")
     before = perplexity(model, held_out)
-    orders, measured = share_routers(model, config.router_blocks, fit, held_out)
+    blocks = routed_blocks(config)
+    orders, measured = share_routers(model, blocks, fit, held_out)
     reference = logits_of(model, sample_tokens(config))
     after = perplexity(model, held_out)
 
@@ -121,7 +125,7 @@ def _import_fitted(
         source,
         dst,
         config,
-        _plan(source, experts, [fitted(layers) for layers in config.router_blocks]),
+        _plan(source, config, experts, [fitted(layers) for layers in blocks]),
         # Unlike those of the reference, the routers are rounded to the checkpoint's dtype.
         exact=gates[0].dtype == torch.float32,
         reference=reference,
@@ -137,9 +141,11 @@ def _equal(gates: Iterable[Piece]) -> bool:
     return all(torch.equal(first, other) for other in others)
 
 
-def _plan(source: Checkpoint, experts: list[list[Expert]], routers: list[Piece]) -> dict[str, Piece]:
+def _plan(
+    source: Checkpoint, config: PathMoEConfig, experts: list[list[Expert]], routers: list[Piece]
+) -> dict[str, Piece]:
     plan = source.unchanged()
-    for layer, of_layer in enumerate(experts):
+    for layer, of_layer in zip(config.moe_layers, experts):
         plan |= fuse(of_layer, layer)
     return plan | {f"model.routers.{block}.weight": router for block, router in enumerate(routers)}
 
@@ -151,7 +157,7 @@ def share_routers(
 
     Args:
         model (`PreTrainedModel`): A PathMoE with `router_block_size=1`.
-        blocks (`list[list[int]]`): The layers of each block.
+        blocks (`list[list[int]]`): The layers of each block. Here and below, dense layers are not counted.
         fit (`torch.Tensor` of shape `(windows, length)`): Token ids to fit on.
         held_out (`torch.Tensor` of shape `(windows, length)`): Token ids to measure on.
 
@@ -164,7 +170,7 @@ def share_routers(
     tokens = sample_tokens(model.config)
     original = logits_of(model, tokens)
     hidden, routers = router_inputs(model, fit), model.model.routers
-    orders = [list(range(model.config.num_experts))] * model.config.num_hidden_layers
+    orders = [list(range(model.config.num_experts))] * len(hidden)
     for layers in blocks:
         seen = hidden[layers].flatten(0, 1)
         logits = [seen @ routers[str(layer)].weight.T for layer in layers]
@@ -221,7 +227,7 @@ def align(logits: list[torch.Tensor]) -> list[list[int]]:
 
 
 def _reorder(model: PreTrainedModel, layer: int, order: list[int]):
-    experts = model.model.layers[layer].mlp.experts
+    experts = model.model.layers[model.config.moe_layers[layer]].mlp.experts
     for parameter in (experts.gate_up_proj, experts.down_proj, model.model.routers[str(layer)].weight):
         parameter.data = parameter.data[order]
 

@@ -13,7 +13,7 @@ from ..command import UserError
 from ..files import read_json
 from .checkpoint import Checkpoint
 from .layouts import DENSE, export_config, gate_of
-from .shapes import PER_EXPERT
+from .shapes import PER_EXPERT, moe_layers
 
 
 def inspect_checkpoint(src: str | Path) -> dict:
@@ -66,10 +66,11 @@ def inspect_checkpoint(src: str | Path) -> dict:
 
 
 def equal_routers(source: Checkpoint) -> list[list[int]]:
-    """Returns the runs of consecutive layers of a foreign MoE model whose routers are equal to the bit."""
-    blocks = [[0]]
-    for layer in range(1, source.config.num_hidden_layers):
-        if torch.equal(gate_of(source, layer - 1).read(), gate_of(source, layer).read()):
+    """Returns the runs of consecutive MoE layers of a foreign model whose routers are equal to the bit."""
+    first, *others = moe_layers(source.config)
+    blocks = [[first]]
+    for layer in others:
+        if torch.equal(gate_of(source, blocks[-1][-1]).read(), gate_of(source, layer).read()):
             blocks[-1].append(layer)
         else:
             blocks.append([layer])

@@ -162,8 +162,19 @@ def export_config(config: PathMoEConfig, to: str) -> PreTrainedConfig:
     }
     options: dict[str, Any] = {"norm_topk_prob": config.norm_topk_prob, "attention_bias": config.attention_bias}
     if target == "qwen3_moe":
-        width = config.moe_intermediate_size
-        return Qwen3MoeConfig(**shared, **options, moe_intermediate_size=width, architectures=["Qwen3MoeForCausalLM"])
+        shared["intermediate_size"] = config.intermediate_size or config.moe_intermediate_size
+        return Qwen3MoeConfig(
+            **shared,
+            **options,
+            moe_intermediate_size=config.moe_intermediate_size,
+            mlp_only_layers=config.mlp_only_layers,
+            architectures=["Qwen3MoeForCausalLM"],
+        )
+    if config.mlp_only_layers:
+        raise UserError(
+            f"mlp_only_layers={config.mlp_only_layers} cannot be exported: all layers of a Mixtral or OLMoE have "
+            "experts."
+        )
     if target == "olmoe":
         if config.num_attention_heads * shared.pop("head_dim") != config.hidden_size:
             raise UserError(
@@ -195,8 +206,6 @@ def refuse_misfits(config: PreTrainedConfig, accepted: tuple[str, ...]):
         "sliding_window": (None, "PathMoE attends to the whole sequence"),
         "clip_qkv": (None, "PathMoE does not clip queries, keys and values"),
         "mlp_bias": (False, "PathMoE's experts have no biases"),
-        "decoder_sparse_step": (1, "every layer of a PathMoE is an MoE layer"),
-        "mlp_only_layers": ([], "every layer of a PathMoE is an MoE layer"),
         "layer_types": (["full_attention"] * config.num_hidden_layers, "PathMoE attends to the whole sequence"),
     }
     if kind in DENSE:

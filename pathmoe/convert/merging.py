@@ -13,6 +13,7 @@ from ..command import UserError
 from ..paths import record_paths
 from .checkpoint import FOREIGN_CODE, Checkpoint, Piece, check_request, convert, load
 from .layouts import experts_of, fuse
+from .shapes import routed_blocks
 from .texts import check_text, perplexity, read_windows
 
 
@@ -177,9 +178,9 @@ def prune_experts(
     if config.router_type == "cosine":
         target.router_dim = config.router_dim or max(2, config.num_experts // 2)
     plan = source.unchanged()
-    for layer, block in enumerate(config.layer_to_block):
+    for layer in config.moe_layers:
         experts = experts_of(source, layer)
-        plan |= fuse([experts[expert] for expert in kept[block]], layer)
+        plan |= fuse([experts[expert] for expert in kept[config.layer_to_block[layer]]], layer)
     for name in source:
         if ".routers." in name:
             _, _, block, tensor = name.split(".")
@@ -209,7 +210,7 @@ def _most_used(
     each token's whole path is kept (T,)."""
     kept, choices_kept = [], []
     survives = torch.ones(len(experts), dtype=torch.bool)
-    for layers in config.router_blocks:
+    for layers in routed_blocks(config):
         chosen = experts[:, layers].long()
         uses = chosen.flatten().bincount(minlength=config.num_experts)
         keep = uses.argsort(descending=True, stable=True)[:num_experts].sort().values

@@ -23,6 +23,19 @@ COUNTED = {
 }
 
 
+def moe_layers(config: PreTrainedConfig) -> list[int]:
+    """Returns the indices of the layers with experts, by Qwen3-MoE's rule, in order."""
+    dense, step = getattr(config, "mlp_only_layers", None) or [], getattr(config, "decoder_sparse_step", 1)
+    if step < 1:
+        raise UserError(f"decoder_sparse_step={step} must be at least 1.")
+    return [layer for layer in range(config.num_hidden_layers) if layer not in dense and (layer + 1) % step == 0]
+
+
+def routed_blocks(config: PreTrainedConfig) -> list[list[int]]:
+    """Returns the layers of each block of a PathMoE, counting MoE layers only."""
+    return [[config.moe_layers.index(layer) for layer in layers] for layers in config.router_blocks]
+
+
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Builds the causal language model of a configuration, without memory for its tensors."""
     with torch.device("meta"):
@@ -44,7 +57,7 @@ def expected_shapes(config: PreTrainedConfig, names: Iterable[str]) -> dict[str,
         return shapes
     names = set(names)
     block, (gate, up, down) = PER_EXPERT[config.model_type]
-    for layer in range(config.num_hidden_layers):
+    for layer in moe_layers(config):
         fused, single = f"model.layers.{layer}.mlp", f"model.layers.{layer}.{block}"
         if f"{fused}.gate.weight" not in names:
             shapes[f"{single}.gate.weight"] = shapes.pop(f"{fused}.gate.weight")
@@ -75,7 +88,7 @@ def check_tensors(config_file: Path, config: PreTrainedConfig, actual: dict[str,
                 f"{config_file} does not match the tensors: {field}={getattr(config, field)}, but they have {found}."
             )
     if config.model_type in PER_EXPERT:
-        layers = [layer for layer in range(config.num_hidden_layers) if _experts(layer) not in actual]
+        layers = [layer for layer in moe_layers(config) if _experts(layer) not in actual]
         if len(layers) * config.num_experts > len(actual):
             raise UserError(
                 f"{config_file}: num_hidden_layers={config.num_hidden_layers} and num_experts={config.num_experts} "

@@ -86,7 +86,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
 
 @torch.no_grad()
 def router_inputs(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
-    """Returns the inputs of a PathMoE's routers in float32, of shape `(layers, tokens, D)`."""
+    """Returns the inputs of a PathMoE's routers in float32, of shape `(MoE layers, tokens, D)`."""
     seen = []
     hooks = [
         router.register_forward_pre_hook(lambda module, args: seen.append(args[0].float()))
@@ -96,5 +96,5 @@ def router_inputs(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor
         model.base_model(window[None], use_cache=False)
     for hook in hooks:
         hook.remove()
-    layers = model.config.num_hidden_layers
+    layers = len(model.config.moe_layers)
     return torch.stack([torch.cat(seen[layer::layers]) for layer in range(layers)])

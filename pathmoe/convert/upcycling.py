@@ -99,7 +99,7 @@ def upcycle(
 def _plan(
     source: Checkpoint, config: PathMoEConfig, noise: float, drop: float, granularity: int, seed: int
 ) -> dict[str, Piece]:
-    plan = source.unchanged()
+    plan = {name: piece for name, piece in source.unchanged().items() if ".mlp." not in name}
     for layer in range(config.num_hidden_layers):
         experts = []
         for index in range(config.num_experts):

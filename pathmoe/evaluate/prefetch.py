@@ -58,7 +58,7 @@ def look_ahead(
             _, (earlier_input, *_), _, earlier_output = layers[layer - distance]
             rest = args[1:]
             if len(earlier_output) == 4:  # a PathMoE router: (logits, weights, indices, state)
-                rest = (layer, earlier_output[3])
+                rest = (routing.index_of(args, kwargs), earlier_output[3], *args[3:])
             # Call `forward` directly, because `__call__` would run the hooks of other recorders.
             predictions[:, layer] = router.forward(earlier_input, *rest, **kwargs)[2].cpu()
     return experts, named, layers[0][3][0].shape[-1]

@@ -117,14 +117,18 @@ class Routing:
         # A PathMoE router lists the layers that share it; other routers serve one layer each.
         self._layers = {router: getattr(router, "layers", [i]) for i, router in enumerate(self.routers)}
         blocks = {layer: block for block, layers in enumerate(self._layers.values()) for layer in layers}
-        self.layer_to_block = tuple(blocks[layer] for layer in sorted(blocks))
+        self._places = {layer: place for place, layer in enumerate(sorted(blocks))}
+        self.layer_to_block = tuple(blocks[layer] for layer in self._places)
         self._arguments = list(inspect.signature(self.decoder.forward).parameters)
 
     def layer_of(self, router: nn.Module, args: tuple, kwargs: dict) -> int:
-        """Returns the layer that calls the router with these arguments."""
+        """Returns the routed layer that calls the router with these arguments. Dense layers are not counted."""
         layers = self._layers[router]
-        if len(layers) == 1:
-            return layers[0]
+        return self._places[layers[0] if len(layers) == 1 else self.index_of(args, kwargs)]
+
+    @staticmethod
+    def index_of(args: tuple, kwargs: dict) -> int:
+        """Returns the index of the layer that calls a PathMoE's router with these arguments, among all layers."""
         return kwargs["layer_idx"] if "layer_idx" in kwargs else args[1]
 
     def arguments(self, args: tuple, kwargs: dict) -> dict:
@@ -352,7 +356,8 @@ def edit_paths(
                 return _decide(router, lambda: router.forward(*args, **kwargs), new_logits, new_indices)
             # PathMoE's `choose` is separate from scoring. Where a block shares its decision, later layers skip it.
             scores = logits if new_logits is None else new_logits
-            return _decide(router, lambda: (scores, *router.choose(scores, layer_idx)), None, new_indices)
+            index = routing.index_of(args, kwargs)
+            return _decide(router, lambda: (scores, *router.choose(scores, index)), None, new_indices)
 
         new_logits = None
         if edit_logits is not None:

@@ -82,10 +82,9 @@ class PathMoECallback(TrainerCallback):
             self.trace = self.recording.enter_context(recorder)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        for router in self.biased_routers:
-            for load, layer in zip(router.load, router.layers):
-                chosen = self.trace.experts[:, layer].flatten()
-                load.copy_(chosen.bincount(minlength=router.num_experts))
+        loads = [load for router in self.biased_routers for load in router.load]  # in the order of the MoE layers
+        for layer, load in enumerate(loads):
+            load.copy_(self.trace.experts[:, layer].flatten().bincount(minlength=len(load)))
         update_selection_bias(self.trainer.model)
 
     def on_step_end(self, args, state, control, **kwargs):

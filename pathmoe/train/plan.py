@@ -5,8 +5,9 @@
 
 Parameters, gradients and optimizer state follow from the number of ranks. Temporary tensors (activations, logits,
 gradients of activations) are counted in a run of two and of three layers with fake tensors, which have sizes but no
-contents, and are extrapolated linearly to the number of layers. Norms are counted as on a CPU. On a GPU, each norm
-keeps one more tensor of the size of its input: 4 GB for the paper's 16B model without checkpointing.
+contents, and are extrapolated linearly to the number of layers. A model with dense layers is run with all of its
+layers. Norms are counted as on a CPU. On a GPU, each norm keeps one more tensor of the size of its input: 4 GB for the
+paper's 16B model without checkpointing.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import json
 import math
 import sys
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -67,8 +69,13 @@ def plan_memory(recipe: Recipe, config: PreTrainedConfig, engine: str, ranks: in
     sharded = engine.startswith("fsdp")
     total, half = count_parameters(config)["total"], 2 if recipe.precision == "bf16" else 4
     share = total / (ranks if sharded else 1)
-    two, three = (trace_working_memory(recipe, config, layers, cast=sharded) for layers in (2, 3))
-    working = two + (three - two) * (config.num_hidden_layers - 2)
+    dense = getattr(config, "mlp_only_layers", None) or []
+    routed = config.num_hidden_layers - len(dense)
+    if dense:  # the peak depends on the order of the layers
+        working = trace_working_memory(recipe, config, config.num_hidden_layers, cast=sharded, dense=dense)
+    else:
+        two, three = (trace_working_memory(recipe, config, layers, cast=sharded) for layers in (2, 3))
+        working = two + (three - two) * (routed - 2)
     states = 16 * share
     if engine != "ddp" and recipe.batch_size <= recipe.micro_batch_size * ranks:
         # With one micro-batch per step, there are no gradients yet when the activations are at their peak. When all
@@ -83,21 +90,25 @@ def plan_memory(recipe: Recipe, config: PreTrainedConfig, engine: str, ranks: in
     gathered = 0.0
     if sharded and ranks > 1:
         embeddings = config.vocab_size * config.hidden_size
-        layer = (total - (1 if config.tie_word_embeddings else 2) * embeddings) / config.num_hidden_layers
         experts = 3 * config.num_experts * config.hidden_size * config.moe_intermediate_size
+        mlp = 3 * config.hidden_size * config.intermediate_size if dense else 0
+        others = total - (1 if config.tie_word_embeddings else 2) * embeddings - routed * experts - len(dense) * mlp
         if engine == "fsdp_ep":
-            layer -= experts * (1 - 1 / recipe.ep_size)
+            experts /= recipe.ep_size
+        layer = others / config.num_hidden_layers + max(experts, mlp)
         # The current layer and the next one, and the float32 buffer in which the layer's gradients are reduced.
         gathered = half * max(2 * layer, layer + embeddings) + 4 * layer
         if engine == "fsdp_ep":
-            kept = 1 if recipe.gradient_checkpointing else config.num_hidden_layers
+            kept = 1 if recipe.gradient_checkpointing else routed
             # Tokens sent to and received from other ranks. Where the experts keep the sorted tokens, the received ones
             # replace them.
             working += (2 if implementation == "pathmoe" else 1) * kept * rows * config.hidden_size * half
     return Memory(states, gathered, working)
 
 
-def trace_working_memory(recipe: Recipe, config: PreTrainedConfig, layers: int, cast: bool) -> float:
+def trace_working_memory(
+    recipe: Recipe, config: PreTrainedConfig, layers: int, cast: bool, dense: Sequence[int] = ()
+) -> float:
     """Measures the peak memory of a forward and backward in bytes, without the parameters.
 
     Args:
@@ -106,8 +117,10 @@ def trace_working_memory(recipe: Recipe, config: PreTrainedConfig, layers: int, 
         layers (`int`): Number of layers to run; 0 stands for one layer without the head and the loss.
         cast (`bool`): Whether the weights are cast to bfloat16 (sharded) or autocast is used, if the precision is
             `"bf16"`.
+        dense (`list[int]`, *optional*): The layers that are dense.
     """
     fields = config.to_dict() | {"num_hidden_layers": layers or 1, "router_block_size": 1}
+    fields["mlp_only_layers"] = list(dense)
     names = ("micro_batch_size", "sequence_length", "precision", "gradient_checkpointing")
     names += ("attn_implementation", "experts_implementation")
     return _trace(json.dumps(fields), *(getattr(recipe, name) for name in names), cast, layers > 0)

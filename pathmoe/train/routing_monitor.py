@@ -29,19 +29,19 @@ class RoutingMonitor:
         """Measures which experts are chosen. All ranks must call it, between the backward pass and gradient clipping.
 
         Args:
-            router_logits (`tuple[torch.Tensor]`): One `(tokens, E)` tensor for each of the L layers.
+            router_logits (`tuple[torch.Tensor]`): One `(tokens, E)` tensor for each MoE layer.
 
         Returns:
-            `dict`: With one entry per layer, `load` (the share of the tokens that choose each of the E experts, which
-            sums to k), `load_cv` (coefficient of variation of the load), `dead_experts` (number of experts that no
-            token chooses), `effective_experts` (exponential of the load's entropy, from k or less if collapsed to E if
-            balanced) and `router_entropy` (mean entropy of the router's probabilities, in bits). With one entry per
+            `dict`: With one entry per MoE layer, `load` (the share of the tokens that choose each of the E experts,
+            which sums to k), `load_cv` (coefficient of variation of the load), `dead_experts` (number of experts that
+            no token chooses), `effective_experts` (exponential of the load's entropy, from k or less if collapsed to E
+            if balanced) and `router_entropy` (mean entropy of the router's probabilities, in bits). With one entry per
             block, `router_grad_norm`. For the main process's tokens only, `sampled_tokens`, `adjacent_jaccard`,
             `distinct_paths` and `path_coverage_100`.
         """
         config = self.config
         loads, entropies, experts = [], [], []
-        for layer, logits in enumerate(router_logits):
+        for layer, logits in zip(config.moe_layers, router_logits, strict=True):
             logits = logits[:SAMPLE].float()
             # If a block shares its decision, all of its layers use the logits and the bias of the first layer.
             block = config.router_blocks[config.layer_to_block[layer]]

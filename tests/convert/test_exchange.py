@@ -42,11 +42,14 @@ SIZES = {
     "initializer_range": 0.3,
 }
 QWEN = {**SIZES, "num_experts": 8, "moe_intermediate_size": 16}
+DENSE = {"intermediate_size": 24}
 MIXTRAL = {**SIZES, "num_local_experts": 8, "intermediate_size": 16}
 OLMOE = {name: size for name, size in MIXTRAL.items() if name != "head_dim"} | {"eos_token_id": 2}
 SOURCES = {
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, QWEN),
     "qwen3_moe unnormalised": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {**QWEN, "norm_topk_prob": False}),
+    "qwen3_moe dense layer": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {**QWEN, **DENSE, "mlp_only_layers": [2]}),
+    "qwen3_moe sparse step": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {**QWEN, **DENSE, "decoder_sparse_step": 2}),
     "qwen3_moe biases": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {**QWEN, "attention_bias": True}),
     "mixtral": (MixtralForCausalLM, MixtralConfig, MIXTRAL),
     "mixtral tied": (MixtralForCausalLM, MixtralConfig, {**MIXTRAL, "tie_word_embeddings": True}),
@@ -73,6 +76,7 @@ EXPORTS = {
     "unnormalised": {"norm_topk_prob": False},
     "biases": {"attention_bias": True},
     "tied": {"tie_word_embeddings": True},
+    "dense layers": {"mlp_only_layers": [2, 0], "intermediate_size": 24},
     "low rank": {"router_type": "low_rank", "router_rank": 3},
     "low rank 0": {"router_type": "low_rank", "router_rank": 0},
     "long": {
@@ -182,6 +186,7 @@ print((logits - torch.load({str(tmp_path / "logits.pt")!r})).abs().max().item())
         ({"router_bias_update_rate": 0.001}, "auto", "router_bias_update_rate=0.001"),
         ({"qk_norm": False, "norm_topk_prob": False}, "auto", "norm_topk_prob=False.*Mixtral always"),
         ({"qk_norm": False, "attention_bias": True}, "auto", "attention_bias=True"),
+        ({"qk_norm": False, "mlp_only_layers": [1], **DENSE}, "auto", r"mlp_only_layers=\[1\].*Mixtral"),
         ({"qk_norm": False}, "qwen3_moe", "qk_norm=False.*use mixtral"),
         ({}, "mixtral", "qk_norm=True.*use qwen3_moe"),
         ({}, "olmoe", "qk_norm=True cannot become an OLMoE.*full width: use qwen3_moe"),
@@ -238,19 +243,31 @@ def test_import_and_export_return_the_same_tensors_and_fields(tmp_path, kind):
     back, config = (AutoConfig.from_pretrained(folder) for folder in (tmp_path / "back", source))
     # The coefficient has no effect in the source, and PathMoE would train with it; see `import_config`.
     free = {"router_aux_loss_coef", "_name_or_path"} | ({"intermediate_size"} if "qwen3_moe" in kind else set())
+    free |= {"mlp_only_layers", "decoder_sparse_step"} if kind == "qwen3_moe sparse step" else set()
     assert {**back.to_dict(), **dict.fromkeys(free)} == {**config.to_dict(), **dict.fromkeys(free)}
 
 
 @pytest.mark.parametrize("way", ["import", "export"])
-def test_converted_olmoe_has_the_same_loss_and_gradients(saved, tmp_path, tokens, gradients, assert_same, way):
+@pytest.mark.parametrize(
+    "kind, fields",
+    [
+        ("olmoe", {"qk_norm": "full"}),
+        ("qwen3_moe dense layer", {"mlp_only_layers": [2, 0], **DENSE}),
+        ("qwen3_moe sparse step", {"mlp_only_layers": [1], **DENSE}),
+    ],
+    ids=["olmoe", "dense layer", "sparse step"],
+)
+def test_converted_model_has_the_same_loss_and_gradients(
+    saved, tmp_path, tokens, gradients, assert_same, kind, fields, way
+):
     if way == "import":
-        theirs, ours = save_source("olmoe", tmp_path / "source"), tmp_path / "target"
+        theirs, ours = save_source(kind, tmp_path / "source"), tmp_path / "target"
         import_checkpoint(theirs, ours, 1)
     else:
-        ours, theirs = saved(qk_norm="full"), tmp_path / "target"
+        ours, theirs = saved(**fields), tmp_path / "target"
         export_checkpoint(ours, theirs)
     ours, theirs = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (ours, theirs))
-    assert type(theirs) is OlmoeForCausalLM
+    assert type(theirs) is SOURCES[kind][0]
     ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
     mask[1, 6:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
@@ -260,11 +277,11 @@ def test_converted_olmoe_has_the_same_loss_and_gradients(saved, tmp_path, tokens
     assert_same(gradients(ours, actual.loss), summed_over_blocks(gradients(theirs, expected.loss), ours.config))
 
 
-def shuffle_experts(folder, seed=0):
-    """Reorders the experts of every layer of a Qwen3-MoE or OLMoE at random, which does not change its function."""
+def shuffle_experts(folder, layers, seed=0):
+    """Reorders the experts of the layers of a Qwen3-MoE or OLMoE at random, which does not change its function."""
     tensors = load_file(folder / "model.safetensors")
     shuffled = dict(tensors)
-    for layer in range(5):
+    for layer in layers:
         order = random.Random(seed + layer).sample(range(8), 8)
         gate = f"model.layers.{layer}.mlp.gate.weight"
         shuffled[gate] = tensors[gate][order].contiguous()
@@ -275,18 +292,18 @@ def shuffle_experts(folder, seed=0):
     save_file(shuffled, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("qk_norm", [True, "full"])
-def test_import_finds_the_sharing_behind_shuffled_experts(saved, tmp_path, logits, tiny_tokenizer, text, qk_norm):
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": "full"}, {"mlp_only_layers": [0, 2], **DENSE}], ids=str)
+def test_import_finds_the_sharing_behind_shuffled_experts(saved, tmp_path, logits, tiny_tokenizer, text, fields):
     """A PathMoE whose experts were reordered in each layer must become a PathMoE with the same function again."""
-    source = saved(vocab_size=320, qk_norm=qk_norm)
+    source, dense = saved(vocab_size=320, **fields), fields.get("mlp_only_layers", [])
     tiny_tokenizer.save_pretrained(source)
     export_checkpoint(source, tmp_path / "exported")
-    shuffle_experts(tmp_path / "exported")
+    shuffle_experts(tmp_path / "exported", set(range(5)) - set(dense))
     assert (logits(tmp_path / "exported") - logits(source)).abs().max() <= 1e-4
 
     manifest = import_checkpoint(tmp_path / "exported", tmp_path / "imported", 2, text)
 
-    assert manifest["agreement"]["of_blocks"] == pytest.approx([1, 1, 1], abs=1e-3)
+    assert manifest["agreement"]["of_blocks"] == pytest.approx([1, 1] if dense else [1, 1, 1], abs=1e-3)
     assert manifest["perplexity"]["after"] == pytest.approx(manifest["perplexity"]["before"], rel=1e-3)
     assert (logits(tmp_path / "imported") - logits(source)).abs().max() <= 1e-2
     assert AutoConfig.from_pretrained(tmp_path / "imported").router_block_size == 2
@@ -337,12 +354,12 @@ def test_align_undoes_any_order(num_experts, seed):
         ),
         (
             Qwen3MoeForCausalLM,
-            Qwen3MoeConfig(**QWEN, mlp_only_layers=[1], intermediate_size=8),
-            r"mlp_only_layers=\[1\]",
+            Qwen3MoeConfig(**QWEN, mlp_only_layers=[0, 1, 2, 3], intermediate_size=8),
+            r"mlp_only_layers=\[0, 1, 2, 3\].*at least one MoE layer",
         ),
         (MixtralForCausalLM, MixtralConfig(**MIXTRAL, sliding_window=16), "sliding_window=16"),
     ],
-    ids=["clipped values", "qwen2_moe", "dense layer", "sliding window"],
+    ids=["clipped values", "qwen2_moe", "dense", "sliding window"],
 )
 def test_import_refuses_what_pathmoe_does_not_have(tmp_path, model_class, config, reason):
     model_class(config).save_pretrained(tmp_path / "source")

@@ -67,6 +67,7 @@ ROUTERS = {
     "random": {"router_type": "random"},
     "decision": {"router_sharing": "decision"},
     "bias": {"router_bias_update_rate": 0.01},
+    "dense layers": {"mlp_only_layers": [0, 2], "intermediate_size": 24},
 }
 
 

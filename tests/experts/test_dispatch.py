@@ -258,15 +258,18 @@ def test_experts_follow_autocast(tiny_model, assert_same):
         assert_same(parameter.grad, cast.grad.float())
 
 
+DENSE = {"mlp_only_layers": [0], "intermediate_size": 24}
+
+
 def matches(pattern, names):
     regex = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
     return [name for name in names if regex.fullmatch(name)]
 
 
-@pytest.mark.parametrize("qk_norm", [True, False, "full"])
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": False}, {"qk_norm": "full"}, DENSE], ids=str)
 @pytest.mark.parametrize("plan", ["_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan"])
-def test_every_key_of_a_plan_names_something_that_exists(tiny_model, plan, qk_norm):
-    model = tiny_model(qk_norm=qk_norm)
+def test_every_key_of_a_plan_names_something_that_exists(tiny_model, plan, fields):
+    model = tiny_model(**fields)
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     keys = list(getattr(model, plan))
     assert any(key.startswith("model.") for key in keys)
@@ -284,8 +287,9 @@ def test_every_style_of_a_plan_is_known_to_transformers(tiny_config, plan, qk_no
         assert not unknown
 
 
-def test_tensor_parallel_plan_covers_all_weights_of_a_layer_but_its_norms(tiny_model):
-    model = tiny_model()
+@pytest.mark.parametrize("fields", [{}, DENSE], ids=str)
+def test_tensor_parallel_plan_covers_all_weights_of_a_layer_but_its_norms(tiny_model, fields):
+    model = tiny_model(**fields)
     plan = [key for key in model._tp_plan if "layers" in key]
     uncovered = [
         name

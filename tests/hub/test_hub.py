@@ -31,7 +31,7 @@ from tests.hub.hub_server import hub_server
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PARTS = ("attention", "cache", "configuration", "loss", "modeling", "norm", "routing")
+PARTS = ("attention", "cache", "configuration", "loss", "mlp", "modeling", "norm", "routing")
 CODE_FILES = [f"{name}_pathmoe.py" for name in PARTS]
 AUTO_CLASSES = {
     "AutoModel": PathMoEModel,
@@ -162,6 +162,8 @@ def checkpoints(tmp_path_factory):
         max_position_embeddings=64,
         router_block_size=2,
         pad_token_id=0,
+        mlp_only_layers=[0],
+        intermediate_size=24,
         initializer_range=0.2,
     )
     for name, model_class in AUTO_CLASSES.items():

@@ -49,6 +49,8 @@ def peer_of(config):
                 moe_intermediate_size=config.moe_intermediate_size,
                 norm_topk_prob=config.norm_topk_prob,
                 attention_bias=config.attention_bias,
+                mlp_only_layers=config.mlp_only_layers,
+                intermediate_size=config.intermediate_size or 1,
             )
         )
     return MixtralForCausalLM(
@@ -60,7 +62,8 @@ def peer_with_weights_of(model):
     """The peer with the router of each block copied into the block's layers; loading is strict."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if ".routers." not in name}
     for layer, block in enumerate(model.config.layer_to_block):
-        weights[f"model.layers.{layer}.mlp.gate.weight"] = model.model.routers[str(block)].weight
+        if block is not None:
+            weights[f"model.layers.{layer}.mlp.gate.weight"] = model.model.routers[str(block)].weight
     peer = peer_of(model.config)
     peer.load_state_dict(weights)
     return peer.eval()
@@ -156,6 +159,8 @@ def reference_logits(config, weights, sequence):
         pytest.param({"router_block_size": [1, 3, 1]}, id="qwen3-list-of-blocks"),
         pytest.param({"router_block_size": 99}, id="qwen3-one-router"),
         pytest.param({"router_block_size": 2, "tie_word_embeddings": True}, id="qwen3-tied-embeddings"),
+        pytest.param({"router_block_size": 1, "mlp_only_layers": [0], "intermediate_size": 24}, id="qwen3-dense"),
+        pytest.param({"mlp_only_layers": [3, 1], "intermediate_size": 24}, id="qwen3-dense-within-blocks"),
         pytest.param({"router_block_size": 1, "qk_norm": False}, id="mixtral-independent"),
         pytest.param({"router_block_size": 3, "qk_norm": False}, id="mixtral-blocks-of-3"),
         pytest.param({"router_block_size": 1, "qk_norm": "full"}, id="olmoe-independent"),

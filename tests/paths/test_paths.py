@@ -41,14 +41,15 @@ def test_routed_layers_are_described(any_model, tokens, kind):
     with record_paths(model) as trace:
         model(tokens())
     config, (_, layers, k) = model.config, trace.experts.shape
-    own = 3 if kind in ("qwen2_moe", "deepseek_v3") else config.num_hidden_layers
+    own = 3 if kind in ("qwen2_moe", "deepseek_v3") else len(getattr(config, "moe_layers", range(layers)))
     described = trace.model
     assert (described.model_type, described.num_layers, described.num_experts, described.top_k) == (
         *(config.model_type, own, 8),
         config.num_experts_per_tok,
     )
     assert (layers, k) == (own, config.num_experts_per_tok)
-    assert list(described.layer_to_block) == getattr(config, "layer_to_block", list(range(own)))
+    of_layer = getattr(config, "layer_to_block", list(range(own)))
+    assert list(described.layer_to_block) == [block for block in of_layer if block is not None]
     assert trace.experts.dtype == torch.uint8
 
 

@@ -119,12 +119,13 @@ def biases(model):
     return torch.cat([router.selection_bias for router in model.model.routers.values()])
 
 
+@pytest.mark.parametrize("fields", [{}, {"mlp_only_layers": [0, 2], "intermediate_size": 24}], ids=str)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}], ids=["own loss", "loss of the trainer"])
-def test_the_selection_bias_follows_the_load_of_each_step(tiny_config, tmp_path, options):
+def test_the_selection_bias_follows_the_load_of_each_step(tiny_config, tmp_path, options, fields):
     """Also where the trainer computes the loss; evaluation between the steps does not count."""
     torch.manual_seed(0)
-    model = PathMoEForCausalLM(tiny_config(router_bias_update_rate=0.01))
-    twin = PathMoEForCausalLM(tiny_config(router_bias_update_rate=0.01)).train()
+    model = PathMoEForCausalLM(tiny_config(router_bias_update_rate=0.01, **fields))
+    twin = PathMoEForCausalLM(tiny_config(router_bias_update_rate=0.01, **fields)).train()
     twin.load_state_dict(model.state_dict())
     seen = []
     trainer = build_trainer(model, tmp_path, learning_rate=0.0, eval_strategy="steps", eval_steps=1, **options)

@@ -58,6 +58,19 @@ def test_two_processes_train_the_model_of_one(single, recipe, tmp_path, free_por
     assert "distributed_config" not in json.loads((tmp_path / "two" / "final" / "config.json").read_text())
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "fsdp_ep"])
+def test_dense_layers_are_sharded_like_others(recipe, tmp_path, free_port, engine):
+    dense = {"num_hidden_layers": 4, "mlp_only_layers": [1], "intermediate_size": 48}
+    fields = FIELDS | {"max_steps": 5, "model_overrides": FIELDS["model_overrides"] | dense}
+    assert main(recipe(tmp_path / "one", **fields)) == 0
+    args = recipe(tmp_path / "two", **fields, engine=engine, ep_size=2 if engine == "fsdp_ep" else 1)
+    accelerate_launch(args, "ddp" if engine == "fsdp_ep" else engine, free_port)
+    for key in ("loss", "grad_norm"):
+        assert metrics(tmp_path / "two", key=key) == pytest.approx(metrics(tmp_path / "one", key=key), rel=1e-3)
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=0.05, atol=5e-3)
+
+
 def test_sharded_checkpoint_goes_on_in_one_process_and_back(single, recipe, tmp_path, free_port):
     run, fields = tmp_path / "run", FIELDS | {"checkpoint_every": 6, "keep_last": 9}
     args = [*recipe(run, **fields), "--resume", "auto"]

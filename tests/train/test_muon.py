@@ -66,13 +66,16 @@ def test_singular_values_become_about_one(shape):
 
 
 def test_only_matrices_of_attention_and_experts_are_trained_by_muon(recipe, tmp_path):
-    parsed = parse_recipe(recipe(tmp_path / "run", **MUON, model_overrides={"tie_word_embeddings": False}))
+    overrides = {"tie_word_embeddings": False, "mlp_only_layers": [0], "intermediate_size": 16}
+    parsed = parse_recipe(recipe(tmp_path / "run", **MUON, model_overrides=overrides))
     model = AutoModelForCausalLM.from_config(build_config(parsed))
     optimizer, _ = build_optimizer(parsed, model)
     chosen = {id(p): group["muon"] for group in optimizer.param_groups for p in group["params"]}
     found = {name for name, parameter in model.named_parameters() if chosen[id(parameter)]}
-    expected = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "gate_up_proj", "down_proj")
-    assert found == {name for name, _ in model.named_parameters() if name.endswith(expected)}
+    expected = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj")
+    names = dict(model.named_parameters())
+    assert found == {name for name in names if name.removesuffix(".weight").endswith(expected)}
+    assert "model.layers.0.mlp.down_proj.weight" in found
     assert len(chosen) == len(list(model.parameters()))
 
 

@@ -41,6 +41,26 @@ def test_checkpointing_and_smaller_micro_batches_take_less(recipe, tmp_path):
     assert working(micro_batch_size=2) == pytest.approx(working(micro_batch_size=8) / 4, rel=0.1)
 
 
+def test_plan_counts_what_dense_layers_keep_and_gathers_the_largest_layer(recipe, tmp_path):
+    def planned(engine, ranks, **overrides):
+        parsed = parse_recipe(recipe(tmp_path, model_overrides={"num_hidden_layers": 6} | overrides, batch_size=64))
+        return plan_memory(parsed, build_config(parsed), engine, ranks)
+
+    dense = {"mlp_only_layers": [0, 3], "intermediate_size": 32}
+    narrow, wide = planned("cpu", 1, **dense), planned("cpu", 1, **dense | {"intermediate_size": 64})
+    # Backward needs the gate, its activation, up and their product: in 2 layers, float32, 32 more of 8 x 32 tokens.
+    assert wide.working - narrow.working == pytest.approx(2 * 4 * 4 * 32 * 8 * 32, rel=0.1)
+    assert planned("fsdp", 2, **dense).gathered == pytest.approx(planned("fsdp", 2).gathered, rel=0.01)
+    huge = dense | {"intermediate_size": 2000}
+    assert planned("fsdp", 2, **huge).gathered > 2 * planned("fsdp", 2).gathered
+
+
+def test_plan_runs_with_dense_layers(recipe, tmp_path, capsys):
+    dense = {"mlp_only_layers": [0], "intermediate_size": 32}
+    assert main(["plan", *recipe(tmp_path, micro_batch_size=1, model_overrides=dense), "--gpus", "8"]) == 0
+    assert "FSDP2 x EP 8" in capsys.readouterr().out
+
+
 def test_plan_is_a_table_of_gpus_and_engines(recipe, tmp_path, capsys):
     assert main(["plan", *recipe(tmp_path, micro_batch_size=1), "--gpus", "2", "8", "--memory", "80"]) == 0
     lines = capsys.readouterr().out.splitlines()

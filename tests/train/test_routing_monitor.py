@@ -31,8 +31,14 @@ def step(tiny_config):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"router_bias_update_rate": 0.1}, {"router_sharing": "decision"}, {"router_type": "recurrent"}],
-    ids=["linear", "bias", "decision", "recurrent"],
+    [
+        {},
+        {"router_bias_update_rate": 0.1},
+        {"router_bias_update_rate": 0.1, "mlp_only_layers": [0, 2], "intermediate_size": 24},
+        {"router_sharing": "decision"},
+        {"router_type": "recurrent"},
+    ],
+    ids=["linear", "bias", "dense layers", "decision", "recurrent"],
 )
 def test_statistics_equal_counting_one_by_one(step, overrides):
     model, monitor, router_logits = step(**overrides)
@@ -43,9 +49,9 @@ def test_statistics_equal_counting_one_by_one(step, overrides):
     paths = [[] for _ in range(64)]
     jaccard = []
     for layer, logits in enumerate(router_logits):
-        block = model.config.layer_to_block[layer]
-        router = model.model.routers[str(block)]
-        bias = router.selection_bias[router.layers.index(layer)] if "router_bias_update_rate" in overrides else 0
+        of_model = model.config.moe_layers[layer]
+        router = model.model.routers[str(model.config.layer_to_block[of_model])]
+        bias = router.selection_bias[router.layers.index(of_model)] if "router_bias_update_rate" in overrides else 0
         counts, entropy = Counter(), 0.0
         for token, scores in enumerate(logits.softmax(-1)):
             order = (scores + bias).argsort(descending=True)[:2].tolist()

@@ -61,8 +61,9 @@ def test_scale_of_the_embeddings_leaves_the_first_logits_alone(started):
     torch.testing.assert_close(scaled(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_projections_are_zero_and_layers_leave_the_embeddings_alone(started):
-    _, model = started()
+@pytest.mark.parametrize("fields", [{}, {"mlp_only_layers": [0], "intermediate_size": 16}], ids=str)
+def test_projections_are_zero_and_layers_leave_the_embeddings_alone(started, fields):
+    _, model = started(**fields)
     tokens = torch.arange(8)[None]
     hidden = model(tokens, output_hidden_states=True).hidden_states
     assert torch.equal(hidden[-2], model.get_input_embeddings()(tokens))
