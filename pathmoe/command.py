@@ -47,9 +47,17 @@ def run_command(main: Callable[[], object], interrupted: int = 130):
         main (`Callable`): The command. If it returns an integer, that is the exit status; otherwise the status is 0.
         interrupted (`int`, defaults to 130): The exit status after Ctrl-C.
     """
+    owner = os.getpid()
+
+    def stop(number, _):
+        # A forked worker inherits this handler. If the exception were lost in it, its pool would wait for it forever.
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        sys.exit(128 + number)
+
     # These signals raise an exception too, so that temporary files are removed.
     for number in STOPPING - {signal.SIGINT}:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, stop)
     try:
         status = main()
         sys.stdout.flush()

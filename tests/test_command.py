@@ -37,6 +37,31 @@ def test_a_command_ends_with_its_status_and_one_line(main, status, said):
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", said)
 
 
+WORKER = """
+import os, signal, time
+from pathmoe.command import run_command
+
+def main():
+    if not (worker := os.fork()):
+        print("ready", flush=True)
+        while True:
+            try:
+                time.sleep(60)
+            except BaseException:  # as in a function whose exceptions Python ignores
+                pass
+    time.sleep(1)
+    os.kill(worker, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+
+run_command(main)
+"""
+
+
+def test_a_forked_worker_ends_when_it_is_asked_to():
+    ended = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "ready\n143\n", "")
+
+
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_stops_reading_ends_the_command_in_silence(lines):
     code = f"from pathmoe.command import run_command; run_command(lambda: print('line\\n' * {lines}))"
