@@ -166,6 +166,8 @@ def test_traces_that_do_not_fit_are_refused(any_model, tokens, tmp_path):
         pass
     with pytest.raises(ValueError, match="memory_limit=-1 must be at least 0"), record_paths(model, memory_limit=-1):
         pass
+    with pytest.raises(ValueError, match="memory_limit='1GB' must be"), record_paths(model, memory_limit="1GB"):
+        pass
     with pytest.raises(ValueError, match="experts has dtype torch.float32, but must have an integer dtype"):
         trace.replace(trace.experts + 0.5)
 
@@ -264,3 +266,11 @@ def test_experts_that_cannot_be_those_of_the_model_are_refused(tiny_model, chang
         PathTrace.from_experts([change(recorded.experts.long())], [ids], model)
     with pytest.raises(ValueError, match="experts has 1 sequences and token_ids 2"):
         PathTrace.from_experts([recorded.experts], [ids, ids], model)
+    with pytest.raises(ValueError, match="num_experts=-1 must be at least 1"):
+        PathTrace.from_experts([recorded.experts], [ids], model, num_experts=-1)
+    for wrong in (ids / 2, ids[:, None]):
+        with pytest.raises(ValueError, match=r"token_ids\[0\] has shape .* must be a list of integers"):
+            PathTrace.from_experts([recorded.experts], [wrong], model)
+    for wrong in (ids - 9, ids + 10**6):
+        with pytest.raises(ValueError, match=r"token_ids\[0\] has token ids from .*, but the model's vocabulary has"):
+            PathTrace.from_experts([recorded.experts], [wrong], model)
