@@ -166,8 +166,8 @@ def expert_load(experts: torch.Tensor, num_experts: int, layer_to_block: list[in
 
 def _check_load(load: torch.Tensor):
     check_type("load", load, torch.Tensor)
-    if (load < 0).any():
-        raise ValueError(f"load has the value {float(load.min())}: pass shares of tokens, as from expert_load.")
+    if not (load.isfinite().all() and (load >= 0).all() and (load.sum(dim=-1) > 0).all()):
+        raise ValueError("load has a negative value, NaN, infinity or a row of zeros: pass that of expert_load.")
 
 
 def load_variation(load: torch.Tensor) -> torch.Tensor:

@@ -152,6 +152,9 @@ def test_traces_that_do_not_fit_are_refused(any_model, tokens, tmp_path):
     with replay_paths(model, trace):
         with pytest.raises(ValueError, match="The trace has 14 tokens, but the model is given 16"):
             model(tokens(length=8))
+    with pytest.warns(UserWarning, match="The trace has 14 tokens, but the model was given only 7"):
+        with replay_paths(model, trace):
+            model(tokens()[:1])
     with pytest.raises(ValueError, match=r"experts has shape \(13, 5, 2\), but must have shape \(14, 5, 2\)"):
         trace.replace(trace.experts[1:])
     with pytest.raises(ValueError, match="experts has indices from 8 to 8, but experts are 0 to 7"):

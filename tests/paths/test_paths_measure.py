@@ -234,8 +234,9 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="probabilities has values from -2 to 3: pass a softmax"):
         routing_entropy(torch.tensor([[[-2.0, 3.0]]]))
     for measure in (load_variation, load_entropy):
-        with pytest.raises(ValueError, match="load has the value -1.0"):
-            measure(torch.tensor([-1.0, 2.0]))
+        for load in ([-1.0, 2.0], [math.nan, 1.0], [0.0, 0.0]):
+            with pytest.raises(ValueError, match="load has a negative value, NaN, infinity or a row of zeros"):
+                measure(torch.tensor(load))
     with pytest.raises(ValueError, match="labels of dtype torch.float32 and torch.float32 must be integers"):
         mutual_information(torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match="permutations=0 must be at least 1"):
