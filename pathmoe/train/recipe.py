@@ -240,7 +240,7 @@ class Recipe:
                 )
         if (self.attn_implementation or "").startswith("paged|"):
             raise ValueError(
-                f"attn_implementation={self.attn_implementation!r} is for serving, and ignores the causal mask in "
+                f"attn_implementation={self.attn_implementation!r} is for serving, and does not apply the masks of "
                 f"training: use {self.attn_implementation[6:]!r}."
             )
         if self.sequence_length < 2:
