@@ -60,7 +60,7 @@ def free_routing(model: torch.nn.Module):
     """Lets every layer repeat its first decision: the bound of the gain from sharing work between routers."""
     for router in model.model.routers.values():
 
-        def repeat(hidden_states, layer_idx, state, decide=router.forward, decided={}):  # noqa: B006
+        def repeat(hidden_states, layer_idx, state, token_ids, decide=router.forward, decided={}):  # noqa: B006
             key = layer_idx, len(hidden_states)
             if key not in decided:
                 logits, weights, indices, state = decide(hidden_states, layer_idx, state)

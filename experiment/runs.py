@@ -3,6 +3,8 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -158,6 +160,15 @@ def read_settings(file: Path) -> dict:
     return settings
 
 
+def is_number(value: object) -> bool:
+    """Returns whether a value, or the text of one, is a number."""
+    try:
+        float(value)  # type: ignore[arg-type]  # that is the question
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def check_settings(settings: dict, file: Path):
     """Checks the parts of the settings and the recipe of every run before anything is written.
 
@@ -185,13 +196,33 @@ def check_settings(settings: dict, file: Path):
     if not Path(model := settings["recipe"]["model"]).is_file():
         raise UserError(f"--config {file}: model={model!r} not found: run in the repository's root.")
     check("rows", settings["rows"], {})
+    for row in settings["rows"]:
+        if not re.fullmatch(r"[\w.-]+", str(row)):
+            refuse("row", row, "a name of letters, digits, '_', '.' and '-'")
+    for rate in settings["tune"]["learning_rates"]:
+        if not is_number(rate):
+            refuse("tune.learning_rates", rate, "a list of numbers")
+
+    def check_rows(part: str, rows: Iterable[str]):
+        if unknown := sorted(set(rows) - set(settings["rows"])):
+            refuse(part, unknown, f"rows of this file: {', '.join(settings['rows'])}")
+
     places = {part: {"tokens": settings[part]["tokens"]} for part in ("tune", "primary")}
     if (of_map := settings.get("map")) is not None:
         check("map", of_map, {"seeds": (int,), "rows": (str,), "points": dict})
+        check_rows("map.rows", [*of_map["rows"], *(of_map.get("extra_rows") or [])])
         places |= {f"map.points.{point}": changes for point, changes in of_map["points"].items()}
+    for part in ("primary", "map"):
+        seeds = (settings.get(part) or {}).get("seeds", [])
+        if len(set(seeds)) < len(seeds):
+            refuse(f"{part}.seeds", seeds, "different seeds: equal ones repeat a run")
     for place, changes in places.items():
         check(place, changes, {})
         check(f"{place}.recipe", changes.get("recipe", {}), {})
+        check(f"{place}.rows", changes.get("rows", {}), {})
+        check_rows(f"{place}.rows", changes.get("rows", {}))
+        if isinstance(tokens := changes.get("tokens"), int) and tokens < 1:
+            refuse(f"{place}.tokens", tokens, "at least one batch")
         for row, own in settings["rows"].items():
             check(f"rows.{row}", own, {})
             tokens = changes.get("tokens", settings["primary"]["tokens"])
@@ -210,6 +241,7 @@ def check_settings(settings: dict, file: Path):
                     AttributeError,
                 ) as error:
                     reason = one_line(error.__cause__ or error)
+                    reason = re.sub(r"Recipe\S+ got an unexpected keyword argument", "unknown recipe field", reason)
                     raise UserError(f"--config {file}: row {row} of {place}: {reason}") from error
 
 

@@ -19,6 +19,7 @@ import hashlib
 import html
 import json
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def read_lm_eval(folder: Path, name: str) -> EvaluationRun:
             }
             values, file = [], folder / "tasks" / f"{leaf}.jsonl"
             with file.open(encoding="utf-8") as lines:
-                for sample in map(json.loads, lines):
+                for sample in read_lines(lines, file):
                     if sample["filter"] == filtered:
                         asked = digest([sample["arguments"], sample["target"]])
                         rows.append((f"{leaf}/{sample['doc_id']}", asked, sample[metric], 1))
@@ -114,6 +115,19 @@ def read_lm_eval(folder: Path, name: str) -> EvaluationRun:
         items = pd.DataFrame(rows, columns=["item", "digest", "value", "weight"]).set_index("item")
         tasks[entry] = Task(settings, items)
     return EvaluationRun(name, tasks, bits=False)
+
+
+def read_lines(lines: Iterable[str], file: Path) -> Iterator[dict]:
+    """Yields the objects of JSON lines.
+
+    Raises:
+        RunError: If a line is damaged. The message names the file and the line.
+    """
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise RunError(f"{file} line {number} is damaged ({one_line(error)}): evaluate again.") from error
 
 
 def check_same_evaluation(items: Path, of_items: float, result: Path, stated: float):
@@ -134,7 +148,8 @@ def read_perplexity(file: Path, name: str) -> EvaluationRun:
     result = read_json(file, "RUN")
     settings = result["settings"]
     check_whole(settings, f"{file}")
-    documents = pd.read_json(file.with_suffix(".jsonl"), lines=True, dtype={"text_sha": str})
+    with file.with_suffix(".jsonl").open(encoding="utf-8") as lines:
+        documents = pd.DataFrame(read_lines(lines, file.with_suffix(".jsonl")))
     check_same_evaluation(file.with_suffix(".jsonl"), documents["nll"].sum(skipna=False), file, result["nll"])
     documents = documents[documents["bytes"] > 0]
     items = pd.DataFrame(

@@ -124,7 +124,7 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
     for option, least in (
         ("max_tokens", 1),
         ("perturbed_tokens", 0),
-        ("resamples", 1),
+        ("resamples", 2),
         ("seed", 0),
         ("max_length", 2),
     ):

@@ -155,6 +155,8 @@ class Routing:
 
     def describe(self, num_experts: int, top_k: int) -> RoutedModel:
         """Describes the model. E and k come from a router's output, since configurations use different names."""
+        if num_experts < 1:
+            raise ValueError(f"num_experts={num_experts} must be at least 1.")
         layers, model_type = len(self.layer_to_block), self.decoder.config.model_type
         return RoutedModel(model_type, layers, num_experts, top_k, self.layer_to_block, self.router_hash)
 
@@ -211,6 +213,21 @@ def check_indices(what: str, indices: torch.Tensor, shape: tuple[int, ...], num_
         raise ValueError(f"{what} has an expert twice for one token in one layer: give each k different ones.")
 
 
+def check_token_ids(what: str, ids: torch.Tensor, vocab_size: int | None):
+    """Refuses token ids that are not a list of integers of the vocabulary; -1 stands for an embedding.
+
+    Raises:
+        ValueError: If they are refused; the message begins with `what`.
+    """
+    if ids.ndim != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        raise ValueError(f"{what} has shape {tuple(ids.shape)} and dtype {ids.dtype}, but must be a list of integers.")
+    if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < (vocab_size or 2**31):
+        raise ValueError(
+            f"{what} has token ids from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has "
+            f"{vocab_size}: pass the tokens of this model."
+        )
+
+
 def check_type(what: str, value: object, kind: type):
     """Refuses a value of a different type.
 
@@ -218,13 +235,14 @@ def check_type(what: str, value: object, kind: type):
         TypeError: If `value` is not a `kind`; the message begins with `what`.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{what}={value!r:.80} must be a {kind.__name__}, not a {type(value).__name__}.")
+        shown = " ".join(repr(value).split())[:80]
+        raise TypeError(f"{what}={shown} must be a {kind.__name__}, not a {type(value).__name__}.")
 
 
 def check_limit(limit: int) -> int:
-    """Refuses a negative `memory_limit`, and returns any other."""
-    if limit < 0:
-        raise ValueError(f"memory_limit={limit} must be at least 0 bytes.")
+    """Refuses a `memory_limit` that is not a number or negative, and returns any other."""
+    if not isinstance(limit, int | float) or limit < 0:
+        raise ValueError(f"memory_limit={limit!r} must be at least 0 bytes, as a number.")
     return limit
 
 

@@ -40,6 +40,17 @@ def _check_values(name: str, values: torch.Tensor, dimensions: int = 3):
         raise ValueError(f"{name} is empty: there is nothing to measure. Record some tokens first.")
 
 
+def _check_experts(experts: torch.Tensor):
+    _check_values("experts", experts)
+    if experts.is_floating_point() or int(experts.min()) < 0:
+        raise ValueError(f"experts ({experts.dtype}) must be indices: integers from 0. Pass a trace's experts.")
+
+
+def _check_count(name: str, count: int, least: int):
+    if count < least:
+        raise ValueError(f"{name}={count} must be at least {least}.")
+
+
 def path_ids(experts: torch.Tensor) -> torch.Tensor:
     """Numbers the distinct top-1 paths in lexicographic order.
 
@@ -52,7 +63,7 @@ def path_ids(experts: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If there are no tokens.
     """
-    _check_values("experts", experts)
+    _check_experts(experts)
     first, *rest = experts[:, :, 0].T.contiguous()  # layer by layer in memory, which is faster
     base = int(experts.max()) + 1
     ids, size = first.long(), base
@@ -141,7 +152,9 @@ def expert_load(experts: torch.Tensor, num_experts: int, layer_to_block: list[in
     Raises:
         ValueError: If there are no tokens, or an expert index is not below `num_experts`.
     """
-    _check_values("experts", experts)
+    _check_experts(experts)
+    if layer_to_block is not None and len(layer_to_block) != experts.shape[1]:
+        raise ValueError(f"layer_to_block has {len(layer_to_block)} entries for {experts.shape[1]} layers.")
     if (largest := int(experts.max())) >= num_experts:
         raise ValueError(f"experts holds index {largest}, but num_experts={num_experts}.")
     counts = torch.stack([layer.reshape(-1).long().bincount(minlength=num_experts) for layer in experts.unbind(dim=1)])
@@ -149,6 +162,12 @@ def expert_load(experts: torch.Tensor, num_experts: int, layer_to_block: list[in
         blocks = torch.as_tensor(layer_to_block)
         counts = counts.new_zeros(int(blocks.max()) + 1, num_experts).index_add_(0, blocks, counts)
     return counts.double() / counts.sum(dim=-1, keepdim=True)
+
+
+def _check_load(load: torch.Tensor):
+    check_type("load", load, torch.Tensor)
+    if not (load.isfinite().all() and (load >= 0).all() and (load.sum(dim=-1) > 0).all()):
+        raise ValueError("load has a negative value, NaN, infinity or a row of zeros: pass that of expert_load.")
 
 
 def load_variation(load: torch.Tensor) -> torch.Tensor:
@@ -160,6 +179,7 @@ def load_variation(load: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(…,)`: 0 if balanced, sqrt(E - 1) if one expert gets everything.
     """
+    _check_load(load)
     return load.std(dim=-1, correction=0) / load.mean(dim=-1)
 
 
@@ -172,6 +192,7 @@ def load_entropy(load: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(…,)`: In nats; log E if balanced.
     """
+    _check_load(load)
     return _entropy(load)
 
 
@@ -192,6 +213,9 @@ def routing_entropy(probabilities: torch.Tensor) -> torch.Tensor:
     total = torch.zeros(probabilities.shape[1], dtype=torch.float64)
     for chunk in probabilities.split(2**14):  # a float32 copy of all tokens may not fit
         chunk = chunk.float()
+        if (chunk < 0).any() or (chunk > 1.01).any():
+            lowest, largest = chunk.aminmax()
+            raise ValueError(f"probabilities has values from {lowest:.3g} to {largest:.3g}: pass a softmax.")
         sums = chunk.sum(dim=-1)
         # -Σ (w/s) log(w/s) = log s - Σ w log w / s
         total += (sums.log() + torch.special.entr(chunk).sum(dim=-1) / sums).sum(dim=0).double()
@@ -200,7 +224,7 @@ def routing_entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 def _expert_sets(experts: torch.Tensor) -> np.ndarray:
     """Returns the expert sets as bit masks `(L, words, T)`, in the smallest unsigned dtype with a bit per expert."""
-    _check_values("experts", experts)
+    _check_experts(experts)
     experts = np.ascontiguousarray(experts.cpu().numpy().transpose(1, 2, 0))
     size = int(experts.max()) + 1
     bits = next((bits for bits in (8, 16, 32) if size <= bits), 64)
@@ -288,6 +312,8 @@ def _contingency(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tenso
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(f"Each token needs two labels, got labels of shape {first.shape} and {second.shape}.")
     _check_values("labels", first, dimensions=1)
+    if first.is_floating_point() or second.is_floating_point():
+        raise ValueError(f"labels of dtype {first.dtype} and {second.dtype} must be integers, one for each class.")
     # 64-bit labels are renumbered from 0, so that a cell has one 64-bit number.
     (_, first), (rows, second) = (labels.unique(return_inverse=True) for labels in (first, second))
     width = len(rows)
@@ -376,6 +402,7 @@ def permutation_baseline(
         `Interval`: The mean over the permutations, and their central quantiles.
     """
     generator = torch.Generator().manual_seed(seed)
+    _check_count("permutations", permutations, 1)
     values = [measure(clusters, labels[torch.randperm(len(labels), generator=generator)]) for _ in range(permutations)]
     return Interval(float(np.mean(values)), *central(values, confidence))
 
@@ -409,6 +436,7 @@ def bootstrap(
     Raises:
         ValueError: If there are fewer than two documents, or not one document id per token.
     """
+    _check_count("resamples", resamples, 2)
     documents = _documents_of(document_ids, values)
     generator = torch.Generator().manual_seed(seed)
     estimates = []
@@ -449,8 +477,8 @@ def jackknife(
         ValueError: If there are fewer than two documents or groups, or not one document id per token.
     """
     documents = _documents_of(document_ids, values)
-    if groups < 2:
-        raise ValueError(f"groups={groups} must be at least 2.")
+    _check_count("groups", groups, 2)
+    _check_confidence(confidence)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     groups = min(groups, len(documents))
     estimates = []
@@ -500,7 +528,13 @@ def _tokens_of_documents(document_ids: torch.Tensor) -> list[torch.Tensor]:
     return list(document_ids.argsort(stable=True).split(counts.tolist()))
 
 
+def _check_confidence(confidence: float):
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must be between 0 and 1, such as 0.95.")
+
+
 def central(values, confidence: float) -> tuple[float, float]:
     """Returns the ends of the central share `confidence` of the values."""
+    _check_confidence(confidence)
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

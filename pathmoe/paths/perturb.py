@@ -78,6 +78,8 @@ def document_losses(
         raise ValueError(f"max_length={max_length} leaves no token to predict: it must be at least 2.")
     vocab_size = model.get_input_embeddings().num_embeddings
     for number, document in enumerate(documents):
+        if isinstance(document, str):
+            raise TypeError(f"documents[{number}]={document!r:.80} is text: pass its token ids.")
         if len(document) < 2:
             raise ValueError(f"documents[{number}] has {len(document)} tokens; at least 2 are needed to predict one.")
         if not 0 <= min(document) <= max(document) < vocab_size:
@@ -213,10 +215,12 @@ def noise_router(
         seed (`int`, defaults to 0): Seed of noise and bootstrap.
 
     Raises:
-        ValueError: If `on` or the documents are not valid.
+        ValueError: If `on`, a strength or the documents are not valid.
     """
     if on not in ("logits", "hidden_states"):
         raise ValueError(f"on={on!r} must be 'logits' or 'hidden_states'.")
+    if not all(0 <= strength < np.inf for strength in strengths):
+        raise ValueError(f"strengths={strengths} must be finite and not negative.")
 
     def edit(strength, document):
         generator = _generator(seed, document)

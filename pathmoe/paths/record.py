@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from ..files import write_aside
-from .hooks import RoutedModel, Routing, check_indices, check_limit
+from ..files import check_writable, write_aside
+from .hooks import RoutedModel, Routing, check_indices, check_limit, check_token_ids
 
 
 # The fields of a token that a trace always has, besides its experts.
@@ -196,6 +196,7 @@ class PathTrace:
         if first is None:
             raise ValueError("This trace is empty: there is nothing to save.")
         schema = _schema(first, self.model)
+        check_writable(path, "path", _METADATA.decode())
         with write_aside(path) as partial:
             with partial.open("wb") as sink, _pyarrow().ipc.new_stream(sink, schema) as writer:
                 for batch in self.batches():
@@ -281,6 +282,7 @@ class PathTrace:
         for number, (array, ids) in enumerate(zip(arrays, map(torch.as_tensor, token_ids))):
             shape = len(ids), trace.model.num_layers, trace.model.top_k
             check_indices(f"experts[{number}]", array, shape, num_experts, different=True)
+            check_token_ids(f"token_ids[{number}]", ids, getattr(routing.decoder.config, "vocab_size", None))
             trace._append(
                 {
                     "experts": array.cpu().to(_index_dtype(num_experts)).numpy(),

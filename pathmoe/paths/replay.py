@@ -1,6 +1,7 @@
 # Copyright 2026 The PathMoE authors. Licensed under the Apache License, Version 2.0.
 """Replays recorded paths."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -80,5 +81,9 @@ def replay_paths(model: nn.Module, trace: PathTrace, *, check_routers: bool = Tr
         handle = routing.decoder.register_forward_pre_hook(on_start, with_kwargs=True)
         try:
             yield
+            if 0 < done < len(experts):
+                warnings.warn(
+                    f"The trace has {len(experts)} tokens, but the model was given only {done}.", stacklevel=3
+                )
         finally:
             handle.remove()

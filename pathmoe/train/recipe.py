@@ -243,6 +243,11 @@ class Recipe:
                     f"{name}={getattr(self, name)} times learning_rate={self.learning_rate} makes {what} "
                     f"{product:.3g}, but it must be at most {most:g}: lower one of them."
                 )
+        if (self.attn_implementation or "").startswith("paged|"):
+            raise ValueError(
+                f"attn_implementation={self.attn_implementation!r} is for serving, and does not apply the masks of "
+                f"training: use {self.attn_implementation[6:]!r}."
+            )
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length={self.sequence_length} must be at least 2, or nothing is predicted.")
         if self.holdout_every < 2:
@@ -315,6 +320,9 @@ OPERATIONAL_FIELDS = {
 }  # fmt: skip
 
 # Fields that influence what is trained, but may still differ on resume. The log and the model card record the change.
+REQUIRED = {
+    field.name for field in dataclasses.fields(Recipe) if field.default is field.default_factory is dataclasses.MISSING
+}
 CHANGEABLE_ON_RESUME = OPERATIONAL_FIELDS | {
     "learning_rate", "router_learning_rate_scale", "weight_decay", "muon_momentum", "beta1", "beta2", "epsilon",
     "max_grad_norm", "schedule", "warmup_steps", "decay_steps", "min_lr_ratio", "precision", "gradient_checkpointing",
@@ -348,6 +356,8 @@ def read_recipe(file: Path) -> dict | None:
         raise RecipeError(
             f"{file} is damaged: it must hold 'field: value' lines. Restore the file, or use a new output_dir."
         )
+    if lacking := REQUIRED - set(values):
+        raise RecipeError(f"{file} lacks {', '.join(sorted(lacking))}: restore the file, or use a new output_dir.")
     return values
 
 
@@ -385,17 +395,22 @@ def parse_recipe(args: list[str]) -> Recipe:
             raise RecipeError(f"expected --field value, got {name!r}.")
         if value.startswith("--"):
             raise RecipeError(f"{name} has no value: {value} follows it. Write --field value.")
+        if value.startswith(("{", "[")) and sum(map(value.count, "{[")) > sum(map(value.count, "}]")):
+            raise RecipeError(f"{name} {value} lacks a closing bracket: write the whole value in quotes.")
         name = name[2:].replace("-", "_")
         if name in given:
             raise RecipeError(f"--{name} is given twice.")
         given[name] = value
+    if len(args) % 2 and not args[-1].startswith("--"):
+        raise RecipeError(f"{args[-1]!r} has no --field before it: write --field value, such as --config RECIPE.yaml.")
     if len(args) % 2:
         raise RecipeError(f"{args[-1]!r} has no value: write --field value (and true or false for a switch).")
     values, config = {}, given.pop("config", None)
     if config is not None:
         file = presets.find(presets.expand(config, "train"))
         if not file.is_file():
-            raise RecipeError(f"--config {config} does not exist: pass a YAML file or the name of a shipped recipe.")
+            problem = "is a folder" if file.is_dir() else "does not exist"
+            raise RecipeError(f"--config {config} {problem}: pass a YAML file or the name of a shipped recipe.")
         values = read_yaml(file, f"--config {config}")
         if not isinstance(values, dict):
             raise RecipeError(f"--config {config} must hold 'field: value' lines.")
@@ -407,7 +422,11 @@ def parse_recipe(args: list[str]) -> Recipe:
     for name, value in values.items():
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, n=1)
-            raise RecipeError(f"unknown recipe field {name}." + (f" Did you mean {close[0]}?" if close else ""))
+            where = "" if name in given else f" in --config {config}"
+            hint = f" Did you mean {close[0]}?" if close else ""
+            if {"model_type", "hidden_size"} & set(values):
+                hint = " It is the configuration of a model: give it as --model, and a recipe as --config."
+            raise RecipeError(f"unknown recipe field {name}{where}.{hint}")
         if fields[name].type is float and isinstance(value, str | int) and not isinstance(value, bool):
             try:
                 values[name] = float(value)  # YAML reads 1e-3 as text
@@ -415,11 +434,7 @@ def parse_recipe(args: list[str]) -> Recipe:
                 raise RecipeError(f"{name}={value!r} must be a number.") from None
     if isinstance(values.get("model"), str):
         values["model"] = presets.expand(values["model"], "model")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values and field.default is field.default_factory is dataclasses.MISSING
-    ]
+    missing = [name for name in fields if name in REQUIRED and name not in values]
     if missing:
         raise RecipeError(f"the recipe lacks {', '.join(missing)}: add them to the YAML or pass --{missing[0]} VALUE.")
     for name, value in values.items():

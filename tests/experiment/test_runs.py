@@ -42,6 +42,8 @@ def settings(tmp_path):
         (corpus / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def make(**changes):
+        if "rows" in changes:  # a map of other rows would be refused
+            changes = {"map": {"seeds": [21], "rows": list(changes["rows"]), "points": {}}} | changes
         file = tmp_path / "tiny.yaml"
         file.write_text(yaml.safe_dump(found | changes, sort_keys=False))
         return ["--config", str(file), "--corpus", str(corpus), "--output", str(tmp_path / "runs"),
@@ -190,12 +192,19 @@ def test_wrong_options_are_refused_and_leave_nothing(settings, tmp_path, monkeyp
         ({"tune": {"tokens": 256, "sed": 100, "learning_rates": [1e-2]}}, "tune.seed=None must be of type int"),
         ({"tune": {"tokens": 256, "seed": 100, "learning_rates": []}}, "tune.learning_rates="),
         ({"tune": {"tokens": 256, "seed": 100, "learning_rates": ["low"]}}, "'low'"),
-        ({"tune": {"tokens": 0, "seed": 100, "learning_rates": [1e-2]}}, "of tune: max_steps=0"),
+        ({"tune": {"tokens": 0, "seed": 100, "learning_rates": [1e-2]}}, "tune.tokens=0 must be at least one"),
         ({"primary": {"tokens": 256, "seeds": 11}}, "primary.seeds=11 must be a list of int"),
+        ({"primary": {"tokens": 256, "seeds": [11, 11]}}, "primary.seeds=.* must be different seeds"),
+        ({"rows": {"a/../b": {}}, "map": None}, "row='a/../b' must be a name of letters"),
+        ({"map": {"seeds": [21], "rows": ["indep", "zz"], "points": {}}}, r"map.rows=\['zz'\] must be rows"),
+        (
+            {"map": {"seeds": [21], "rows": ["indep"], "points": {"p": {"rows": {"zz": {}}}}}},
+            r"map.points.p.rows=\['zz'\] must be rows",
+        ),
         ({"recipe": []}, "recipe=.* must be a mapping"),
         ({"rows": {"indep": 3}, "map": None}, "rows.indep=3 must be a mapping"),
         ({"rows": {"indep": {"schedule": "linear"}}, "map": None}, "row indep of tune: schedule='linear'"),
-        ({"rows": {"indep": {"scedule": "wsd"}}, "map": None}, "row indep of tune: .*scedule"),
+        ({"rows": {"indep": {"scedule": "wsd"}}, "map": None}, "row indep of tune: unknown recipe field 'scedule'"),
         ({"rows": {"indep": {"model_overrides": {"router_block_sze": 4}}}, "map": None}, "router_block_sze=4"),
         ({"map": {"seeds": 21, "rows": ["indep"], "points": {}}}, "map.seeds=21 must be a list of int"),
     ],

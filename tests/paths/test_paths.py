@@ -330,6 +330,11 @@ def test_what_was_not_recorded_is_named(tiny_model, tokens, tmp_path):
     (tmp_path / "not.arrow").write_bytes(b"text, text, text, text")
     with pytest.raises(ValueError, match="not.arrow is not a trace"):
         PathTrace.load(tmp_path / "not.arrow")
+    with pytest.raises(ValueError, match="not.arrow exists and is not an earlier result"):
+        trace.save(tmp_path / "not.arrow")
+    assert (tmp_path / "not.arrow").read_bytes() == b"text, text, text, text"
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        trace.save(tmp_path)
     with pytest.raises(ValueError, match="is not a trace that PathTrace.save has written, but a folder"):
         PathTrace.load(tmp_path)
 

@@ -33,6 +33,8 @@ def weights_by_hand(kind, model, logits, experts):
     if kind == "deepseek_v3":  # sigmoid, renormalised, scaled
         weights = chosen.sigmoid()
         return model.config.routed_scaling_factor * weights / weights.sum(dim=-1, keepdim=True)
+    if kind == {"router_type": "hash"}:
+        return torch.full_like(chosen, 1 / chosen.shape[-1])
     weights = logits.softmax(dim=-1).gather(-1, experts)
     if getattr(model.config, "norm_topk_prob", True):
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -152,6 +154,9 @@ def test_traces_that_do_not_fit_are_refused(any_model, tokens, tmp_path):
     with replay_paths(model, trace):
         with pytest.raises(ValueError, match="The trace has 14 tokens, but the model is given 16"):
             model(tokens(length=8))
+    with pytest.warns(UserWarning, match="The trace has 14 tokens, but the model was given only 7"):
+        with replay_paths(model, trace):
+            model(tokens()[:1])
     with pytest.raises(ValueError, match=r"experts has shape \(13, 5, 2\), but must have shape \(14, 5, 2\)"):
         trace.replace(trace.experts[1:])
     with pytest.raises(ValueError, match="experts has indices from 8 to 8, but experts are 0 to 7"):
@@ -165,6 +170,8 @@ def test_traces_that_do_not_fit_are_refused(any_model, tokens, tmp_path):
     with pytest.raises(TypeError, match="model='model' must be a Module"), record_paths("model"):
         pass
     with pytest.raises(ValueError, match="memory_limit=-1 must be at least 0"), record_paths(model, memory_limit=-1):
+        pass
+    with pytest.raises(ValueError, match="memory_limit='1GB' must be"), record_paths(model, memory_limit="1GB"):
         pass
     with pytest.raises(ValueError, match="experts has dtype torch.float32, but must have an integer dtype"):
         trace.replace(trace.experts + 0.5)
@@ -264,6 +271,14 @@ def test_experts_that_cannot_be_those_of_the_model_are_refused(tiny_model, chang
         PathTrace.from_experts([change(recorded.experts.long())], [ids], model)
     with pytest.raises(ValueError, match="experts has 1 sequences and token_ids 2"):
         PathTrace.from_experts([recorded.experts], [ids, ids], model)
+    with pytest.raises(ValueError, match="num_experts=-1 must be at least 1"):
+        PathTrace.from_experts([recorded.experts], [ids], model, num_experts=-1)
+    for wrong in (ids / 2, ids[:, None]):
+        with pytest.raises(ValueError, match=r"token_ids\[0\] has shape .* must be a list of integers"):
+            PathTrace.from_experts([recorded.experts], [wrong], model)
+    for wrong in (ids - 9, ids + 10**6):
+        with pytest.raises(ValueError, match=r"token_ids\[0\] has token ids from .*, but the model's vocabulary has"):
+            PathTrace.from_experts([recorded.experts], [wrong], model)
 
 
 def test_balanced_routing_loads_all_experts_alike_and_ends_with_the_block(any_model, tokens, kind, tmp_path):

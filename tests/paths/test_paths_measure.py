@@ -224,6 +224,28 @@ def test_what_cannot_be_measured_is_refused():
         expert_load(torch.full((1, 1, 1), 7), num_experts=4)
     with pytest.raises(ValueError, match="Each token needs two labels"):
         mutual_information(torch.zeros(3), torch.zeros(4))
+    experts = torch.tensor([[[0, 1], [2, 3]]])
+    for measure in (path_ids, jaccard_matrix, lambda e: expert_load(e, 4)):
+        for wrong in (experts.float(), experts - 1):
+            with pytest.raises(ValueError, match="must be indices: integers from 0"):
+                measure(wrong)
+    with pytest.raises(ValueError, match="layer_to_block has 1 entries for 2 layers"):
+        expert_load(experts, 4, [0])
+    with pytest.raises(ValueError, match="probabilities has values from -2 to 3: pass a softmax"):
+        routing_entropy(torch.tensor([[[-2.0, 3.0]]]))
+    for measure in (load_variation, load_entropy):
+        for load in ([-1.0, 2.0], [math.nan, 1.0], [0.0, 0.0]):
+            with pytest.raises(ValueError, match="load has a negative value, NaN, infinity or a row of zeros"):
+                measure(torch.tensor(load))
+    with pytest.raises(ValueError, match="labels of dtype torch.float32 and torch.float32 must be integers"):
+        mutual_information(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="permutations=0 must be at least 1"):
+        permutation_baseline(mutual_information, torch.arange(3), torch.arange(3), permutations=0)
+    with pytest.raises(ValueError, match="resamples=1 must be at least 2"):
+        bootstrap(lambda x: 0.0, torch.arange(3), torch.zeros(3), resamples=1)
+    for interval in (bootstrap, jackknife):
+        with pytest.raises(ValueError, match="confidence=95 must be between 0 and 1"):
+            interval(lambda x: 0.0, torch.arange(3), torch.zeros(3), confidence=95)
     with pytest.raises(ValueError, match="needs at least 2, got 1"):
         bootstrap(lambda x: 0.0, torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match="groups=1 must be at least 2"):

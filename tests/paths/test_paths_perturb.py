@@ -161,6 +161,11 @@ def test_what_cannot_be_perturbed_is_refused(any_model):
         shuffle_experts(model, documents, "all")
     with pytest.raises(ValueError, match="on='weights' must be"):
         noise_router(model, documents, "weights")
+    for strength in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"strengths=.* must be finite and not negative"):
+            noise_router(model, documents, strengths=(strength,))
+    with pytest.raises(TypeError, match=r"documents\[0\]='a b' is text: pass its token ids"):
+        document_losses(model, ["a b"])
     with record_paths(model) as trace:
         pass
     with pytest.raises(ValueError, match="trace is empty"):

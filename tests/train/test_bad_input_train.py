@@ -94,7 +94,10 @@ RECIPES = [
     ({"model_overrides": {"n_layers": 4}}, "n_layers=4 is not a field of PathMoE: did you mean num_hidden_layers"),
     ({"tokenizer": __file__}, "is a file: name the folder of a saved tokenizer"),
     ({"tokenizer": str(Path(__file__).parent)}, "it holds no tokenizer.json. Name the folder of a saved tokenizer"),
-    ({"model": "pathmoe_0.9b"}, "Did you mean the shipped pathmoe-0.9b"),
+    ({"attn_implementation": "paged|eager"}, "does not apply the masks of training: use 'eager'"),
+    ({"model": __file__}, "is a file: name the folder of a checkpoint"),
+    ({"dataset": "json", "data_files": None}, "dataset='json' names a type of file: list the files"),
+    ({"model": "pathmoe_0.9b"}, "neither a folder here nor a preset. .*Did you mean the shipped pathmoe-0.9b"),
     ({"dataset": "jsonl", "data_files": __file__}, "for such files, set dataset='json'"),
     ({"dataset": "json", "data_files": __file__, "dataset_config": "en"}, "dataset_config='en' has no effect"),
 ]

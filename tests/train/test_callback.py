@@ -227,6 +227,11 @@ def test_what_cannot_be_measured_is_refused(tiny_config, tmp_path):
         build_trainer(PathMoEForCausalLM(tiny_config()), tmp_path, torch_compile=True)
     with pytest.raises(ValueError, match="routing_steps=-1 must not be negative"):
         build_trainer(PathMoEForCausalLM(tiny_config()), tmp_path, routing_steps=-1)
+    for steps in (0.5, "10"):
+        with pytest.raises(ValueError, match=f"routing_steps={steps!r} must not be negative or a fraction"):
+            build_trainer(PathMoEForCausalLM(tiny_config()), tmp_path, routing_steps=steps)
+    with pytest.raises(TypeError, match="trainer=PathMoEForCausalLM.* must be a Trainer"):
+        PathMoECallback(PathMoEForCausalLM(tiny_config()))
 
 
 def test_generation_and_evaluation_are_not_recorded(tiny_config):

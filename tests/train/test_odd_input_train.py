@@ -212,6 +212,8 @@ def test_wrong_field_is_refused(place, fields, complaint):
 ARGUMENTS = [
     (["--output_dir", "--resume"], "--output_dir has no value: --resume follows it"),
     (["--max_steps"], "max_steps"),
+    (["--max_steps", "4", "r.yaml"], "'r.yaml' has no --field before it"),
+    (["--model_overrides", "{num_experts:", "8}"], "model_overrides {num_experts: lacks a closing bracket"),
     (["max_steps", "3"], "max_steps"),
     (["--max_steps", "3.5"], "max_steps"),
     (["--max_steps", "[1"], "max_steps"),
@@ -240,6 +242,7 @@ RECIPES = {
     "utf-16": (recipe_text().encode("utf-16"), "r.yaml"),
     "binary": (bytes(range(256)), "r.yaml"),
     "empty": (b"", "r.yaml"),
+    "a model": (b"hidden_size: 16\n", "hidden_size in --config r.yaml. It is the configuration of a model"),
     "list": (b"- a\n- b\n", "r.yaml"),
     "number": (b"3\n", "r.yaml"),
     "tabs": (b"max_steps:\t3\n\tmodel: x\n", "r.yaml"),
