@@ -90,7 +90,8 @@ def _router_flops(model: torch.nn.Module) -> int:
         for router in model.model.routers.values():
             for layer_idx in router.layers[:1] if router.shares_decision else router.layers:
                 token = torch.empty(1, router.hidden_size, device="meta")
-                _, state = router.compute_logits(token, layer_idx, state)
+                ids = (torch.empty(1, dtype=torch.int64, device="meta"),) if router.needs_token_ids else ()
+                _, state = router.compute_logits(token, layer_idx, state, *ids)
     return counter.get_total_flops()
 
 

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pathmoe import PathMoEConfig, PathMoEForCausalLM, record_paths
+from pathmoe.accounting import forward_flops_per_token
 from pathmoe.command import UserError
 from pathmoe.convert.exporting import export_checkpoint
 from pathmoe.convert.merging import average_checkpoints
@@ -111,3 +112,11 @@ def test_no_served_architecture_and_no_pipeline_is_offered(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="router_type='hash' cannot be exported"):
         export_checkpoint(tmp_path / "model", tmp_path / "exported")
+
+
+def test_the_router_costs_no_floating_point_products(tiny_config):
+    fields = {"router_block_size": 1}
+    hashed, linear = (
+        forward_flops_per_token(tiny_config(router_type=kind, **fields), 16) for kind in ("hash", "linear")
+    )
+    assert linear - hashed == 2 * 5 * 8 * 32
