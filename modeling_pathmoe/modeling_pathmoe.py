@@ -408,14 +408,12 @@ class PathMoEForCausalLM(PathMoEPreTrainedModel, GenerationMixin):
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Unshifted targets; -100 is ignored.
-            output_router_logits (`bool`, *optional*): Whether to return router logits and losses; by default as
-                configured.
+            output_router_logits (`bool`, *optional*): Whether to return router logits and losses; or as configured.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Number of last positions that get logits, or their
                 indices; 0 means all.
             skip_logits (`bool`, defaults to `False`): Whether to compute the loss faster and in less memory, without
                 the logits of the whole batch. `logits` is then `None`, and the loss supports one backward.
-            **kwargs: `num_items_in_batch`, the number of targets in all micro-batches of an optimizer step, and
-                arguments of the model.
+            **kwargs: `num_items_in_batch`, the number of targets in an optimizer step, and arguments of the model.
 
         Returns:
             `PathMoECausalLMOutputWithPast`: `logits` have shape `(batch, sequence, vocab_size)`. In evaluation mode,

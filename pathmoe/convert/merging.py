@@ -72,26 +72,7 @@ def average_checkpoints(
         )
     first = checkpoints[0]
     for other in checkpoints[1:]:
-        fields, other_fields = first.config.to_diff_dict(), other.config.to_diff_dict()
-        for name in sorted({*fields, *other_fields} - {"transformers_version", "dtype", *FOREIGN_CODE}):
-            if fields.get(name) != other_fields.get(name):
-                raise UserError(
-                    f"{other.folder} has {name}={other_fields.get(name)!r}, but {first.folder} has "
-                    f"{fields.get(name)!r}: only checkpoints of one model can be averaged."
-                )
-        for name, dtype in first.dtypes.items():
-            if other.dtypes[name] != dtype:
-                raise UserError(
-                    f"{other.folder} has {name} in {other.dtypes[name]}, but {first.folder} has it in {dtype}: save "
-                    "both in one dtype first."
-                )
-            if not dtype.is_floating_point and not torch.equal(other.piece(name).read(), first.piece(name).read()):
-                raise UserError(
-                    f"{other.folder} has other values of {name} than {first.folder}, which have no average."
-                )
-        files = [checkpoint.folder / "tokenizer.json" for checkpoint in (first, other)]
-        if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
-            raise UserError(f"{other.folder} has a different tokenizer than {first.folder}: their tokens differ.")
+        _check_same_model(first, other)
 
     def mean_of(name):
         pieces = [checkpoint.piece(name) for checkpoint in checkpoints]
@@ -119,6 +100,32 @@ def average_checkpoints(
         max_shard_size=max_shard_size,
         averaged=[{"name": Path(c.folder).name, "weight": weight} for c, weight in zip(checkpoints, weights)],
     )
+
+
+def _check_same_model(first: Checkpoint, other: Checkpoint):
+    """Refuses to average checkpoints that differ in configuration, dtype, hashes or tokenizer.
+
+    Raises:
+        UserError: If they do; names the folder and the field or tensor.
+    """
+    fields, other_fields = first.config.to_diff_dict(), other.config.to_diff_dict()
+    for name in sorted({*fields, *other_fields} - {"transformers_version", "dtype", *FOREIGN_CODE}):
+        if fields.get(name) != other_fields.get(name):
+            raise UserError(
+                f"{other.folder} has {name}={other_fields.get(name)!r}, but {first.folder} has "
+                f"{fields.get(name)!r}: only checkpoints of one model can be averaged."
+            )
+    for name, dtype in first.dtypes.items():
+        if other.dtypes[name] != dtype:
+            raise UserError(
+                f"{other.folder} has {name} in {other.dtypes[name]}, but {first.folder} has it in {dtype}: save "
+                "both in one dtype first."
+            )
+        if not dtype.is_floating_point and not torch.equal(other.piece(name).read(), first.piece(name).read()):
+            raise UserError(f"{other.folder} has other values of {name} than {first.folder}, which have no average.")
+    files = [checkpoint.folder / "tokenizer.json" for checkpoint in (first, other)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+        raise UserError(f"{other.folder} has a different tokenizer than {first.folder}: their tokens differ.")
 
 
 def prune_experts(

@@ -4,7 +4,7 @@
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -151,6 +151,32 @@ class Routing:
             raise TypeError(
                 f"The router {type(router).__name__} of {self.name} does not return (logits, weights, indices): its "
                 "paths cannot be recorded or edited."
+            )
+
+    @contextmanager
+    def hooked(self, model: nn.Module, on_call, on_start, on_route, on_forward) -> Iterator[None]:
+        """Hooks the calls of `model` and its decoder, and the starts, routers and ends of the decoder's forwards."""
+        with ExitStack() as hooks:
+            for handle in (
+                *(module.register_forward_pre_hook(on_call, with_kwargs=True) for module in {model, self.decoder}),
+                *(router.register_forward_hook(on_route, with_kwargs=True) for router in self.routers),
+                self.decoder.register_forward_pre_hook(on_start, with_kwargs=True),
+                self.decoder.register_forward_hook(on_forward),
+            ):
+                hooks.callback(handle.remove)
+            yield
+
+    def check_layers(self, count: int):
+        """Refuses a forward that has passed through `count` routed layers, if the model has a different number.
+
+        Raises:
+            ValueError: If it has.
+        """
+        layers = len(self.layer_to_block)
+        if count != layers:
+            raise ValueError(
+                f"{self.name} has {layers} routed layers, but this forward passed through {count}: its paths cannot "
+                "be recorded."
             )
 
     def describe(self, num_experts: int, top_k: int) -> RoutedModel:

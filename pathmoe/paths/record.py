@@ -371,12 +371,10 @@ def record_paths(
     """Records the experts of every token that passes through the model, in any forward or `generate`.
 
     Args:
-        model (`torch.nn.Module`): A PathMoE, or any mixture-of-experts model of transformers whose routers return
-            `(logits, weights, indices)`; with or without a head.
+        model (`torch.nn.Module`): Any mixture-of-experts model whose routers return `(logits, weights, indices)`.
         weights (`bool`, defaults to `False`): Whether to record the weights of the experts.
         probabilities (`bool`, defaults to `False`): Whether to record the probabilities of all experts.
-        memory_limit (`int`, defaults to 2**28): Bytes that a trace may take in memory. Beyond them, it is moved to the
-            folder for temporary files, which `TMPDIR` sets.
+        memory_limit (`int`, defaults to 2**28): Bytes in memory beyond which a trace moves to a file in `TMPDIR`.
         only_training (`bool`, defaults to `False`): Whether to record only the forwards that are trained: in training
             mode and with gradients, so without evaluation, generation and reference models.
 
@@ -394,8 +392,7 @@ def record_paths(
     >>> trace.experts.shape  # (tokens, layers, k)
     ```
     """
-    routing, trace = Routing(model), PathTrace(memory_limit)
-    layers, tokens, offsets = {}, None, None
+    routing, trace, layers, tokens, offsets = Routing(model), PathTrace(memory_limit), {}, None, None
     # The index of each requested value in a router's output. Nothing else is kept until the forward ends.
     places = {"experts": 2} | ({"weights": 1} if weights else {}) | ({"probabilities": 0} if probabilities else {})
 
@@ -431,26 +428,17 @@ def record_paths(
         nonlocal tokens, offsets
         if tokens is None:
             return
-        if len(layers) != len(routing.layer_to_block):
-            raise ValueError(
-                f"{routing.name} has {len(routing.layer_to_block)} routed layers, but this forward passed through "
-                f"{len(layers)}: its paths cannot be recorded."
-            )
+        routing.check_layers(len(layers))
         in_order = [layers[layer] for layer in sorted(layers)]
         trace._hold({name: _stack(column) for name, column in zip(places, zip(*in_order))}, tokens, offsets)
         layers.clear()
         tokens = offsets = None
 
-    handles = [module.register_forward_pre_hook(on_call, with_kwargs=True) for module in {model, routing.decoder}]
-    handles += [router.register_forward_hook(on_route, with_kwargs=True) for router in routing.routers]
-    handles.append(routing.decoder.register_forward_pre_hook(on_start, with_kwargs=True))
-    handles.append(routing.decoder.register_forward_hook(on_forward))
+    hooks = routing.hooked(model, on_call, on_start, on_route, on_forward)
     try:
-        with _generate_with_offsets(model) as prompt_offsets:
+        with _generate_with_offsets(model) as prompt_offsets, hooks:
             yield trace
     finally:
-        for handle in handles:
-            handle.remove()
         trace._convert()
 
 
