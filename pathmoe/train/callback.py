@@ -84,9 +84,12 @@ class PathMoECallback(TrainerCallback):
             self.trace = self.recording.enter_context(recorder)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        loads = [load for router in self.biased_routers for load in router.load]  # in the order of the MoE layers
-        for layer, load in enumerate(loads):
-            load.copy_(self.trace.experts[:, layer].flatten().bincount(minlength=len(load)))
+        # The trace has no dense layers, and PEFT keeps a router beside its trained copy, with the same layers.
+        moe_layers = sorted({layer for router in self.biased_routers for layer in router.layers})
+        for router in self.biased_routers:
+            for layer, load in zip(router.layers, router.load):
+                chosen = self.trace.experts[:, moe_layers.index(layer)].flatten()
+                load.copy_(chosen.bincount(minlength=len(load)))
         update_selection_bias(self.trainer.model)
 
     def on_step_end(self, args, state, control, **kwargs):
