@@ -249,7 +249,7 @@ def test_engine_of_the_recipe_must_be_in_force(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"lerning_rate": 1.0}, "unknown recipe field lerning_rate. Did you mean learning_rate"),
+        ({"lerning_rate": 1.0}, "unknown recipe field lerning_rate in --config .* Did you mean learning_rate"),
         ({"max_steps": 0}, "max_steps=0 must be at least 1"),
         ({"max_steps": "many"}, "max_steps"),
         ({"learning_rate": "fast"}, "learning_rate='fast' must be a number"),
