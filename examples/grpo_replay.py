@@ -76,6 +76,7 @@ class ReplayGRPOTrainer(GRPOTrainer):
         chosen = output.sequences[:, inputs.input_ids.shape[1] :]
         logps = logps.gather(-1, chosen[:, :, None])[:, :, 0]
         result: dict[str, list] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
+        recorded, sequence_ids = trace.experts, trace.sequence_ids
         self.recorded.clear()
         for row, tokens in enumerate(chosen.tolist()):
             end = self.processing_class.eos_token_id
@@ -84,7 +85,7 @@ class ReplayGRPOTrainer(GRPOTrainer):
             result["prompt_ids"].append(prompt)
             result["completion_ids"].append(tokens[:length])
             result["logprobs"].append(logps[row, :length].tolist())
-            experts = trace.experts[trace.sequence_ids == row][: len(prompt) + length]
+            experts = recorded[sequence_ids == row][: len(prompt) + length]
             if len(experts) < len(prompt) + length:  # the last token passed through no layer, and nothing follows it
                 experts = torch.cat([experts, torch.arange(experts.shape[2]).expand_as(experts[:1]).to(experts)])
             self.recorded[tuple(prompt + tokens[:length])] = experts

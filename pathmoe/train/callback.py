@@ -86,10 +86,10 @@ class PathMoECallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         # The trace has no dense layers, and PEFT keeps a router beside its trained copy, with the same layers.
         moe_layers = sorted({layer for router in self.biased_routers for layer in router.layers})
+        experts = self.trace.experts if self.biased_routers else None  # every access collects the trace anew
         for router in self.biased_routers:
             for layer, load in zip(router.layers, router.load):
-                chosen = self.trace.experts[:, moe_layers.index(layer)].flatten()
-                load.copy_(chosen.bincount(minlength=len(load)))
+                load.copy_(experts[:, moe_layers.index(layer)].flatten().bincount(minlength=len(load)))
         update_selection_bias(self.trainer.model)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -97,26 +97,27 @@ class PathMoECallback(TrainerCallback):
         trace, self.trace = self.trace, None
         if not self.is_due:
             return
-        load, entropy = self.reduce(trace)
+        experts = trace.experts
+        load, entropy = self.reduce(trace, experts)
         measured = measure_load(load)
         self.measured = {
             "routing/load_cv": max(measured["load_cv"]),
             "routing/effective_experts": min(measured["effective_experts"]),
             "routing/dead_experts": sum(measured["dead_experts"]),
             "routing/entropy": entropy.mean().item() / math.log(2),
-            "routing/path_coverage_100": path_coverage(trace.experts, 100),
+            "routing/path_coverage_100": path_coverage(experts, 100),
         }
         if trace.model.num_layers > 1:
-            self.measured["routing/agreement"] = adjacent_jaccard(trace.experts)
+            self.measured["routing/agreement"] = adjacent_jaccard(experts)
         for warning in find_collapse(measured) if state.is_world_process_zero else []:
             logger.warning(f"step {state.global_step}: {warning}")
 
-    def reduce(self, trace: PathTrace) -> tuple[torch.Tensor, torch.Tensor]:
+    def reduce(self, trace: PathTrace, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the load `(L, E)`, whose rows sum to k, and the routers' entropy `(L,)` in nats, over all ranks."""
         accelerator = self.trainer.accelerator
-        load = expert_load(trace.experts, trace.model.num_experts) * trace.model.top_k
+        load = expert_load(experts, trace.model.num_experts) * trace.model.top_k
         means = torch.cat([load, routing_entropy(trace.probabilities)[:, None], torch.ones(len(load), 1)], dim=1)
-        sums = accelerator.reduce((means * len(trace)).float().to(accelerator.device), reduction="sum").cpu()
+        sums = accelerator.reduce((means * len(experts)).float().to(accelerator.device), reduction="sum").cpu()
         means = sums / sums[:, -1:]
         return means[:, :-2], means[:, -2]
 
