@@ -97,3 +97,8 @@ def one_line(error: BaseException | str) -> str:
     """Returns the message of an error on one line, without what `strict` puts before those of a configuration."""
     prefix = r"(Class validation error for validator|Validation error for field) '\w+': \w+: "
     return re.sub(prefix, "", " ".join(str(error).split()))
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, without the trace that torch and others add; or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

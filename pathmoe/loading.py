@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from modeling_pathmoe.configuration_pathmoe import MOST
 
-from .command import UserError, one_line
+from .command import UserError, first_line, one_line
 from .files import read_json
 
 
@@ -189,8 +189,7 @@ def check_device(device: str):
     try:
         torch.empty(1, device=device).cpu()
     except Exception as error:  # torch raises AssertionError, RuntimeError or NotImplementedError
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # torch adds a C++ trace
-        raise UserError(f"--device {device} cannot be used here: {reason}") from error
+        raise UserError(f"--device {device} cannot be used here: {first_line(error)}") from error
 
 
 def check_finite(model: torch.nn.Module, what: str):

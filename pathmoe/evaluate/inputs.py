@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from pathmoe.command import UserError, one_line
+from pathmoe.command import UserError, first_line, one_line
 from pathmoe.files import read_json
 from pathmoe.loading import check_device
 from pathmoe.text.rows import READERS, check_file, find_undecodable, read_all_rows, read_lines, select_texts
@@ -203,7 +203,3 @@ def explained(figures: dict) -> dict:
     undefined = []
     figures = finite(figures, undefined)
     return figures | {"undefined": undefined} if undefined else figures
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

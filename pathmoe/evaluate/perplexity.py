@@ -21,14 +21,13 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from pathmoe import experts  # noqa: F401  registers PathMoE and its fast experts
-from pathmoe.command import ArgumentParser, UserError, run_command
+from pathmoe.command import ArgumentParser, UserError, first_line, run_command
 from pathmoe.evaluate.inputs import (
     add_device_arguments,
     check_device_arguments,
     check_model_folder,
     check_sources,
     explained,
-    first_line,
     keep_texts,
     load_config,
     load_file,
