@@ -19,7 +19,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
     STOPPING.add(signal.SIGHUP)
 
 
-_handlers: dict[int, Callable] = {}
+_handlers: set[tuple[int, Callable]] = set()  # all that were ever set, since an earlier one may be restored
 
 
 def handle_signal(number: int, handler: Callable) -> Callable | int | None:
@@ -30,12 +30,12 @@ def handle_signal(number: int, handler: Callable) -> Callable | int | None:
     """
     if not _handlers:
         os.register_at_fork(after_in_child=_forget_handlers)
-    _handlers[number] = handler
+    _handlers.add((number, handler))
     return signal.signal(number, handler)
 
 
 def _forget_handlers():
-    for number, handler in _handlers.items():
+    for number, handler in _handlers:
         if signal.getsignal(number) == handler:
             # Ctrl-C reaches all processes of the terminal: the one that has set the handler decides what happens.
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)

@@ -54,6 +54,7 @@ def main():
     with StopOnSignal():
         assert in_a_pool() == [signal.SIG_DFL, signal.SIG_IGN]
         assert callable(signal.getsignal(signal.SIGTERM))
+    assert in_a_pool() == [signal.SIG_DFL, signal.default_int_handler]
 
 run_command(main)
 """
