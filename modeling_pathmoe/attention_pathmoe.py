@@ -120,6 +120,13 @@ class PathMoEAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cache = take_cache(past_key_values, cache, kwargs)  # type: ignore[arg-type]  # at run time, a dict
+        paged = "cache" in kwargs or not isinstance(cache, Cache | None)  # the cache of continuous batching
+        if self.config._attn_implementation.startswith("paged|") and not paged:
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} is for continuous batching and would see "
+                "the tokens that follow in this call: load the model with "
+                f"{self.config._attn_implementation.removeprefix('paged|')!r}."
+            )
         batch, sequence, _ = hidden_states.shape
         heads = (batch, sequence, -1, self.head_dim)  # -1: tensor parallelism gives each rank some of the heads
         rows = (batch, sequence, -1) if self.config.qk_norm == "full" else heads  # the norms' last dimension

@@ -358,7 +358,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
         parser.error(f"--limit {args.limit:g} must be greater than 0.")
     if args.limit is not None and args.limit > 1 and not args.limit.is_integer():
         parser.error(f"--limit {args.limit:g} must be a whole number, or a fraction below 1.")
-    for option, least in (("batch_size", 1), ("max_length", 1), ("num_fewshot", 0)):
+    for option, least in (("batch_size", 1), ("max_length", 2), ("num_fewshot", 0)):
         if (value := getattr(args, option)) is not None and value < least:
             parser.error(f"--{option} {value} must be at least {least}.")
     if args.num_fewshot is not None and not args.tasks:

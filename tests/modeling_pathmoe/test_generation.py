@@ -176,3 +176,12 @@ def test_continuous_batching_equals_greedy_decoding(tiny_model, tokens, fields):
         expected = greedy_by_hand(model, torch.tensor([prompt]))[0, len(prompt) :].tolist()
         expected = expected[: expected.index(98) + 1] if 98 in expected else expected
         assert list(found[tuple(prompt)]) == expected
+
+
+def test_paged_attention_outside_of_continuous_batching_is_refused(tiny_model, tokens):
+    """Without a paged cache, its attention has no mask: each token would see the ones that follow."""
+    model = tiny_model()
+    model.set_attn_implementation("paged|eager")
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"'paged\|eager' is for continuous batching.*load the model with 'eager'"):
+            call(tokens(1, 4))
