@@ -151,15 +151,6 @@ def test_other_ways_to_generate_equal_greedy_decoding(tiny_model, tokens, fields
         assert torch.equal(model.generate(ids, **how, **GREEDY), expected), how
 
 
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_a_quantized_cache_decodes_nearly_the_same(tiny_model, tokens, backend):
-    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
-    model, ids = tiny_model(), tokens(1, 6)
-    how = {"cache_implementation": "quantized", "cache_config": {"backend": backend, "nbits": 8}}
-    actual = model.generate(ids, output_logits=True, return_dict_in_generate=True, **how, **GREEDY)
-    torch.testing.assert_close(actual.logits[1], next_logits(model, actual.sequences[:, :7]), rtol=0.1, atol=0.1)
-
-
 @pytest.mark.parametrize(
     "fields", [{}, {"router_type": "recurrent"}, {"router_sharing": "decision", "output_router_logits": True}], ids=str
 )
@@ -183,5 +174,5 @@ def test_paged_attention_outside_of_continuous_batching_is_refused(tiny_model, t
     model = tiny_model()
     model.set_attn_implementation("paged|eager")
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match=r"'paged\|eager' is for continuous batching.*load the model with 'eager'"):
+        with pytest.raises(ValueError, match=r"'paged\|eager' is for continuous batching.*load the model with"):
             call(tokens(1, 4))

@@ -283,3 +283,22 @@ def test_bfloat16_model_routes_as_float64_would_on_the_same_hidden_states(tiny_m
         assert hidden_states.dtype == torch.bfloat16
         exact = (hidden_states.double() @ weight.double().T).topk(2).indices
         assert torch.equal(indices, exact)
+
+
+@pytest.mark.parametrize(("backend", "package"), [("quanto", "optimum.quanto"), ("hqq", "hqq.core.quantize")])
+def test_decodes_from_a_quantized_cache_as_the_peer(tiny_model, tokens, assert_same, backend, package):
+    """Runs where the backend's package is installed."""
+    pytest.importorskip(package)
+    model, ids = tiny_model(), tokens(2, 6)
+    peer = peer_with_weights_of(model)
+
+    def generate(model):
+        settings = {"backend": backend, "nbits": 4, "residual_length": 4, "q_group_size": 16}
+        how = {"cache_implementation": "quantized", "cache_config": settings, "do_sample": False, "max_new_tokens": 9}
+        return model.generate(ids, output_logits=True, return_dict_in_generate=True, **how)
+
+    actual, expected = generate(model), generate(peer)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert_same(torch.stack(actual.logits), torch.stack(expected.logits))
+    exact = model(actual.sequences).logits[:, 6:-1].transpose(0, 1)
+    assert (torch.stack(actual.logits)[1:] - exact).abs().max() > 1e-4  # the cache was quantized
